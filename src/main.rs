@@ -1,0 +1,3 @@
+//! The `ploopfs` program.
+
+fn main() {}

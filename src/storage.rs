@@ -1,0 +1,101 @@
+//! The only door to the bytes of host files.
+//!
+//! Imports: `units`, `error`, `sys`.
+//! Never: knows what the bytes mean.
+//!
+//! A [`Storage`] is one open file: positional reads and writes that are complete or fail, a data
+//! sync, and the calls that give space back to the host. [`file::FileStorage`] is the real one,
+//! [`mem::MemStorage`] one in memory for tests. Everything above holds an `Arc<dyn Storage>`: a
+//! virtual call is nothing beside a system call.
+
+pub mod file;
+pub mod mem;
+
+use crate::error::Result;
+use crate::units::FileOffset;
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// What happens to the host's blocks under a range that is zeroed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// The blocks stay reserved for the file (an unwritten extent where the host has such).
+    Blocks,
+    /// The blocks go back to the host (a punched hole).
+    Nothing,
+}
+
+/// What identifies a file on this host whatever name it was opened by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    /// Device number of the file system.
+    pub device: u64,
+    /// Inode number.
+    pub inode: u64,
+}
+
+/// One open host file.
+///
+/// All methods take `&self` and may run concurrently; overlapping calls keep no order.
+pub trait Storage: Send + Sync + Debug {
+    /// Length of the file in bytes, now.
+    fn len(&self) -> Result<FileOffset>;
+
+    /// True when the file has no bytes.
+    fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == FileOffset::ZERO)
+    }
+
+    /// Fills `buf` from `at`. A file that ends earlier is [`crate::error::ErrorKind::Truncated`]:
+    /// a short read is never passed on.
+    fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()>;
+
+    /// Writes all of `buf` at `at`, or fails; what of it was written on failure is unknown.
+    fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()>;
+
+    /// Makes all that was written, zeroed, allocated or cut before this call durable, with the
+    /// file's length.
+    fn sync_data(&self) -> Result<()>;
+
+    /// Cuts the file, or lengthens it with a hole.
+    fn set_len(&self, len: FileOffset) -> Result<()>;
+
+    /// Reserves blocks for the range and lengthens the file to its end where it is shorter. New
+    /// bytes read as zeros. On failure the file may have become longer by any amount.
+    fn allocate(&self, range: Range<FileOffset>) -> Result<()>;
+
+    /// Makes the range read as zeros without changing the file's length. Falls back to writing
+    /// zeros where the host can do no better.
+    fn zero(&self, range: Range<FileOffset>, keep: Keep) -> Result<()>;
+
+    /// Copies a range from another file, sharing blocks where the host can. `false` means that the
+    /// host cannot do it between these two and nothing useful was done: copy by hand.
+    fn copy_from(
+        &self,
+        at: FileOffset,
+        source: &dyn Storage,
+        from: Range<FileOffset>,
+    ) -> Result<bool>;
+
+    /// The next range at or after `from` that the host has blocks for, or `None` up to the end.
+    fn next_data(&self, from: FileOffset) -> Result<Option<Range<FileOffset>>>;
+
+    /// Bytes of host space that the file occupies.
+    fn allocated_bytes(&self) -> Result<u64>;
+
+    /// Asks the host to drop what it caches of the file, so that the next reads come from the
+    /// medium. Best effort: dirty pages stay.
+    fn drop_cache(&self) -> Result<()>;
+
+    /// Which file this is, where it is one of the host's.
+    fn file_id(&self) -> Option<FileId>;
+
+    /// The host descriptor, where there is one, so that two of them can copy between each other.
+    fn as_host_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// A storage shared by all who read through it.
+pub type SharedStorage = Arc<dyn Storage>;

@@ -1,0 +1,171 @@
+//! A real file of the host, read and written through the page cache.
+
+use super::{FileId, Keep, Storage};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::file as sys;
+use crate::units::{FileOffset, len_u64};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Zeros that stand in for a host call that the file system lacks.
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// A real file of the host.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    id: FileId,
+    /// Set once the host has said that it cannot do the call, so that it is not asked each time.
+    no_punch: AtomicBool,
+    no_zero_range: AtomicBool,
+    no_allocate: AtomicBool,
+    no_copy: AtomicBool,
+}
+
+impl FileStorage {
+    /// Takes over an open file, which must be a plain one.
+    pub fn new(file: File) -> Result<Self> {
+        let meta = file.metadata()?;
+        if !meta.file_type().is_file() {
+            return Err(Error::why(ErrorKind::OutsideBundle, "not a plain file"));
+        }
+        Ok(Self {
+            id: FileId { device: meta.dev(), inode: meta.ino() },
+            file,
+            no_punch: AtomicBool::new(false),
+            no_zero_range: AtomicBool::new(false),
+            no_allocate: AtomicBool::new(false),
+            no_copy: AtomicBool::new(false),
+        })
+    }
+
+    /// The open file, for locks.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn write_zeros(&self, range: &Range<FileOffset>) -> Result<()> {
+        let mut at = range.start.get();
+        let end = range.end.get();
+        while at < end {
+            let left = end.saturating_sub(at);
+            let step = left.min(len_u64(ZEROS.len()));
+            let bytes = &ZEROS[..usize::try_from(step).unwrap_or(ZEROS.len())];
+            self.write_at(FileOffset::new(at), bytes)?;
+            at = at.saturating_add(step);
+        }
+        Ok(())
+    }
+
+    /// Runs a host call that some file systems lack. `false` when this one does.
+    fn attempt(lacking: &AtomicBool, call: impl FnOnce() -> std::io::Result<()>) -> Result<bool> {
+        if lacking.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        match call() {
+            Ok(()) => Ok(true),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {
+                lacking.store(true, Ordering::Relaxed);
+                Ok(false)
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+impl Storage for FileStorage {
+    fn len(&self) -> Result<FileOffset> {
+        Ok(FileOffset::new(self.file.metadata()?.len()))
+    }
+
+    fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(buf, at.get()).map_err(|e| Error::from(e).at_offset(at))
+    }
+
+    fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()> {
+        self.file.write_all_at(buf, at.get()).map_err(|e| Error::from(e).at_offset(at))
+    }
+
+    fn sync_data(&self) -> Result<()> {
+        Ok(sys::retry_interrupted(|| self.file.sync_data())?)
+    }
+
+    fn set_len(&self, len: FileOffset) -> Result<()> {
+        Ok(sys::retry_interrupted(|| self.file.set_len(len.get()))?)
+    }
+
+    fn allocate(&self, range: Range<FileOffset>) -> Result<()> {
+        let allocated = Self::attempt(&self.no_allocate, || {
+            sys::allocate(self.file.as_fd(), range.start.get(), range.end.get())
+        })?;
+        if allocated || self.len()? >= range.end {
+            return Ok(());
+        }
+        // No way to reserve blocks here: a hole of the right length reads as zeros all the same,
+        // and a later lack of space arrives at the write, where the ENOSPC policy meets it.
+        self.set_len(range.end)
+    }
+
+    fn zero(&self, range: Range<FileOffset>, keep: Keep) -> Result<()> {
+        if range.start >= range.end {
+            return Ok(());
+        }
+        let (start, end) = (range.start.get(), range.end.get());
+        let fd = self.file.as_fd();
+        let done = match keep {
+            Keep::Nothing => {
+                Self::attempt(&self.no_punch, || sys::punch_hole(fd, start, end))?
+            }
+            Keep::Blocks => {
+                Self::attempt(&self.no_zero_range, || sys::zero_range(fd, start, end))?
+            }
+        };
+        if done { Ok(()) } else { self.write_zeros(&range) }
+    }
+
+    fn copy_from(
+        &self,
+        at: FileOffset,
+        source: &dyn Storage,
+        from: Range<FileOffset>,
+    ) -> Result<bool> {
+        let Some(source_fd) = source.as_host_fd() else { return Ok(false) };
+        if self.no_copy.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let (start, end) = (from.start.get(), from.end.get());
+        match sys::copy_range(source_fd, start, end, self.file.as_fd(), at.get()) {
+            Ok(true) => Ok(true),
+            Ok(false) => {
+                self.no_copy.store(true, Ordering::Relaxed);
+                Ok(false)
+            }
+            Err(e) => Err(Error::from(e).at_offset(at)),
+        }
+    }
+
+    fn next_data(&self, from: FileOffset) -> Result<Option<Range<FileOffset>>> {
+        let found = sys::next_data(self.file.as_fd(), from.get())?;
+        Ok(found.map(|range| FileOffset::new(range.start)..FileOffset::new(range.end)))
+    }
+
+    fn allocated_bytes(&self) -> Result<u64> {
+        Ok(self.file.metadata()?.blocks().saturating_mul(512))
+    }
+
+    fn drop_cache(&self) -> Result<()> {
+        Ok(sys::drop_cache(self.file.as_fd())?)
+    }
+
+    fn file_id(&self) -> Option<FileId> {
+        Some(self.id)
+    }
+
+    fn as_host_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+}

@@ -1,0 +1,122 @@
+//! Space, holes and caches of one open file.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Calls again while a signal interrupts: a half-done `fallocate` or `fsync` is no failure.
+pub fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
+fn off(value: u64) -> io::Result<libc::off64_t> {
+    libc::off64_t::try_from(value).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
+}
+
+fn fallocate(fd: BorrowedFd<'_>, mode: libc::c_int, start: u64, end: u64) -> io::Result<()> {
+    let (at, len) = (off(start)?, off(end.saturating_sub(start))?);
+    retry_interrupted(|| {
+        // SAFETY: `fd` is borrowed and so open for the whole call; the rest are plain numbers.
+        #[allow(unsafe_code)]
+        let result = unsafe { libc::fallocate64(fd.as_raw_fd(), mode, at, len) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    })
+}
+
+/// Reserves blocks for `start..end` and lengthens the file to `end` where it is shorter.
+pub fn allocate(fd: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
+    fallocate(fd, 0, start, end)
+}
+
+/// Gives the blocks of `start..end` back; the range then reads as zeros.
+pub fn punch_hole(fd: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
+    fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, start, end)
+}
+
+/// Makes `start..end` read as zeros and keeps its blocks.
+pub fn zero_range(fd: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
+    fallocate(fd, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, start, end)
+}
+
+/// Copies `start..end` of one file to another's `at`, all of it.
+///
+/// `Ok(false)` when the host cannot copy between these two files; part of the range may have been
+/// copied by then, so the caller copies all of it.
+pub fn copy_range(
+    source: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+    target: BorrowedFd<'_>,
+    at: u64,
+) -> io::Result<bool> {
+    let (mut from, mut to) = (off(start)?, off(at)?);
+    let end = off(end)?;
+    while from < end {
+        let len = usize::try_from(end.saturating_sub(from)).unwrap_or(usize::MAX);
+        // SAFETY: both descriptors are borrowed and open for the whole call, and the two offsets
+        // are live, exclusively borrowed integers that the kernel only reads and updates.
+        #[allow(unsafe_code)]
+        let copied = unsafe {
+            libc::copy_file_range(
+                source.as_raw_fd(),
+                &mut from,
+                target.as_raw_fd(),
+                &mut to,
+                len,
+                0,
+            )
+        };
+        match copied {
+            // The source ended early: the caller's own copy says where and why.
+            0 => return Ok(false),
+            n if n > 0 => {}
+            _ => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => {}
+                e => match e.raw_os_error() {
+                    Some(
+                        libc::EXDEV | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL
+                        | libc::ETXTBSY | libc::EPERM | libc::EBADF,
+                    ) => return Ok(false),
+                    _ => return Err(e),
+                },
+            },
+        }
+    }
+    Ok(true)
+}
+
+fn seek(fd: BorrowedFd<'_>, at: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    let at = off(at)?;
+    // SAFETY: `fd` is borrowed and so open for the whole call; the rest are plain numbers.
+    #[allow(unsafe_code)]
+    let found = unsafe { libc::lseek64(fd.as_raw_fd(), at, whence) };
+    if let Ok(found) = u64::try_from(found) {
+        return Ok(Some(found));
+    }
+    match io::Error::last_os_error() {
+        e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        e => Err(e),
+    }
+}
+
+/// The next range at or after `from` that has data, as the file system tells it; `None` when there
+/// is none up to the end of the file.
+pub fn next_data(fd: BorrowedFd<'_>, from: u64) -> io::Result<Option<Range<u64>>> {
+    let Some(start) = seek(fd, from, libc::SEEK_DATA)? else { return Ok(None) };
+    // Every file has a virtual hole at its end, so this one is always found.
+    let end = seek(fd, start, libc::SEEK_HOLE)?.unwrap_or(start);
+    Ok(Some(start..end))
+}
+
+/// Asks the kernel to drop its clean cached pages of the file.
+pub fn drop_cache(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: `fd` is borrowed and so open for the whole call; the rest are plain numbers.
+    #[allow(unsafe_code)]
+    let errno = unsafe { libc::posix_fadvise(fd.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
+}

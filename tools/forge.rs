@@ -1,0 +1,2 @@
+//! Writes odd images for the tests.
+fn main() {}
