@@ -143,8 +143,16 @@ impl Error {
     /// An error of this kind at a place not yet known.
     #[must_use]
     pub fn new(kind: ErrorKind) -> Self {
-        let inner = Inner { kind, place: Place::default(), why: None, fix: None, source: None };
-        Self { inner: Box::new(inner) }
+        let inner = Inner {
+            kind,
+            place: Place::default(),
+            why: None,
+            fix: None,
+            source: None,
+        };
+        Self {
+            inner: Box::new(inner),
+        }
     }
 
     /// An error of this kind that says why in words of its own.
@@ -295,11 +303,14 @@ mod tests {
 
     #[test]
     fn the_nearest_place_wins_and_all_of_it_is_shown() {
-        let error = Error::why(ErrorKind::Corrupt, "BAT entry 1041 points past the end of the file")
-            .at_level(Level::new(2))
-            .at_offset(FileOffset::new(0x10a4))
-            .in_file(Path::new("near.hds"))
-            .in_file(Path::new("far.hdd"));
+        let error = Error::why(
+            ErrorKind::Corrupt,
+            "BAT entry 1041 points past the end of the file",
+        )
+        .at_level(Level::new(2))
+        .at_offset(FileOffset::new(0x10a4))
+        .in_file(Path::new("near.hds"))
+        .in_file(Path::new("far.hdd"));
         assert_eq!(
             error.to_string(),
             "corrupt image: BAT entry 1041 points past the end of the file \

@@ -13,5 +13,10 @@
 //! compare. Integers are little-endian throughout.
 
 pub mod bat;
+pub mod descriptor;
+pub mod extension;
+pub mod guid;
 pub mod header;
 pub mod layout;
+pub mod names;
+pub mod xml;

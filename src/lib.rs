@@ -13,8 +13,14 @@
 //!  0  units  error  sys       numbers with meaning; what went wrong; the host's calls
 //! ```
 
+pub mod admin;
+pub mod chain;
+pub mod delta;
+pub mod disk;
 pub mod error;
 pub mod format;
+pub mod fuse;
+pub mod plan;
 pub mod storage;
 pub mod sys;
 pub mod units;

@@ -9,6 +9,8 @@
 //! virtual call is nothing beside a system call.
 
 pub mod file;
+pub mod host;
+pub mod lock;
 pub mod mem;
 
 use crate::error::Result;

@@ -5,3 +5,5 @@
 //! and results in plain types; errors are `io::Error` with the raw errno.
 
 pub mod file;
+pub mod lock;
+pub mod open;

@@ -6,7 +6,11 @@
 //! `disk_*` names a position on the flat disk that users see, `file_*` one in an image file on the
 //! host. The two never mix without the map between them, so they are different types and only the
 //! operators that make sense exist.
-#![warn(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
+#![warn(
+    clippy::arithmetic_side_effects,
+    clippy::as_conversions,
+    clippy::indexing_slicing
+)]
 
 use std::fmt;
 
@@ -263,7 +267,15 @@ mod tests {
             let size = ClusterSize::from_sectors(sectors).unwrap();
             let bytes = u64::from(sectors) * SECTOR;
             assert_eq!(size.bytes(), bytes);
-            for at in [0, 1, bytes - 1, bytes, bytes + 1, 7 * bytes + 3, (1 << 44) - 1] {
+            for at in [
+                0,
+                1,
+                bytes - 1,
+                bytes,
+                bytes + 1,
+                7 * bytes + 3,
+                (1 << 44) - 1,
+            ] {
                 let (cluster, within) = size.split(DiskOffset::new(at));
                 assert_eq!((cluster.get(), within), (at / bytes, at % bytes));
                 assert_eq!(size.count_for(at).get(), at.div_ceil(bytes));
@@ -275,7 +287,10 @@ mod tests {
     fn impossible_cluster_sizes_do_not_exist() {
         assert_eq!(ClusterSize::from_sectors(0), None);
         assert!(ClusterSize::from_sectors(ClusterSize::SECTORS_MAX).is_some());
-        assert_eq!(ClusterSize::from_sectors(ClusterSize::SECTORS_MAX + 1), None);
+        assert_eq!(
+            ClusterSize::from_sectors(ClusterSize::SECTORS_MAX + 1),
+            None
+        );
         assert_eq!(ClusterSize::from_sectors(u32::MAX), None);
     }
 }

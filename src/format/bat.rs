@@ -1,6 +1,10 @@
 //! BAT entries: 32 bits that name a place in the file, in sectors (version 1) or clusters
 //! (version 2). 0 means that this image does not map the cluster.
-#![warn(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
+#![warn(
+    clippy::arithmetic_side_effects,
+    clippy::as_conversions,
+    clippy::indexing_slicing
+)]
 
 use crate::format::header::Version;
 use crate::format::layout::Layout;
@@ -105,7 +109,10 @@ mod tests {
         assert_eq!(layout.check_entry(2, len), Ok(()));
         assert_eq!(layout.check_entry(3, len), Err(EntryError::CutByEnd(3)));
         assert_eq!(layout.check_entry(4, len), Err(EntryError::PastEnd(4)));
-        assert_eq!(layout.check_entry(u32::MAX, len), Err(EntryError::PastEnd(u32::MAX)));
+        assert_eq!(
+            layout.check_entry(u32::MAX, len),
+            Err(EntryError::PastEnd(u32::MAX))
+        );
         let far = Layout::new(Version::V2, layout.cluster(), 20_000, 192);
         assert_eq!(far.check_entry(2, len), Err(EntryError::InTable(2)));
     }

@@ -1,5 +1,9 @@
 //! The 64-byte header: any bytes decode to a [`RawHeader`]; a [`Header`] holds its invariants.
-#![warn(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
+#![warn(
+    clippy::arithmetic_side_effects,
+    clippy::as_conversions,
+    clippy::indexing_slicing
+)]
 
 use crate::format::layout::Layout;
 use crate::units::{ClusterSize, FileOffset, SECTOR, SectorCount};
@@ -153,7 +157,9 @@ pub enum HeaderError {
         first: u64,
     },
     /// Data clusters are not aligned to the cluster size (read-only is possible).
-    #[error("the first block at sector {first} is no multiple of the cluster size ({cluster} sectors)")]
+    #[error(
+        "the first block at sector {first} is no multiple of the cluster size ({cluster} sectors)"
+    )]
     FirstBlockUnaligned {
         /// First block in sectors.
         first: u64,
@@ -237,14 +243,38 @@ impl RawHeader {
         put(&mut bytes, offset::M_SIG, &self.magic);
         put(&mut bytes, offset::M_TYPE, &self.disk_type.to_le_bytes());
         put(&mut bytes, offset::M_HEADS, &self.heads.to_le_bytes());
-        put(&mut bytes, offset::M_CYLINDERS, &self.cylinders.to_le_bytes());
-        put(&mut bytes, offset::M_SECTORS, &self.cluster_sectors.to_le_bytes());
+        put(
+            &mut bytes,
+            offset::M_CYLINDERS,
+            &self.cylinders.to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            offset::M_SECTORS,
+            &self.cluster_sectors.to_le_bytes(),
+        );
         put(&mut bytes, offset::M_SIZE, &self.entry_count.to_le_bytes());
-        put(&mut bytes, offset::M_SIZE_IN_SECTORS, &self.size_in_sectors.to_le_bytes());
-        put(&mut bytes, offset::M_DISK_IN_USE, &self.in_use.to_le_bytes());
-        put(&mut bytes, offset::M_FIRST_BLOCK_OFFSET, &self.first_block.to_le_bytes());
+        put(
+            &mut bytes,
+            offset::M_SIZE_IN_SECTORS,
+            &self.size_in_sectors.to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            offset::M_DISK_IN_USE,
+            &self.in_use.to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            offset::M_FIRST_BLOCK_OFFSET,
+            &self.first_block.to_le_bytes(),
+        );
         put(&mut bytes, offset::M_FLAGS, &self.flags.to_le_bytes());
-        put(&mut bytes, offset::M_FORMAT_EXTENSION_OFFSET, &self.extension.to_le_bytes());
+        put(
+            &mut bytes,
+            offset::M_FORMAT_EXTENSION_OFFSET,
+            &self.extension.to_le_bytes(),
+        );
         bytes
     }
 }
@@ -297,7 +327,13 @@ impl Header {
             return Err(HeaderError::Converting);
         }
         let write_refusal = write_refusal(raw, size, &layout, file_len);
-        Ok(Self { raw: *raw, version, size, layout, write_refusal })
+        Ok(Self {
+            raw: *raw,
+            version,
+            size,
+            layout,
+            write_refusal,
+        })
     }
 
     /// The fields as found.
@@ -373,7 +409,10 @@ fn write_refusal(
     let minimum = layout.table_end().get().div_ceil(SECTOR);
     let first = layout.first_block().get();
     if raw.first_block != 0 && first < minimum {
-        return Some(HeaderError::FirstBlockInTable { first: raw.first_block, minimum });
+        return Some(HeaderError::FirstBlockInTable {
+            first: raw.first_block,
+            minimum,
+        });
     }
     if raw.first_block == 0 || first.rem_euclid(cluster) != 0 {
         return Some(HeaderError::FirstBlockUnaligned { first, cluster });
@@ -443,14 +482,32 @@ mod tests {
     fn impossible_headers_are_refused() {
         assert_eq!(refused(|h| h.magic[3] = 0), HeaderError::Magic);
         assert_eq!(refused(|h| h.disk_type = 3), HeaderError::Type(3));
-        assert_eq!(refused(|h| h.cluster_sectors = 0), HeaderError::ClusterSize(0));
-        assert_eq!(refused(|h| h.cluster_sectors = 4_186_128), HeaderError::ClusterSize(4_186_128));
-        assert_eq!(refused(|h| h.entry_count = 1 << 29), HeaderError::EntryCount(1 << 29));
-        assert_eq!(refused(|h| h.entry_count = 0), HeaderError::NoEntries(20480));
-        assert_eq!(refused(|h| h.size_in_sectors = 1 << 60), HeaderError::DiskSize(1 << 60));
+        assert_eq!(
+            refused(|h| h.cluster_sectors = 0),
+            HeaderError::ClusterSize(0)
+        );
+        assert_eq!(
+            refused(|h| h.cluster_sectors = 4_186_128),
+            HeaderError::ClusterSize(4_186_128)
+        );
+        assert_eq!(
+            refused(|h| h.entry_count = 1 << 29),
+            HeaderError::EntryCount(1 << 29)
+        );
+        assert_eq!(
+            refused(|h| h.entry_count = 0),
+            HeaderError::NoEntries(20480)
+        );
+        assert_eq!(
+            refused(|h| h.size_in_sectors = 1 << 60),
+            HeaderError::DiskSize(1 << 60)
+        );
         assert_eq!(
             refused(|h| h.entry_count = 8177),
-            HeaderError::TableTruncated { table_end: 64 + 4 * 8177, len: 32768 }
+            HeaderError::TableTruncated {
+                table_end: 64 + 4 * 8177,
+                len: 32768
+            }
         );
         assert_eq!(
             refused(|h| {
@@ -469,15 +526,24 @@ mod tests {
         );
         assert_eq!(
             read_only(|h| h.entry_count = 319),
-            Some(HeaderError::TooFewEntries { entries: 319, sectors: 20480 })
+            Some(HeaderError::TooFewEntries {
+                entries: 319,
+                sectors: 20480
+            })
         );
         assert_eq!(
             read_only(|h| h.first_block = 2),
-            Some(HeaderError::FirstBlockInTable { first: 2, minimum: 3 })
+            Some(HeaderError::FirstBlockInTable {
+                first: 2,
+                minimum: 3
+            })
         );
         assert_eq!(
             read_only(|h| h.first_block = 65),
-            Some(HeaderError::FirstBlockUnaligned { first: 65, cluster: 64 })
+            Some(HeaderError::FirstBlockUnaligned {
+                first: 65,
+                cluster: 64
+            })
         );
         assert_eq!(
             read_only(|h| h.first_block = 128),
@@ -488,7 +554,10 @@ mod tests {
                 h.magic = MAGIC_V1;
                 h.first_block = 0;
             }),
-            Some(HeaderError::FirstBlockUnaligned { first: 3, cluster: 64 })
+            Some(HeaderError::FirstBlockUnaligned {
+                first: 3,
+                cluster: 64
+            })
         );
         assert_eq!(
             read_only(|h| {

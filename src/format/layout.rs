@@ -1,8 +1,14 @@
 //! Where the table ends, where data begins, and which page of the table holds which entry.
-#![warn(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
+#![warn(
+    clippy::arithmetic_side_effects,
+    clippy::as_conversions,
+    clippy::indexing_slicing
+)]
 
 use crate::format::header::{HEADER_LEN, Version};
-use crate::units::{ClusterSize, DiskCluster, FileCluster, FileOffset, SECTOR, SectorCount, len_u64};
+use crate::units::{
+    ClusterSize, DiskCluster, FileCluster, FileOffset, SECTOR, SectorCount, len_u64,
+};
 use std::ops::Range;
 
 /// Bytes of a page of the table, header included in page 0: the unit in which it is cached and
@@ -39,14 +45,13 @@ impl Layout {
     /// (old version 1 images) data starts right after the table, rounded up to a sector, or to a
     /// cluster in version 2.
     #[must_use]
-    pub fn new(
-        version: Version,
-        cluster: ClusterSize,
-        entry_count: u32,
-        first_block: u32,
-    ) -> Self {
-        let mut layout =
-            Self { version, cluster, entry_count, first_block: SectorCount::new(first_block.into()) };
+    pub fn new(version: Version, cluster: ClusterSize, entry_count: u32, first_block: u32) -> Self {
+        let mut layout = Self {
+            version,
+            cluster,
+            entry_count,
+            first_block: SectorCount::new(first_block.into()),
+        };
         if first_block == 0 {
             let end = layout.table_end().get();
             let sectors = match version {
@@ -126,7 +131,9 @@ impl Layout {
     pub fn cluster_of(page: PageIndex, slot: usize) -> Option<DiskCluster> {
         let position = u64::from(page.0).saturating_mul(len_u64(BAT_PAGE_SLOTS));
         let position = position.saturating_add(len_u64(slot));
-        position.checked_sub(len_u64(HEADER_SLOTS)).map(DiskCluster::new)
+        position
+            .checked_sub(len_u64(HEADER_SLOTS))
+            .map(DiskCluster::new)
     }
 
     /// The slots of a page that hold entries of this table: not the header's, none after the last.
@@ -146,14 +153,20 @@ impl Layout {
     pub fn page_bytes(&self, page: PageIndex) -> Range<FileOffset> {
         let slots = self.slots_of(page);
         let base = u64::from(page.0).saturating_mul(len_u64(BAT_PAGE_LEN));
-        let at = |slot: usize| FileOffset::new(base.saturating_add(len_u64(slot).saturating_mul(4)));
+        let at =
+            |slot: usize| FileOffset::new(base.saturating_add(len_u64(slot).saturating_mul(4)));
         at(slots.start)..at(slots.end)
     }
 
     /// Byte position of an entry in the file.
     #[must_use]
     pub fn entry_offset(cluster: DiskCluster) -> FileOffset {
-        FileOffset::new(cluster.get().saturating_mul(4).saturating_add(len_u64(HEADER_LEN)))
+        FileOffset::new(
+            cluster
+                .get()
+                .saturating_mul(4)
+                .saturating_add(len_u64(HEADER_LEN)),
+        )
     }
 }
 
@@ -170,10 +183,13 @@ mod tests {
     fn pages_and_clusters_agree_both_ways() {
         for cluster in [0, 1, 1007, 1008, 1009, 2031, 2032, (1 << 29) - 2] {
             let (page, slot) = Layout::page_of(DiskCluster::new(cluster));
-            assert_eq!(u64::from(page.0) * 1024 + slot as u64, cluster + 16);
-            assert_eq!(Layout::cluster_of(page, slot), Some(DiskCluster::new(cluster)));
+            assert_eq!(u64::from(page.0) * 1024 + len_u64(slot), cluster + 16);
+            assert_eq!(
+                Layout::cluster_of(page, slot),
+                Some(DiskCluster::new(cluster))
+            );
             let offset = Layout::entry_offset(DiskCluster::new(cluster)).get();
-            assert_eq!(offset, u64::from(page.0) * 4096 + slot as u64 * 4);
+            assert_eq!(offset, u64::from(page.0) * 4096 + len_u64(slot) * 4);
         }
         assert_eq!(Layout::cluster_of(PageIndex(0), 15), None);
     }
@@ -197,9 +213,12 @@ mod tests {
     /// Known images: entries that fit one cluster, and where data then starts.
     #[test]
     fn the_minimal_first_block_is_that_of_other_writers() {
-        for (sectors, entries, first) in
-            [(64, 320, 64), (2048, 10, 2048), (2048, 3_145_728, 26_624), (131_072, 2, 131_072)]
-        {
+        for (sectors, entries, first) in [
+            (64, 320, 64),
+            (2048, 10, 2048),
+            (2048, 3_145_728, 26_624),
+            (131_072, 2, 131_072),
+        ] {
             let cluster = ClusterSize::from_sectors(sectors).unwrap();
             let layout = Layout::new(Version::V2, cluster, entries, 0);
             assert_eq!(layout.first_block().get(), first);

@@ -5,9 +5,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file as sys;
 use crate::units::{FileOffset, len_u64};
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Zeros that stand in for a host call that the file system lacks.
@@ -33,7 +33,10 @@ impl FileStorage {
             return Err(Error::why(ErrorKind::OutsideBundle, "not a plain file"));
         }
         Ok(Self {
-            id: FileId { device: meta.dev(), inode: meta.ino() },
+            id: FileId {
+                device: meta.dev(),
+                inode: meta.ino(),
+            },
             file,
             no_punch: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
@@ -83,11 +86,15 @@ impl Storage for FileStorage {
     }
 
     fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
-        self.file.read_exact_at(buf, at.get()).map_err(|e| Error::from(e).at_offset(at))
+        self.file
+            .read_exact_at(buf, at.get())
+            .map_err(|e| Error::from(e).at_offset(at))
     }
 
     fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()> {
-        self.file.write_all_at(buf, at.get()).map_err(|e| Error::from(e).at_offset(at))
+        self.file
+            .write_all_at(buf, at.get())
+            .map_err(|e| Error::from(e).at_offset(at))
     }
 
     fn sync_data(&self) -> Result<()> {
@@ -117,14 +124,14 @@ impl Storage for FileStorage {
         let (start, end) = (range.start.get(), range.end.get());
         let fd = self.file.as_fd();
         let done = match keep {
-            Keep::Nothing => {
-                Self::attempt(&self.no_punch, || sys::punch_hole(fd, start, end))?
-            }
-            Keep::Blocks => {
-                Self::attempt(&self.no_zero_range, || sys::zero_range(fd, start, end))?
-            }
+            Keep::Nothing => Self::attempt(&self.no_punch, || sys::punch_hole(fd, start, end))?,
+            Keep::Blocks => Self::attempt(&self.no_zero_range, || sys::zero_range(fd, start, end))?,
         };
-        if done { Ok(()) } else { self.write_zeros(&range) }
+        if done {
+            Ok(())
+        } else {
+            self.write_zeros(&range)
+        }
     }
 
     fn copy_from(
@@ -133,7 +140,9 @@ impl Storage for FileStorage {
         source: &dyn Storage,
         from: Range<FileOffset>,
     ) -> Result<bool> {
-        let Some(source_fd) = source.as_host_fd() else { return Ok(false) };
+        let Some(source_fd) = source.as_host_fd() else {
+            return Ok(false);
+        };
         if self.no_copy.load(Ordering::Relaxed) {
             return Ok(false);
         }

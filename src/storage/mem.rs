@@ -18,7 +18,9 @@ impl MemStorage {
     /// A file with these bytes.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes: RwLock::new(bytes) }
+        Self {
+            bytes: RwLock::new(bytes),
+        }
     }
 
     /// A copy of all bytes.
@@ -38,7 +40,10 @@ fn indices(at: FileOffset, len: u64) -> Result<Range<usize>> {
 }
 
 fn range_indices(range: &Range<FileOffset>) -> Result<Range<usize>> {
-    indices(range.start, range.end.get().saturating_sub(range.start.get()))
+    indices(
+        range.start,
+        range.end.get().saturating_sub(range.start.get()),
+    )
 }
 
 impl Storage for MemStorage {

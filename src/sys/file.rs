@@ -24,7 +24,11 @@ fn fallocate(fd: BorrowedFd<'_>, mode: libc::c_int, start: u64, end: u64) -> io:
         // SAFETY: `fd` is borrowed and so open for the whole call; the rest are plain numbers.
         #[allow(unsafe_code)]
         let result = unsafe { libc::fallocate64(fd.as_raw_fd(), mode, at, len) };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     })
 }
 
@@ -35,12 +39,22 @@ pub fn allocate(fd: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
 
 /// Gives the blocks of `start..end` back; the range then reads as zeros.
 pub fn punch_hole(fd: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
-    fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, start, end)
+    fallocate(
+        fd,
+        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+        start,
+        end,
+    )
 }
 
 /// Makes `start..end` read as zeros and keeps its blocks.
 pub fn zero_range(fd: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
-    fallocate(fd, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, start, end)
+    fallocate(
+        fd,
+        libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+        start,
+        end,
+    )
 }
 
 /// Copies `start..end` of one file to another's `at`, all of it.
@@ -79,8 +93,13 @@ pub fn copy_range(
                 e if e.kind() == io::ErrorKind::Interrupted => {}
                 e => match e.raw_os_error() {
                     Some(
-                        libc::EXDEV | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL
-                        | libc::ETXTBSY | libc::EPERM | libc::EBADF,
+                        libc::EXDEV
+                        | libc::EOPNOTSUPP
+                        | libc::ENOSYS
+                        | libc::EINVAL
+                        | libc::ETXTBSY
+                        | libc::EPERM
+                        | libc::EBADF,
                     ) => return Ok(false),
                     _ => return Err(e),
                 },
@@ -107,7 +126,9 @@ fn seek(fd: BorrowedFd<'_>, at: u64, whence: libc::c_int) -> io::Result<Option<u
 /// The next range at or after `from` that has data, as the file system tells it; `None` when there
 /// is none up to the end of the file.
 pub fn next_data(fd: BorrowedFd<'_>, from: u64) -> io::Result<Option<Range<u64>>> {
-    let Some(start) = seek(fd, from, libc::SEEK_DATA)? else { return Ok(None) };
+    let Some(start) = seek(fd, from, libc::SEEK_DATA)? else {
+        return Ok(None);
+    };
     // Every file has a virtual hole at its end, so this one is always found.
     let end = seek(fd, start, libc::SEEK_HOLE)?.unwrap_or(start);
     Ok(Some(start..end))
@@ -118,5 +139,9 @@ pub fn drop_cache(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: `fd` is borrowed and so open for the whole call; the rest are plain numbers.
     #[allow(unsafe_code)]
     let errno = unsafe { libc::posix_fadvise(fd.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-    if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
+    if errno == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(errno))
+    }
 }

@@ -1,0 +1,8 @@
+//! The operator's door: operations on whole disks that are not mounted.
+//!
+//! Imports: `chain` and lower.
+//! Never: serves a request, or prints.
+//!
+//! [`info`] tells what a disk is made of.
+
+pub mod info;

@@ -1,0 +1,508 @@
+//! From what the user named to open, locked files.
+//!
+//! 1. Find out what IMAGE is: a bare image, or a bundle's descriptor ([`find`]).
+//! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order could
+//!    read what an operation of ploop is about to replace.
+//! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice, lock
+//!    all, and only then read the first bytes of any ([`files`]).
+//!
+//! Lower deltas are never opened for writing. Everything stays locked as long as its storage lives,
+//! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
+
+mod files;
+mod find;
+mod survey;
+
+pub use survey::{Survey, SurveyedFile, SurveyedPart};
+
+use crate::chain::bundle::files::{Opening, Registry, Wanted};
+use crate::chain::bundle::find::Found;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::descriptor::{Descriptor, DescriptorError, Encryption, ImageType, Part, Shot};
+use crate::format::guid::Guid;
+use crate::format::xml;
+use crate::storage::file::FileStorage;
+use crate::storage::host::{self, Roots};
+use crate::storage::lock;
+use crate::sys::open as sys;
+use crate::units::SectorCount;
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Name of the descriptor in a bundle.
+pub const DESCRIPTOR: &str = "DiskDescriptor.xml";
+/// The word that selects the newest frozen snapshot.
+pub const LATEST: &str = "latest";
+
+/// What the user asked for.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// GUID, name or `latest`; none for the top.
+    pub snapshot: Option<String>,
+    /// Deltas named by hand, base first; the top is the image itself.
+    pub lower: Vec<PathBuf>,
+    /// `--format raw`: a missing magic means a plain image.
+    pub raw: bool,
+    /// Open the top for writing.
+    pub write: bool,
+    /// Take no locks (`info` only).
+    pub no_lock: bool,
+    /// Directories outside the bundle that a descriptor may name files in.
+    pub allow_outside: Vec<PathBuf>,
+}
+
+/// All files of the disk, opened and locked.
+#[derive(Debug)]
+pub struct OpenedImages {
+    /// The path as the user named it.
+    pub named: PathBuf,
+    /// Parts in disk order; one where the disk is not split.
+    pub parts: Vec<OpenedPart>,
+    /// Frozen snapshots of the bundle, oldest first; empty for a bare image.
+    pub snapshots: Vec<SnapshotInfo>,
+    /// The GUID that is open, as `{...}`, where the image is a bundle.
+    pub selected: Option<String>,
+    /// `Disk_size` of the descriptor, where the image is a bundle.
+    pub disk_size: Option<SectorCount>,
+    /// Things to tell the user.
+    pub warnings: Vec<String>,
+    bundle: Option<Arc<Bundle>>,
+}
+
+/// A frozen snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct SnapshotInfo {
+    /// `{...}`, lower case.
+    pub guid: String,
+    /// The snapshot below it.
+    pub parent: Option<String>,
+    /// What people called it, where known.
+    pub name: Option<String>,
+}
+
+/// A part of the disk with its chain.
+#[derive(Debug)]
+pub struct OpenedPart {
+    /// First sector of the disk in this part.
+    pub start: SectorCount,
+    /// One past the last sector, where a descriptor says so.
+    pub end: Option<SectorCount>,
+    /// `Blocksize` of the descriptor, sectors.
+    pub blocksize: Option<u32>,
+    /// Base first, top last.
+    pub files: Vec<OpenedFile>,
+}
+
+/// An open file of a chain.
+#[derive(Clone, Debug)]
+pub struct OpenedFile {
+    /// Where it is, as it is shown to people.
+    pub path: PathBuf,
+    /// The open file; its locks end when the last clone is dropped.
+    pub storage: Arc<FileStorage>,
+    /// Whether it is a plain image.
+    pub plain: Plain,
+    /// The snapshot that it belongs to, as `{...}`, where the image is a bundle.
+    pub guid: Option<String>,
+}
+
+/// Whether a file is a plain (raw) image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plain {
+    /// It starts with the format's magic.
+    No,
+    /// The descriptor or the user says that it is raw, and no magic contradicts that.
+    Yes,
+}
+
+/// Keeps a bundle locked against ploop while any clone lives.
+#[derive(Clone, Debug)]
+pub struct BundleLock {
+    _bundle: Option<Arc<Bundle>>,
+}
+
+/// What stays open of a bundle.
+#[derive(Debug)]
+struct Bundle {
+    roots: Roots,
+    descriptor: Descriptor,
+    names: HashMap<Guid, String>,
+    files: Registry,
+    no_lock: bool,
+    _lock: Option<File>,
+}
+
+/// Opens and locks.
+pub fn open(image: &Path, selection: &Selection) -> Result<OpenedImages> {
+    if let Err(e) = sys::raise_file_limit() {
+        log::debug!("the limit of open files stays as it is: {e}");
+    }
+    match find::find(image)? {
+        Found::Image(path) => open_by_hand(image, &path, selection),
+        Found::Bundle {
+            directory,
+            descriptor,
+        } => open_bundle(image, &directory, &descriptor, selection),
+    }
+}
+
+/// A bare image, or deltas named by hand.
+fn open_by_hand(named: &Path, top: &Path, selection: &Selection) -> Result<OpenedImages> {
+    if let Some(snapshot) = &selection.snapshot {
+        let why = format!("{snapshot:?}: only a bundle has snapshots, and this is a single image");
+        return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(named));
+    }
+    let registry = Registry::default();
+    let mut opening = Opening::new(selection.no_lock, &registry);
+    let paths = selection.lower.iter().map(PathBuf::as_path).chain([top]);
+    for (level, path) in paths.enumerate() {
+        let write = selection.write && level == selection.lower.len();
+        opening.add(Wanted {
+            part: 0,
+            file: host::by_user(path, write).map_err(|e| read_only_hint(e, write))?,
+            path: path.to_owned(),
+            guid: None,
+            kind: if selection.raw && level == 0 {
+                ImageType::Plain
+            } else {
+                ImageType::Compressed
+            },
+            write,
+        })?;
+    }
+    let (mut chains, mut warnings) = opening.finish(1)?;
+    if selection.write && selection.lower.is_empty() {
+        warnings.extend(find::member_of_bundle(top));
+    }
+    let files = chains.pop().unwrap_or_default();
+    let part = OpenedPart {
+        start: SectorCount::ZERO,
+        end: None,
+        blocksize: None,
+        files,
+    };
+    Ok(OpenedImages {
+        named: named.to_owned(),
+        parts: vec![part],
+        snapshots: Vec::new(),
+        selected: None,
+        disk_size: None,
+        warnings,
+        bundle: None,
+    })
+}
+
+fn open_bundle(
+    named: &Path,
+    directory: &Path,
+    descriptor_name: &str,
+    selection: &Selection,
+) -> Result<OpenedImages> {
+    for (given, option) in [
+        (!selection.lower.is_empty(), "--lower"),
+        (selection.raw, "--format"),
+    ] {
+        if given {
+            let why = format!("{option} is for single images; a descriptor says this itself");
+            return Err(Error::why(ErrorKind::Usage, why).in_file(named));
+        }
+    }
+    let roots = Roots::open(directory, &selection.allow_outside)?;
+    let mut warnings = Vec::new();
+    let lock = lock_bundle(&roots, descriptor_name, selection, &mut warnings)?;
+    let path = directory.join(descriptor_name);
+    let descriptor = read_descriptor(&roots, descriptor_name)?;
+    let names = find::snapshot_names(directory);
+    let target =
+        select(&descriptor, &names, selection.snapshot.as_deref()).map_err(|e| e.in_file(&path))?;
+    if selection.write {
+        check_writable(&descriptor, target).map_err(|e| e.in_file(&path))?;
+    }
+    warnings.extend(descriptor.oddities.iter().map(|oddity| format!("{oddity}")));
+    warnings.extend(encryption_text(&descriptor).map(|how| {
+        format!("the disk is encrypted ({how}); its contents are passed on as they are stored")
+    }));
+    if directory
+        .join(format!("{descriptor_name}.tmp"))
+        .symlink_metadata()
+        .is_ok()
+    {
+        warnings.push(format!(
+            "{descriptor_name}.tmp is there: an operation of ploop runs or was interrupted"
+        ));
+    }
+    // A reader needs the lock no longer than its files take to open: then their own locks hold, and
+    // reading a frozen snapshot must not keep others from using the top.
+    let (kept, passing) = if selection.write {
+        (lock, None)
+    } else {
+        (None, lock)
+    };
+    let bundle = Arc::new(Bundle {
+        roots,
+        descriptor,
+        names,
+        files: Registry::default(),
+        no_lock: selection.no_lock,
+        _lock: kept,
+    });
+    let mut images = open_chain(&bundle, target, selection.write)?;
+    drop(passing);
+    named.clone_into(&mut images.named);
+    warnings.append(&mut images.warnings);
+    images.warnings = warnings;
+    Ok(images)
+}
+
+/// Takes ploop's lock, shared for reading. Reading makes no file and does not insist.
+fn lock_bundle(
+    roots: &Roots,
+    descriptor_name: &str,
+    selection: &Selection,
+    warnings: &mut Vec<String>,
+) -> Result<Option<File>> {
+    if selection.no_lock {
+        return Ok(None);
+    }
+    let name = format!("{descriptor_name}.lck");
+    let path = roots.path().join(&name);
+    let file = match sys::lock_file(roots.home(), Path::new(&name), selection.write) {
+        Ok(file) => file,
+        Err(_) if !selection.write => return Ok(None),
+        Err(e) => {
+            let error = Error::why(e_kind(&e), "cannot take ploop's lock on the bundle").because(e);
+            return Err(read_only_hint(error.in_file(&path), true));
+        }
+    };
+    let deadline = Instant::now() + lock::PATIENCE;
+    match lock::bundle(&file, selection.write, deadline) {
+        Ok(true) => Ok(Some(file)),
+        Ok(false) if selection.write => Err(lock::bundle_refusal(&file, &path)),
+        Ok(false) => {
+            warnings.push("another program is working on the bundle".to_owned());
+            Ok(None)
+        }
+        Err(_) if !selection.write => Ok(None),
+        Err(e) => Err(e.in_file(&path)),
+    }
+}
+
+fn e_kind(error: &std::io::Error) -> ErrorKind {
+    ErrorKind::Io(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// What can be done where writing is not possible and reading may be.
+fn read_only_hint(error: Error, write: bool) -> Error {
+    match error.kind() {
+        ErrorKind::Io(libc::EROFS | libc::EACCES | libc::EPERM) if write => {
+            error.fix("to read only: -r")
+        }
+        _ => error,
+    }
+}
+
+fn read_descriptor(roots: &Roots, name: &str) -> Result<Descriptor> {
+    let path = roots.path().join(name);
+    let bytes = roots.read(name, xml::BYTES_MAX)?;
+    Descriptor::parse(&bytes).map_err(|e| descriptor_error(e).in_file(&path))
+}
+
+fn descriptor_error(error: DescriptorError) -> Error {
+    let kind = match error {
+        DescriptorError::NoSuchShot(_) => ErrorKind::NoSuchSnapshot,
+        DescriptorError::ParentVolume { .. } => ErrorKind::Unsupported,
+        _ => ErrorKind::Descriptor,
+    };
+    Error::new(kind).because(error)
+}
+
+fn encryption_text(descriptor: &Descriptor) -> Option<String> {
+    Some(match descriptor.encryption.as_ref()? {
+        Encryption::Key(key) => format!("key {key:?}"),
+        Encryption::Engine(engine) => format!("engine {engine}"),
+    })
+}
+
+/// The snapshot that a word means.
+fn select(
+    descriptor: &Descriptor,
+    names: &HashMap<Guid, String>,
+    word: Option<&str>,
+) -> Result<Guid> {
+    let Some(word) = word else {
+        return Ok(descriptor.top);
+    };
+    let exists = |guid: &Guid| descriptor.snapshots.iter().any(|shot| shot.guid == *guid);
+    if word == LATEST {
+        let top = descriptor
+            .snapshots
+            .iter()
+            .find(|shot| shot.guid == descriptor.top);
+        return top
+            .and_then(|shot| shot.parent)
+            .filter(exists)
+            .ok_or_else(|| {
+                Error::why(
+                    ErrorKind::NoSuchSnapshot,
+                    "the disk has no snapshot below its top",
+                )
+            });
+    }
+    if let Some(guid) = Guid::parse(word).filter(exists) {
+        return Ok(guid);
+    }
+    let mut called = descriptor
+        .snapshots
+        .iter()
+        .map(|shot| shot.guid)
+        .filter(|guid| names.get(guid).is_some_and(|name| name == word));
+    match (called.next(), called.next()) {
+        (Some(guid), None) => Ok(guid),
+        (Some(one), Some(two)) => {
+            let why = format!("{word:?} names {one}, {two} and perhaps more");
+            Err(Error::why(ErrorKind::NoSuchSnapshot, why).fix("name the GUID instead"))
+        }
+        (None, _) => {
+            let list: Vec<String> = descriptor
+                .frozen()
+                .iter()
+                .map(|shot| match names.get(&shot.guid) {
+                    Some(name) => format!("{} {name:?}", shot.guid),
+                    None => shot.guid.to_string(),
+                })
+                .collect();
+            let fix = match list.len() {
+                0 => "the disk has no snapshots".to_owned(),
+                1..=20 => format!("there are: {}", list.join(", ")),
+                n => format!("there are {n}; `ploopfs info` lists them"),
+            };
+            Err(Error::why(ErrorKind::NoSuchSnapshot, format!("{word:?}")).fix(fix))
+        }
+    }
+}
+
+fn check_writable(descriptor: &Descriptor, target: Guid) -> Result<()> {
+    if target != descriptor.top {
+        let why = format!("the snapshot {target} is frozen: only the top can be written to");
+        return Err(Error::why(ErrorKind::ReadOnly, why).fix("to read it: -r"));
+    }
+    match descriptor
+        .oddities
+        .iter()
+        .find(|oddity| oddity.forbids_writing())
+    {
+        Some(oddity) => {
+            Err(Error::why(ErrorKind::Unsupported, oddity.to_string()).fix("to read it: -r"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Opens the chain of a snapshot in every part.
+fn open_chain(bundle: &Arc<Bundle>, target: Guid, write: bool) -> Result<OpenedImages> {
+    let Bundle {
+        roots, descriptor, ..
+    } = bundle.as_ref();
+    let chain = descriptor.chain(target).map_err(descriptor_error)?;
+    let mut opening = Opening::new(bundle.no_lock, &bundle.files);
+    let mut moved = 0;
+    for part in 0..descriptor.parts.len() {
+        let images = descriptor.images(part, &chain).map_err(descriptor_error)?;
+        for image in &images {
+            let write = write && image.guid == target;
+            let found = roots
+                .named(&image.file, write)
+                .map_err(|e| match e.kind() {
+                    ErrorKind::Missing => {
+                        let why = format!("the image of snapshot {}", image.guid);
+                        Error::why(ErrorKind::Missing, why).in_file(&roots.path().join(&image.file))
+                    }
+                    _ => read_only_hint(e, write),
+                })?;
+            moved += u32::from(found.moved);
+            opening.add(Wanted {
+                part,
+                file: found.file,
+                path: found.path,
+                guid: Some(image.guid),
+                kind: image.kind,
+                write,
+            })?;
+        }
+    }
+    let (chains, mut warnings) = opening.finish(descriptor.parts.len())?;
+    if moved > 0 {
+        warnings
+            .push("the bundle was moved; its files were found beside the descriptor".to_owned());
+    }
+    // The bounds of an only part that does not cover the disk mean nothing.
+    let whole = |part: &&Part| {
+        descriptor.parts.len() > 1
+            || (part.start == SectorCount::ZERO && part.end == descriptor.disk_size)
+    };
+    let parts = descriptor
+        .parts
+        .iter()
+        .zip(chains)
+        .map(|(part, files)| OpenedPart {
+            start: Some(part)
+                .filter(whole)
+                .map_or(SectorCount::ZERO, |part| part.start),
+            end: Some(part).filter(whole).map(|part| part.end),
+            blocksize: part.blocksize,
+            files,
+        });
+    Ok(OpenedImages {
+        named: roots.path().to_owned(),
+        parts: parts.collect(),
+        snapshots: snapshot_infos(descriptor, &bundle.names),
+        selected: Some(target.to_string()),
+        disk_size: Some(descriptor.disk_size),
+        warnings,
+        bundle: Some(Arc::clone(bundle)),
+    })
+}
+
+fn snapshot_infos(descriptor: &Descriptor, names: &HashMap<Guid, String>) -> Vec<SnapshotInfo> {
+    let info = |shot: &Shot| SnapshotInfo {
+        guid: shot.guid.to_string(),
+        parent: shot.parent.map(|parent| parent.to_string()),
+        name: names.get(&shot.guid).cloned(),
+    };
+    descriptor.frozen().into_iter().map(info).collect()
+}
+
+impl OpenedImages {
+    /// The same disk as of a snapshot (GUID, name or `latest`), read-only, sharing the files that are
+    /// open already as long as their storages live; the others are opened and locked.
+    pub fn open_snapshot(&self, snapshot: &str) -> Result<OpenedImages> {
+        let Some(bundle) = &self.bundle else {
+            let why = "only a bundle has snapshots, and this is a single image";
+            return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(&self.named));
+        };
+        let target = select(&bundle.descriptor, &bundle.names, Some(snapshot))?;
+        let mut images = open_chain(bundle, target, false)?;
+        images.named.clone_from(&self.named);
+        Ok(images)
+    }
+
+    /// Keeps the bundle locked for as long as the returned value lives, whatever becomes of this one.
+    #[must_use]
+    pub fn bundle_lock(&self) -> BundleLock {
+        BundleLock {
+            _bundle: self.bundle.clone(),
+        }
+    }
+
+    /// The descriptor, where the image is a bundle.
+    #[must_use]
+    pub fn descriptor(&self) -> Option<&Descriptor> {
+        self.bundle.as_deref().map(|bundle| &bundle.descriptor)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,174 @@
+//! What IMAGE is, and what lies beside it.
+
+use super::DESCRIPTOR;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::descriptor::Descriptor;
+use crate::format::guid::Guid;
+use crate::format::{names, xml};
+use crate::storage::host;
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The most entries of a directory that are looked at for an error's text.
+const LISTED_MAX: usize = 10_000;
+
+/// What an IMAGE turned out to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// A single image file.
+    Image(PathBuf),
+    /// A descriptor in a directory.
+    Bundle {
+        directory: PathBuf,
+        descriptor: String,
+    },
+}
+
+fn has_extension(path: &Path, wanted: &str) -> bool {
+    path.extension()
+        .and_then(OsStr::to_str)
+        .is_some_and(|e| e.eq_ignore_ascii_case(wanted))
+}
+
+/// Looks at names and kinds of files only; what is in them is read when they are locked.
+pub(super) fn find(image: &Path) -> Result<Found> {
+    let meta = match fs::metadata(image) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::new(ErrorKind::Missing).in_file(image));
+        }
+        Err(e) => return Err(Error::from(e).in_file(image)),
+    };
+    if meta.is_dir() {
+        return find_in_directory(image);
+    }
+    match image.file_name().and_then(OsStr::to_str) {
+        Some(name) if has_extension(image, "xml") => {
+            let directory = match image.parent() {
+                Some(parent) if parent != Path::new("") => parent,
+                _ => Path::new("."),
+            };
+            Ok(Found::Bundle {
+                directory: directory.to_owned(),
+                descriptor: name.to_owned(),
+            })
+        }
+        _ => Ok(Found::Image(image.to_owned())),
+    }
+}
+
+fn find_in_directory(directory: &Path) -> Result<Found> {
+    if directory.join(DESCRIPTOR).symlink_metadata().is_ok() {
+        let (directory, descriptor) = (directory.to_owned(), DESCRIPTOR.to_owned());
+        return Ok(Found::Bundle {
+            directory,
+            descriptor,
+        });
+    }
+    let disks = entries(directory, "hdd");
+    if has_extension(directory, "pvm") {
+        return match disks.as_slice() {
+            [only] if only.is_dir() && !has_extension(only, "pvm") => find_in_directory(only),
+            // Very old versions have a single file under that name.
+            [only] => Ok(Found::Image(only.clone())),
+            [] => {
+                let why = "the virtual machine has no .hdd";
+                Err(Error::why(ErrorKind::Missing, why).in_file(directory))
+            }
+            several => {
+                let why = format!("the virtual machine has {} disks", several.len());
+                let fix = format!("name one of them: {}", shown(several));
+                Err(Error::why(ErrorKind::Usage, why)
+                    .in_file(directory)
+                    .fix(fix))
+            }
+        };
+    }
+    let error = Error::why(
+        ErrorKind::Missing,
+        format!("the directory has no {DESCRIPTOR}"),
+    );
+    let images = entries(directory, "hds");
+    let fix = if !images.is_empty() {
+        format!(
+            "it has these images, each of which can be named by itself: {}",
+            shown(&images)
+        )
+    } else if !disks.is_empty() {
+        format!("perhaps one of these is meant: {}", shown(&disks))
+    } else {
+        "it has no .hds files either".to_owned()
+    };
+    Err(error.in_file(directory).fix(fix))
+}
+
+/// The entries with this extension, sorted. Images of ploop have a GUID behind theirs.
+fn entries(directory: &Path, extension: &str) -> Vec<PathBuf> {
+    let Ok(listing) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let with_guid = format!(".{extension}.{{");
+    let mut found: Vec<PathBuf> = listing
+        .flatten()
+        .take(LISTED_MAX)
+        .map(|entry| entry.path())
+        .filter(|path| {
+            has_extension(path, extension) || path.to_string_lossy().contains(&with_guid)
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+fn shown(paths: &[PathBuf]) -> String {
+    const SHOWN: usize = 10;
+    let mut names: Vec<String> = paths
+        .iter()
+        .take(SHOWN)
+        .map(|path| path.display().to_string())
+        .collect();
+    if paths.len() > SHOWN {
+        names.push(format!("and {} more", paths.len() - SHOWN));
+    }
+    names.join(", ")
+}
+
+/// What people called the snapshots, where the virtual machine's directory says so.
+pub(super) fn snapshot_names(directory: &Path) -> HashMap<Guid, String> {
+    // By way of the real path: a bundle may be named through a link, or as ".".
+    let Ok(real) = fs::canonicalize(directory) else {
+        return HashMap::new();
+    };
+    let parse = |bytes: Vec<u8>| match names::parse(&bytes) {
+        Ok(names) => Some(names),
+        Err(e) => {
+            log::debug!("{} is left alone: {e}", names::FILE_NAME);
+            None
+        }
+    };
+    real.parent()
+        .and_then(|parent| host::read_optional(parent, names::FILE_NAME, xml::BYTES_MAX))
+        .and_then(parse)
+        .unwrap_or_default()
+}
+
+/// A warning for writing to a single image that belongs to a bundle: the bundle's other files may
+/// depend on it, and ploop sees no lock.
+pub(super) fn member_of_bundle(image: &Path) -> Option<String> {
+    let real = fs::canonicalize(image).ok()?;
+    let bytes = host::read_optional(real.parent()?, DESCRIPTOR, xml::BYTES_MAX)?;
+    let descriptor = Descriptor::parse(&bytes).ok()?;
+    let name = real.file_name()?;
+    let mut images = descriptor.parts.iter().flat_map(|part| &part.images);
+    let image = images.find(|image| Path::new(&image.file).file_name() == Some(name))?;
+    let role = if image.guid == descriptor.top {
+        "the top"
+    } else {
+        "a frozen snapshot"
+    };
+    Some(format!(
+        "the image is {role} of the bundle around it; name the bundle to use the disk"
+    ))
+}

@@ -1,0 +1,15 @@
+//! One image file's truth: its header, its table, which of its clusters are free, its in-use mark.
+//!
+//! Imports: `plan` and lower.
+//! Never: knows of other deltas.
+//!
+//! [`image::Image`] is an open file whose header holds together. [`survey`] walks its whole table
+//! once, as every read-write open does, and tells what is wrong and which clusters are used.
+//! [`alloc::Allocator`] hands out free clusters and keeps freed ones apart until they may be used
+//! again. [`in_use::InUseMark`] owns the header's bytes while the image is written to.
+
+pub mod alloc;
+pub mod bits;
+pub mod image;
+pub mod in_use;
+pub mod survey;

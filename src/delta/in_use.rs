@@ -1,0 +1,79 @@
+//! The in-use mark, and with it the header's bytes while the image is written to.
+//!
+//! Order, and what each reordering would break:
+//!
+//! 1. `set`: one write of the 64 bytes with the mark, extension offset 0 and no conversion flag;
+//! 2. sync. Only then may anything else in the file change: a change that became durable before the
+//!    mark would let a crashed image pass for a clean one, with a bitmap that lies.
+//! 3. ... all changes, and the last flush ...
+//! 4. `clear`: one write of the 64 bytes with mark 0 and the Empty flag set exactly when no cluster
+//!    is mapped;
+//! 5. sync. Were 4 to become durable before 3, a crash would leave a broken image marked clean.
+//!
+//! The table's page 0 shares the first 4 KiB with the header; its writes start at byte 64, so the
+//! two never overwrite each other, and this is the only place that writes bytes 0 to 63.
+
+use crate::error::Result;
+use crate::format::header::{FLAG_CONVERTING, FLAG_EMPTY, IN_USE, RawHeader, Version};
+use crate::storage::Storage;
+use crate::units::FileOffset;
+
+/// The owner of the header's bytes of one image that is open for writing.
+#[derive(Debug)]
+pub struct InUseMark {
+    header: RawHeader,
+    set: bool,
+}
+
+impl InUseMark {
+    /// Takes over a header as found in the file.
+    #[must_use]
+    pub fn new(header: RawHeader) -> Self {
+        Self { header, set: false }
+    }
+
+    /// True once the mark is durable.
+    #[must_use]
+    pub fn is_set(&self) -> bool {
+        self.set
+    }
+
+    /// Makes the mark durable, if it is not yet (steps 1 and 2).
+    pub fn set(&mut self, storage: &dyn Storage) -> Result<()> {
+        if self.set {
+            return Ok(());
+        }
+        self.header.in_use = IN_USE;
+        self.header.extension = 0;
+        // With the mark set, this flag would mean a half-converted table.
+        self.header.flags = if self.header.flags == u32::MAX {
+            0
+        } else {
+            self.header.flags & !FLAG_CONVERTING
+        };
+        if self.header.magic == Version::V1.magic() {
+            self.header.size_in_sectors &= u64::from(u32::MAX);
+        }
+        storage.write_at(FileOffset::ZERO, &self.header.encode())?;
+        storage.sync_data()?;
+        self.set = true;
+        Ok(())
+    }
+
+    /// Takes the mark away, durably (steps 4 and 5). Does nothing where it was never set.
+    pub fn clear(&mut self, storage: &dyn Storage, empty: bool) -> Result<()> {
+        if !self.set {
+            return Ok(());
+        }
+        self.header.in_use = 0;
+        self.header.flags = if empty {
+            self.header.flags | FLAG_EMPTY
+        } else {
+            self.header.flags & !FLAG_EMPTY
+        };
+        storage.write_at(FileOffset::ZERO, &self.header.encode())?;
+        storage.sync_data()?;
+        self.set = false;
+        Ok(())
+    }
+}

@@ -1,0 +1,305 @@
+//! One pass over a whole table: which clusters are used, and all that is wrong with the entries.
+//!
+//! Every read-write open makes this pass; it is the only way to see two entries that share a
+//! cluster. The table is read in pieces of 64 KiB, and the holes of a sparse table are skipped, so
+//! a fresh disk of 16 TiB costs nothing.
+
+use super::bits::BitSet;
+use super::image::Image;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::bat::EntryError;
+use crate::format::header::Header;
+use crate::format::layout::Layout;
+use crate::units::{ClusterSize, DiskCluster, FileCluster, FileOffset, len_u64};
+use std::fmt;
+
+const PIECE: u64 = 64 * 1024;
+/// Findings that are kept word for word; of the others only the number is known.
+const KEPT: usize = 16;
+
+/// What is wrong with one entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The entry points nowhere useful.
+    Entry(EntryError),
+    /// Another entry names the same cluster.
+    Duplicate(u32),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Entry(error) => write!(f, "{error}"),
+            Self::Duplicate(entry) => {
+                write!(
+                    f,
+                    "the entry {entry} names a cluster that another one has too"
+                )
+            }
+        }
+    }
+}
+
+/// What a whole pass found.
+#[derive(Debug)]
+pub struct Survey {
+    /// Clusters below [`Survey::limit`] that entries name, the table's own not among them.
+    pub used: BitSet,
+    /// Entries that are not 0.
+    pub mapped: u64,
+    /// One past the highest file cluster that a good entry names.
+    pub used_end: u64,
+    /// No file cluster at or above this will ever be handed out.
+    pub limit: u64,
+    /// The first faults, in disk order.
+    pub faults: Vec<(DiskCluster, Fault)>,
+    /// Number of all faults.
+    pub fault_count: u64,
+    /// Slots after the last entry that are not 0; harmless, and zeroed before the table is used.
+    pub stray_slots: u64,
+    /// Bytes after the last whole cluster of the file.
+    pub tail_len: u64,
+    /// True when an entry points to that tail, so that it must be filled up, not cut.
+    pub tail_used: bool,
+}
+
+impl Survey {
+    /// The error for an image with faults, which writing would make worse.
+    #[must_use]
+    pub fn refusal(&self, image: &Image) -> Option<Error> {
+        let (cluster, fault) = self.faults.first()?;
+        let more = match self.fault_count {
+            1 => String::new(),
+            count => format!(", and {} more faults", count - 1),
+        };
+        Some(
+            Error::why(ErrorKind::Corrupt, format!("{fault}{more}"))
+                .in_file(image.path())
+                .at_cluster(*cluster)
+                .at_offset(Layout::entry_offset(*cluster))
+                .fix("run `ploopfs repair` on it, or read what is intact with `ploopfs mount -r`"),
+        )
+    }
+}
+
+/// One past the highest file cluster that may ever be handed out: the table and one cluster for
+/// each entry, as far as an entry can name it.
+fn limit_of(layout: &Layout) -> u64 {
+    let first = layout.first_cluster().get();
+    let wanted = first.saturating_add(layout.entry_count().into());
+    if layout
+        .entry_for(FileCluster::new(wanted.saturating_sub(1)))
+        .is_some()
+    {
+        return wanted;
+    }
+    let unit = match layout.version() {
+        crate::format::header::Version::V1 => layout.cluster().sectors().get(),
+        crate::format::header::Version::V2 => 1,
+    };
+    u64::from(u32::MAX) / unit + 1
+}
+
+struct Walk<'a> {
+    layout: &'a Layout,
+    cluster: ClusterSize,
+    file_len: FileOffset,
+    beyond: Vec<u64>,
+    survey: Survey,
+}
+
+impl Walk<'_> {
+    fn fault(&mut self, cluster: DiskCluster, fault: Fault) {
+        self.survey.fault_count += 1;
+        if self.survey.faults.len() < KEPT {
+            self.survey.faults.push((cluster, fault));
+        }
+    }
+
+    fn entry(&mut self, cluster: DiskCluster, entry: u32) -> Result<()> {
+        if entry == 0 {
+            return Ok(());
+        }
+        self.survey.mapped += 1;
+        let place = self.layout.check_entry(entry, self.file_len);
+        let file_cluster = match place.and_then(|()| self.layout.entry_cluster(entry)) {
+            Ok(file_cluster) => file_cluster.get(),
+            Err(EntryError::CutByEnd(_)) if self.layout.entry_cluster(entry).is_ok() => {
+                self.survey.tail_used = true;
+                self.fault(cluster, Fault::Entry(EntryError::CutByEnd(entry)));
+                return Ok(());
+            }
+            Err(error) => {
+                self.fault(cluster, Fault::Entry(error));
+                return Ok(());
+            }
+        };
+        self.survey.used_end = self.survey.used_end.max(file_cluster + 1);
+        if file_cluster >= self.survey.limit {
+            self.beyond
+                .try_reserve(1)
+                .map_err(|_| Error::errno(libc::ENOMEM))?;
+            self.beyond.push(file_cluster);
+        } else if !self.survey.used.insert(file_cluster) {
+            self.fault(cluster, Fault::Duplicate(entry));
+        }
+        Ok(())
+    }
+
+    fn piece(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        let entries_end = self.layout.table_end().get();
+        for (index, word) in bytes.chunks_exact(4).enumerate() {
+            let entry = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+            let position = at + len_u64(index) * 4;
+            if position < entries_end {
+                self.entry(DiskCluster::new((position - 64) / 4), entry)?;
+            } else if entry != 0 {
+                self.survey.stray_slots += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Survey {
+        self.beyond.sort_unstable();
+        let shared = self
+            .beyond
+            .windows(2)
+            .filter(|pair| pair[0] == pair[1])
+            .count();
+        for _ in 0..shared {
+            // Which disk clusters share it is `check`'s business; here it is enough to refuse.
+            self.fault(DiskCluster::new(0), Fault::Duplicate(u32::MAX));
+        }
+        self.survey
+    }
+}
+
+/// Walks the table of an image whose header allows writing.
+pub fn survey(image: &Image, header: &Header) -> Result<Survey> {
+    let layout = header.layout();
+    let storage = image.storage();
+    let file_len = storage.len()?;
+    let whole = layout.cluster().whole_below(file_len);
+    let limit = limit_of(layout);
+    let mut walk = Walk {
+        layout,
+        cluster: layout.cluster(),
+        file_len,
+        beyond: Vec::new(),
+        survey: Survey {
+            used: BitSet::new(limit)?,
+            mapped: 0,
+            used_end: 0,
+            limit,
+            faults: Vec::new(),
+            fault_count: 0,
+            stray_slots: 0,
+            tail_len: file_len.get() - layout.cluster().file_start(whole).get(),
+            tail_used: false,
+        },
+    };
+    debug_assert_eq!(walk.cluster, layout.cluster());
+    let end = layout.data_start().get().min(file_len.get());
+    let mut buffer = vec![0; usize::try_from(PIECE).unwrap_or(usize::MAX)];
+    let mut at = 64;
+    while at < end {
+        let Some(data) = storage.next_data(FileOffset::new(at))? else {
+            break;
+        };
+        // Entries are 4 bytes; a file system's blocks are more, so only the first start can be odd.
+        at = at.max(data.start.get() & !3);
+        let data_end = data.end.get().min(end);
+        while at < data_end {
+            let len = (data_end - at).min(PIECE) & !3;
+            if len == 0 {
+                break;
+            }
+            let piece = &mut buffer[..usize::try_from(len).unwrap_or(0)];
+            storage.read_at(FileOffset::new(at), piece)?;
+            walk.piece(at, piece)?;
+            at += len;
+        }
+        at = at.max(data_end);
+    }
+    Ok(walk.finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::header::{MAGIC_V1, MAGIC_V2, RawHeader};
+    use crate::storage::mem::MemStorage;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    /// Ten entries, clusters of 4 KiB, table in cluster 0, `clusters` clusters in the file.
+    fn image(magic: [u8; 16], clusters: usize, entries: &[(usize, u32)], extra: usize) -> Image {
+        let raw = RawHeader {
+            magic,
+            disk_type: 2,
+            heads: 0,
+            cylinders: 0,
+            cluster_sectors: 8,
+            entry_count: 10,
+            size_in_sectors: 80,
+            in_use: 0,
+            first_block: 8,
+            flags: 0,
+            extension: 0,
+        };
+        let mut bytes = vec![0; clusters * 4096 + extra];
+        bytes[..64].copy_from_slice(&raw.encode());
+        for (index, entry) in entries {
+            bytes[64 + 4 * index..68 + 4 * index].copy_from_slice(&entry.to_le_bytes());
+        }
+        Image::expanding(Path::new("x.hds"), Arc::new(MemStorage::new(bytes))).unwrap()
+    }
+
+    fn survey_of(image: &Image) -> Survey {
+        survey(image, image.header().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_good_table_has_its_clusters_and_no_faults() {
+        let found = survey_of(&image(MAGIC_V2, 5, &[(0, 4), (3, 1), (9, 2)], 0));
+        assert_eq!((found.mapped, found.used.len(), found.used_end), (3, 3, 5));
+        assert_eq!(
+            (found.fault_count, found.stray_slots, found.tail_len),
+            (0, 0, 0)
+        );
+        assert_eq!(found.limit, 11);
+    }
+
+    #[test]
+    fn every_fault_is_told_with_its_cluster() {
+        let entries = [(0, 1), (1, 1), (2, 5), (3, u32::MAX)];
+        let found = survey_of(&image(MAGIC_V2, 5, &entries, 0));
+        let expected = [
+            (DiskCluster::new(1), Fault::Duplicate(1)),
+            (DiskCluster::new(2), Fault::Entry(EntryError::PastEnd(5))),
+            (
+                DiskCluster::new(3),
+                Fault::Entry(EntryError::PastEnd(u32::MAX)),
+            ),
+        ];
+        assert_eq!(found.faults, expected);
+        let found = survey_of(&image(MAGIC_V1, 5, &[(0, 9), (1, 7)], 0));
+        let expected = [
+            (DiskCluster::new(0), Fault::Entry(EntryError::Misaligned(9))),
+            (DiskCluster::new(1), Fault::Entry(EntryError::InTable(7))),
+        ];
+        assert_eq!(found.faults, expected);
+    }
+
+    #[test]
+    fn tails_and_stray_slots_are_seen() {
+        let found = survey_of(&image(MAGIC_V2, 3, &[(10, 77), (11, 1)], 100));
+        assert_eq!(
+            (found.stray_slots, found.tail_len, found.tail_used),
+            (2, 100, false)
+        );
+        let found = survey_of(&image(MAGIC_V2, 3, &[(5, 3)], 100));
+        assert!(found.tail_used);
+    }
+}

@@ -1,0 +1,262 @@
+//! The flat disk: read, write, make zero, flush, close.
+//!
+//! Imports: `chain` and lower.
+//! Never: knows of FUSE, prints, or follows a path.
+//!
+//! A request arrives on a thread of the transport, which must get back to the kernel soon. If its
+//! size is below the order threshold and nothing stands in its way, it is served right there,
+//! without a lock and without asking for memory: [`read`] and the in-place half of [`write`](mod@write).
+//! Everything else goes to the [`pool`] with a buffer that was set aside at the start
+//! ([`buffers`]): large requests, and those that must load a page of the map, give a cluster a
+//! place, copy one up, or make a range zero. What would have to wait there for another request is
+//! parked ([`table`]), holding nothing but its reply and its buffer. When no buffer is left, the
+//! thread on which the request arrived serves it alone: slower, but always to the end.
+//!
+//! Durability is [`flush`]'s business, and the thread that runs its rounds is the [`flusher`]'s.
+//! A failure there [latches](health) the disk.
+
+pub mod buffers;
+pub mod epoch;
+pub mod flush;
+pub mod flusher;
+pub mod health;
+pub mod open;
+pub mod part;
+pub mod pool;
+pub mod read;
+pub mod seek;
+pub mod serve;
+pub mod stats;
+pub mod table;
+pub mod write;
+pub mod zero;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::plan::{INLINE_ORDER_DEFAULT, RequestOrder};
+use crate::units::DiskOffset;
+use arc_swap::{ArcSwap, Guard};
+use buffers::Buffers;
+use flush::FlushState;
+use flusher::Flusher;
+use health::Health;
+use parking_lot::{Condvar, Mutex};
+use part::Part;
+use pool::Spawn;
+use stats::{Counters, DiskStats, bump};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+pub use open::open;
+
+/// Requests that may wait for space at a time; the rest fail at once. Well below what the kernel
+/// keeps in flight, so that other requests always get through.
+const SPACE_WAITERS_MAX: usize = 8;
+
+/// How a disk is opened and served.
+#[derive(Clone, Debug)]
+pub struct DiskOptions {
+    /// Nothing is ever written.
+    pub read_only: bool,
+    /// Requests of this order (log2 of 4 KiB pages) and above go to the pool.
+    pub inline_order: u32,
+    /// Bytes of memory for pages of the map.
+    pub bat_cache: u64,
+    /// Bytes by which a file grows.
+    pub grow_step: u64,
+    /// What happens when the host has no space.
+    pub enospc: EnospcPolicy,
+    /// Drop a dirty bitmap that writing would make a lie.
+    pub drop_bitmaps: bool,
+    /// Threads of the pool.
+    pub pool_threads: usize,
+    /// Milliseconds after which changed entries are flushed without being asked; 0 for never.
+    pub flush_interval_ms: u64,
+}
+
+impl Default for DiskOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            inline_order: INLINE_ORDER_DEFAULT.0,
+            bat_cache: 64 << 20,
+            grow_step: 16 << 20,
+            enospc: EnospcPolicy::Seconds(60),
+            drop_bitmaps: false,
+            pool_threads: 8,
+            flush_interval_ms: 5000,
+        }
+    }
+}
+
+/// What a request does when the host has no space for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EnospcPolicy {
+    /// Waits for ever.
+    Wait,
+    /// Fails at once.
+    Fail,
+    /// Waits this many seconds, then fails.
+    Seconds(u64),
+}
+
+impl EnospcPolicy {
+    /// True when a request that began to wait then waits no longer.
+    #[must_use]
+    pub fn is_over(self, since: Instant) -> bool {
+        match self {
+            Self::Wait => false,
+            Self::Fail => true,
+            Self::Seconds(seconds) => since.elapsed() >= Duration::from_secs(seconds),
+        }
+    }
+}
+
+/// The answer to a read: called exactly once, from any thread.
+pub trait ReadReply: Send + 'static {
+    /// Gives the bytes, or says why there are none.
+    fn done(self, result: Result<&[u8]>);
+}
+
+/// The answer to a request that returns no bytes: called exactly once, from any thread.
+pub trait DoneReply: Send + 'static {
+    /// Says that it is done, or why not.
+    fn done(self, result: Result<()>);
+}
+
+/// The flat disk. Requests may come concurrently, from any number of threads.
+#[derive(Debug)]
+pub struct Disk {
+    /// The parts in disk order. Requests take them as a snapshot, so that they can be exchanged.
+    parts: ArcSwap<Vec<Part>>,
+    size: u64,
+    read_only: bool,
+    inline_order: RequestOrder,
+    enospc: EnospcPolicy,
+    buffers: Arc<Buffers>,
+    pool: Arc<dyn Spawn>,
+    health: Health,
+    counters: Counters,
+    /// Held for a flush round; `None` where nothing is writable.
+    flush: Mutex<Option<FlushState>>,
+    flusher: Arc<Flusher>,
+    /// Requests in the pool or parked.
+    in_flight: Mutex<usize>,
+    idle: Condvar,
+    space_waiters: AtomicUsize,
+    /// A lack of space has been logged and is not over yet.
+    space_is_short: AtomicBool,
+    closing: AtomicBool,
+    /// Keeps locks and descriptors for as long as the disk is served.
+    _images: crate::chain::bundle::OpenedImages,
+}
+
+impl Disk {
+    /// Size in bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.size
+    }
+
+    /// Cluster size in bytes; the smallest of a split disk's parts.
+    #[must_use]
+    pub fn cluster_bytes(&self) -> u64 {
+        let parts = self.parts();
+        parts
+            .iter()
+            .map(|part| part.chain.geometry().cluster.bytes())
+            .min()
+            .unwrap_or(4096)
+    }
+
+    /// True when every change is refused.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Host bytes that all files of the disk's chains occupy.
+    pub fn allocated_bytes(&self) -> Result<u64> {
+        let mut sum = 0_u64;
+        for part in self.parts().iter() {
+            sum = sum.saturating_add(part.chain.allocated_bytes()?);
+        }
+        Ok(sum)
+    }
+
+    /// The counters now.
+    #[must_use]
+    pub fn stats(&self) -> DiskStats {
+        let mut stats = self.counters.snapshot();
+        for part in self.parts().iter() {
+            let table = part.table.lock();
+            let pages = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+            stats.bat_pages_resident += pages(table.resident.len());
+            stats.bat_pages_dirty += pages(table.dirty.len() + table.in_flush);
+            if let Some(alloc) = &table.alloc {
+                stats.clusters_mapped += alloc.mapped();
+                stats.clusters_free += alloc.free();
+                stats.clusters_quarantined += alloc.waiting();
+            }
+        }
+        stats.waiting_for_space =
+            u64::try_from(self.space_waiters.load(Ordering::Relaxed)).unwrap_or(u64::MAX);
+        stats.latched = self.health.reason();
+        stats
+    }
+
+    /// The parts as they are now.
+    fn parts(&self) -> Guard<Arc<Vec<Part>>> {
+        self.parts.load()
+    }
+
+    /// The part that holds a position below the size, and the position in it.
+    fn locate(parts: &[Part], at: DiskOffset) -> (usize, DiskOffset) {
+        if parts.len() == 1 {
+            return (0, at);
+        }
+        let after = parts.partition_point(|part| part.start <= at.get());
+        let index = after.saturating_sub(1);
+        (index, DiskOffset::new(at.get() - parts[index].start))
+    }
+
+    /// Refuses a change that cannot be: on a read-only or latched disk, or past the end.
+    fn check_change(&self, at: DiskOffset, len: u64) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly));
+        }
+        if at.checked_add(len).is_none_or(|end| end.get() > self.size) {
+            return Err(Error::new(ErrorKind::OutOfRange));
+        }
+        self.health.check()
+    }
+
+    /// Counts a lack of space, and logs the first of a series.
+    fn note_no_space(&self, error: &Error) {
+        bump(&self.counters.no_space_events, 1);
+        if !self.space_is_short.swap(true, Ordering::Relaxed) {
+            log::warn!("no space on the host, requests wait: {error}");
+        }
+    }
+
+    /// Drains, flushes, trims the files and clears the in-use marks. On an error the marks stay,
+    /// and the next open examines the image.
+    ///
+    /// Nobody may make requests any more; those that are under way are waited for.
+    pub fn close(self: Arc<Self>) -> Result<()> {
+        self.closing.store(true, Ordering::Release);
+        let mut in_flight = self.in_flight.lock();
+        while *in_flight > 0 {
+            self.flusher.request();
+            self.idle
+                .wait_for(&mut in_flight, Duration::from_millis(100));
+        }
+        drop(in_flight);
+        self.flusher.stop();
+        if self.read_only {
+            return Ok(());
+        }
+        self.health.check()?;
+        self.close_files()
+    }
+}

@@ -1,0 +1,144 @@
+//! Memory for requests that leave the thread they arrived on.
+//!
+//! All of it is set aside, and touched, when the disk is opened: in a short time of memory nothing
+//! has to be asked of the host. When it is used up, the thread that a request arrived on serves it
+//! alone with the buffer that every such thread owns, so there is always progress.
+
+use crate::error::{Error, Result};
+use parking_lot::Mutex;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+
+/// What the heap gives without being asked twice.
+const HEAP_MAX: usize = 4096;
+const SMALL_LEN: usize = 64 << 10;
+const SMALL_COUNT: usize = 64;
+const LARGE_LEN: usize = 1 << 20;
+const LARGE_COUNT: usize = 12;
+
+/// Requests longer than this never leave their thread in one piece.
+pub const BUFFER_MAX: usize = LARGE_LEN;
+
+type Memory = Box<[u8]>;
+
+#[derive(Debug)]
+struct Class {
+    len: usize,
+    free: Mutex<Vec<Memory>>,
+}
+
+impl Class {
+    fn new(len: usize, count: usize) -> Result<Self> {
+        let mut free = Vec::with_capacity(count);
+        for _ in 0..count {
+            let mut memory = Vec::new();
+            memory
+                .try_reserve_exact(len)
+                .map_err(|_| Error::errno(libc::ENOMEM))?;
+            // Any value but 0 makes the host back the pages now.
+            memory.resize(len, 1);
+            free.push(memory.into_boxed_slice());
+        }
+        Ok(Self {
+            len,
+            free: Mutex::new(free),
+        })
+    }
+}
+
+/// The buffers of one disk.
+#[derive(Debug)]
+pub struct Buffers {
+    classes: [Class; 2],
+}
+
+/// A buffer of exactly the length that was asked for; goes back where it came from when dropped.
+#[derive(Debug)]
+pub struct Buffer {
+    memory: Memory,
+    len: usize,
+    home: Option<(Arc<Buffers>, usize)>,
+}
+
+impl Buffers {
+    /// Sets all buffers aside.
+    pub fn new() -> Result<Arc<Self>> {
+        let classes = [
+            Class::new(SMALL_LEN, SMALL_COUNT)?,
+            Class::new(LARGE_LEN, LARGE_COUNT)?,
+        ];
+        Ok(Arc::new(Self { classes }))
+    }
+
+    /// A buffer of `len` bytes of any content, or `None` while there is none.
+    #[must_use]
+    pub fn take(self: &Arc<Self>, len: usize) -> Option<Buffer> {
+        if len <= HEAP_MAX {
+            return Some(Buffer {
+                memory: vec![0; len].into_boxed_slice(),
+                len,
+                home: None,
+            });
+        }
+        let classes = self
+            .classes
+            .iter()
+            .enumerate()
+            .filter(|(_, class)| class.len >= len);
+        for (index, class) in classes {
+            if let Some(memory) = class.free.lock().pop() {
+                return Some(Buffer {
+                    memory,
+                    len,
+                    home: Some((Arc::clone(self), index)),
+                });
+            }
+        }
+        None
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[..self.len]
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[..self.len]
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some((buffers, class)) = self.home.take() {
+            // There is room: the list was made for all of its buffers.
+            buffers.classes[class]
+                .free
+                .lock()
+                .push(std::mem::take(&mut self.memory));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_come_back() {
+        let buffers = Buffers::new().unwrap();
+        for _ in 0..3 {
+            let all: Vec<_> = std::iter::from_fn(|| buffers.take(LARGE_LEN)).collect();
+            assert_eq!(all.len(), LARGE_COUNT);
+            let small: Vec<_> = std::iter::from_fn(|| buffers.take(HEAP_MAX + 1)).collect();
+            assert_eq!(small.len(), SMALL_COUNT);
+            assert!(small.iter().all(|buffer| buffer.len() == HEAP_MAX + 1));
+            assert!(buffers.take(HEAP_MAX).is_some());
+        }
+        assert!(buffers.take(LARGE_LEN + 1).is_none());
+    }
+}

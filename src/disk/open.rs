@@ -1,0 +1,380 @@
+//! From open, locked files to a disk that can be served.
+//!
+//! A read-only open reads the headers and nothing else; it costs the same for 16 TiB as for 16 MiB.
+//! A read-write open makes sure of the image first, in this order:
+//!
+//! 1. sync the file. What a killed process wrote may be in the host's cache only; believing it and
+//!    losing it later would give one cluster to two owners. If the in-use mark is set, drop the
+//!    cache too: after a failed sync it may hold what the medium does not;
+//! 2. read header and table (again), through the locked descriptor;
+//! 3. refuse what writing would make worse: invalid or shared entries, a dirty bitmap;
+//! 4. mend what is harmless, if the mark is set or a bitmap is dropped: first make the mark durable
+//!    (with extension offset 0), then cut or fill up the tail and clear slots after the last entry.
+//!
+//! A clean image is not changed by being opened: its mark is set before the first write.
+
+use super::buffers::Buffers;
+use super::flush::FlushState;
+use super::flusher::Flusher;
+use super::health::Health;
+use super::part::Part;
+use super::pool::{self, Spawn};
+use super::stats::Counters;
+use super::{Disk, DiskOptions};
+use crate::chain::Chain;
+use crate::chain::bundle::{OpenedImages, OpenedPart};
+use crate::delta::alloc::Allocator;
+use crate::delta::image::Image;
+use crate::delta::in_use::InUseMark;
+use crate::delta::survey::{Fault, Survey, survey};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::bat::EntryError;
+use crate::format::extension::{self, Extension};
+use crate::format::header::Header;
+use crate::plan::RequestOrder;
+use crate::storage::{Keep, Storage};
+use crate::units::{FileOffset, len_u64, len_usize};
+use arc_swap::ArcSwap;
+use parking_lot::{Condvar, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// Opens the flat disk over the files of a bundle or image, with a pool of its own. The strings
+/// are what the user should be told.
+pub fn open(images: OpenedImages, options: &DiskOptions) -> Result<(Arc<Disk>, Vec<String>)> {
+    let pool = pool::start(options.pool_threads)?;
+    open_with_pool(images, options, pool)
+}
+
+/// The same with a pool that the caller has: snapshots share the one of their disk.
+pub fn open_with_pool(
+    images: OpenedImages,
+    options: &DiskOptions,
+    pool: Arc<dyn Spawn>,
+) -> Result<(Arc<Disk>, Vec<String>)> {
+    let mut notes = images.warnings.clone();
+    let mut parts = Vec::with_capacity(images.parts.len());
+    let mut marks = Vec::with_capacity(images.parts.len());
+    for opened in &images.parts {
+        let (chain, writer) = if options.read_only {
+            (crate::chain::open::chain(opened, false, &mut notes)?, None)
+        } else {
+            open_for_writing(opened, options, &mut notes)?
+        };
+        let (mark, alloc, is_marked) = match writer {
+            Some(writer) => (Some(writer.mark), Some(writer.alloc), writer.is_marked),
+            None => (None, None, false),
+        };
+        let start = opened
+            .start
+            .bytes()
+            .ok_or_else(|| Error::errno(libc::EFBIG))?;
+        let pool = Arc::clone(&pool);
+        let part = Part::new(
+            start,
+            chain,
+            alloc,
+            options.bat_cache,
+            options.grow_step,
+            pool,
+        )?;
+        if is_marked {
+            part.marked.store(true, Ordering::Release);
+        }
+        parts.push(part);
+        marks.push(mark);
+    }
+    let size = total_size(&parts)?;
+    let flush = if options.read_only {
+        None
+    } else {
+        Some(FlushState::new(marks, &parts)?)
+    };
+    let disk = Arc::new(Disk {
+        parts: ArcSwap::from_pointee(parts),
+        size,
+        read_only: options.read_only,
+        inline_order: RequestOrder(options.inline_order),
+        enospc: options.enospc,
+        buffers: Buffers::new()?,
+        pool,
+        health: Health::default(),
+        counters: Counters::default(),
+        flush: Mutex::new(flush),
+        flusher: Flusher::new(),
+        in_flight: Mutex::new(0),
+        idle: Condvar::new(),
+        space_waiters: AtomicUsize::new(0),
+        space_is_short: AtomicBool::new(false),
+        closing: AtomicBool::new(false),
+        _images: images,
+    });
+    if !options.read_only {
+        let interval = (options.flush_interval_ms > 0)
+            .then(|| Duration::from_millis(options.flush_interval_ms));
+        disk.flusher.start(&disk, interval)?;
+    }
+    Ok((disk, notes))
+}
+
+/// Checks that the parts follow each other without gap or overlap, and adds them up.
+fn total_size(parts: &[Part]) -> Result<u64> {
+    let mut end = 0_u64;
+    for part in parts {
+        if part.start != end {
+            let why = format!(
+                "a part starts at byte {}, the one before ends at {end}",
+                part.start
+            );
+            return Err(Error::why(ErrorKind::Descriptor, why)
+                .in_file(part.chain.top().path())
+                .fix("the descriptor's Start and End do not fit the images' sizes"));
+        }
+        end = end
+            .checked_add(part.disk_len())
+            .ok_or_else(|| Error::errno(libc::EFBIG))?;
+    }
+    if i64::try_from(end).is_err() {
+        return Err(Error::why(
+            ErrorKind::Unsupported,
+            "the disk is larger than a file can be",
+        ));
+    }
+    Ok(end)
+}
+
+/// What writing to an expanding top needs.
+struct Writer {
+    mark: InUseMark,
+    alloc: Allocator,
+    is_marked: bool,
+}
+
+fn open_for_writing(
+    opened: &OpenedPart,
+    options: &DiskOptions,
+    notes: &mut Vec<String>,
+) -> Result<(Chain, Option<Writer>)> {
+    let Some(top) = opened.files.last() else {
+        return Err(Error::why(
+            ErrorKind::Descriptor,
+            "a part of the disk has no image",
+        ));
+    };
+    let storage: &dyn Storage = top.storage.as_ref();
+    storage.sync_data().map_err(|e| e.in_file(&top.path))?;
+    let mut chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
+    if chain.top().header().is_some_and(Header::is_in_use) {
+        storage.drop_cache().map_err(|e| e.in_file(&top.path))?;
+    }
+    chain = crate::chain::open::chain(opened, true, notes)?;
+    let Some(header) = chain.top().header().copied() else {
+        lengthen_plain(&chain, notes)?;
+        return Ok((
+            crate::chain::open::chain(opened, true, &mut Vec::new())?,
+            None,
+        ));
+    };
+    let writer = prepare(chain.top(), &header, options, notes)
+        .map_err(|e| e.at_level(chain.geometry().top).in_file(&top.path))?;
+    Ok((chain, Some(writer)))
+}
+
+/// A plain file that ends before its disk is made as long, with a hole: writes must find a place.
+fn lengthen_plain(chain: &Chain, notes: &mut Vec<String>) -> Result<()> {
+    let (image, disk_len) = (chain.top(), chain.geometry().disk_len);
+    if image.len().get() < disk_len {
+        image
+            .storage()
+            .set_len(FileOffset::new(disk_len))
+            .map_err(|e| e.in_file(image.path()))?;
+        let path = image.path().display();
+        notes.push(format!(
+            "{path}: lengthened with a hole to the disk's {disk_len} bytes"
+        ));
+    }
+    Ok(())
+}
+
+/// Steps 2 to 4 for the table of the top.
+fn prepare(
+    image: &Image,
+    header: &Header,
+    options: &DiskOptions,
+    notes: &mut Vec<String>,
+) -> Result<Writer> {
+    let storage = image.storage().as_ref();
+    let path = image.path().display();
+    let mut found = survey(image, header)?;
+    let mut mark = InUseMark::new(*header.raw());
+    let was_in_use = header.is_in_use();
+    let only_tail = found.tail_used
+        && found
+            .faults
+            .iter()
+            .all(|(_, fault)| matches!(fault, Fault::Entry(EntryError::CutByEnd(_))))
+        && found.fault_count == len_u64(found.faults.len());
+    let mendable = found.fault_count == 0 || (was_in_use && only_tail);
+    if !mendable {
+        return Err(refuse(image, &found, was_in_use));
+    }
+    let bitmaps = find_bitmaps(image, header, &found, options, notes)?;
+    if was_in_use || bitmaps {
+        mark.set(storage)?;
+    }
+    if was_in_use {
+        notes.push(format!(
+            "{path}: was not closed cleanly; examined: {} clusters mapped, no invalid and no \
+             shared entries",
+            found.mapped
+        ));
+        mend(image, header, &found, notes)?;
+        found = survey(image, header)?;
+        if found.fault_count > 0 {
+            return Err(refuse(image, &found, true));
+        }
+    }
+    if bitmaps {
+        notes.push(format!(
+            "{path}: dirty bitmaps dropped: the next backup must be a full one"
+        ));
+    }
+    let layout = header.layout();
+    let file_end = layout.cluster().whole_below(storage.len()?).get();
+    let first = layout.first_cluster().get();
+    let alloc = Allocator::new(first, found.limit, file_end, &found.used, found.mapped)?;
+    Ok(Writer {
+        is_marked: mark.is_set(),
+        mark,
+        alloc,
+    })
+}
+
+fn refuse(image: &Image, found: &Survey, was_in_use: bool) -> Error {
+    let error = found
+        .refusal(image)
+        .unwrap_or_else(|| Error::new(ErrorKind::Corrupt).in_file(image.path()));
+    if !was_in_use {
+        return error;
+    }
+    Error::why(
+        ErrorKind::InUse,
+        "and it needs more than the repairs that are always safe",
+    )
+    .because(error)
+    .in_file(image.path())
+    .fix("run `ploopfs repair` on it, or read what is intact with `ploopfs mount -r`")
+}
+
+/// The repairs that lose nothing. The mark is durable when this runs.
+fn mend(image: &Image, header: &Header, found: &Survey, notes: &mut Vec<String>) -> Result<()> {
+    let storage = image.storage();
+    let path = image.path().display();
+    let layout = header.layout();
+    if found.stray_slots > 0 {
+        storage.zero(layout.table_end()..layout.data_start(), Keep::Blocks)?;
+        notes.push(format!(
+            "{path}: {} slots after the last entry cleared",
+            found.stray_slots
+        ));
+    }
+    if found.tail_len > 0 {
+        let whole = layout.cluster().whole_below(storage.len()?);
+        let start = layout.cluster().file_start(whole);
+        if found.tail_used {
+            storage.set_len(start.saturating_add(layout.cluster().bytes()))?;
+            notes.push(format!(
+                "{path}: the last cluster was cut short after {} bytes; the rest reads as zeros",
+                found.tail_len
+            ));
+        } else {
+            storage.set_len(start)?;
+            notes.push(format!(
+                "{path}: {} unused bytes at the end cut off",
+                found.tail_len
+            ));
+        }
+    }
+    storage.sync_data()
+}
+
+/// True when the image carries something that writing would make a lie, and the options allow to
+/// drop it; an error when they do not. An extension that does not hold together is only told of:
+/// it is worth nothing, and its offset goes with the first header that is written.
+fn find_bitmaps(
+    image: &Image,
+    header: &Header,
+    found: &Survey,
+    options: &DiskOptions,
+    notes: &mut Vec<String>,
+) -> Result<bool> {
+    let extension = match read_extension(image, header, found)? {
+        Ok(None) => return Ok(false),
+        Ok(Some(extension)) => extension,
+        Err(why) => {
+            let path = image.path().display();
+            notes.push(format!(
+                "{path}: its format extension is not valid and ignored: {why}"
+            ));
+            return Ok(false);
+        }
+    };
+    if extension.forbids_writing() {
+        return Err(Error::why(
+            ErrorKind::Unsupported,
+            "a section of the format extension that is not known here forbids writing",
+        )
+        .fix("mount it read-only (`ploopfs mount -r`)"));
+    }
+    if extension.bitmaps.is_empty() && !extension.wants_keeping() {
+        return Ok(false);
+    }
+    if options.drop_bitmaps {
+        return Ok(true);
+    }
+    Err(Error::why(
+        ErrorKind::BitmapPresent,
+        "writing would make it lie about what has changed since the last backup",
+    )
+    .fix(
+        "mount read-only (-r), or give --drop-bitmaps to drop it; the next backup must then be a \
+         full one",
+    ))
+}
+
+/// Reads the extension that the header names; the inner error says why it is not believed.
+fn read_extension(
+    image: &Image,
+    header: &Header,
+    found: &Survey,
+) -> Result<std::result::Result<Option<Extension>, String>> {
+    let file_len = image.storage().len()?;
+    let at = match extension::locate(header, file_len) {
+        Ok(Some(at)) => at,
+        Ok(None) => return Ok(Ok(None)),
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    let cluster = header.layout().cluster();
+    let len = len_usize(cluster.bytes()).ok_or_else(|| Error::errno(libc::ENOMEM))?;
+    let mut bytes = Vec::new();
+    bytes
+        .try_reserve_exact(len)
+        .map_err(|_| Error::errno(libc::ENOMEM))?;
+    bytes.resize(len, 0);
+    image.storage().read_at(at, &mut bytes)?;
+    let extension = match extension::parse(&bytes, header, file_len) {
+        Ok(extension) => extension,
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    let shared = extension.clusters.iter().find(|sector| {
+        let start = FileOffset::new(sector.bytes().unwrap_or(u64::MAX));
+        found.used.contains(cluster.whole_below(start).get())
+    });
+    Ok(match shared {
+        Some(sector) => Err(format!(
+            "the cluster at sector {sector} holds data of the disk"
+        )),
+        None => Ok(Some(extension)),
+    })
+}

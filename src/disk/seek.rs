@@ -1,0 +1,135 @@
+//! Where the disk has data and where it has holes, answered from the map.
+//!
+//! A cluster that a level maps counts as data, even one that only masks lower content with zeros.
+//! Of a plain file the host's own holes are told, as far as it knows them.
+
+use super::Disk;
+use super::part::Part;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::layout::{BAT_PAGE_LEN, Layout, PageIndex};
+use crate::plan::{Lookup, State};
+use crate::units::{DiskCluster, DiskOffset, FileOffset, Level, len_u64};
+
+/// What is at a position, and up to where the same holds at least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Extent {
+    is_data: bool,
+    end: u64,
+}
+
+impl Disk {
+    /// The first data at or after `at`; `None` when only zeros follow.
+    pub fn seek_data(&self, at: DiskOffset) -> Result<Option<DiskOffset>> {
+        self.seek(at, true)
+    }
+
+    /// The first hole at or after `at`; the end of the disk counts as one.
+    pub fn seek_hole(&self, at: DiskOffset) -> Result<DiskOffset> {
+        Ok(self
+            .seek(at, false)?
+            .unwrap_or(DiskOffset::new(self.size_bytes())))
+    }
+
+    fn seek(&self, at: DiskOffset, data: bool) -> Result<Option<DiskOffset>> {
+        if at.get() >= self.size_bytes() {
+            return Err(Error::new(ErrorKind::OutOfRange));
+        }
+        let parts = self.parts();
+        let (first, within) = Self::locate(&parts, at);
+        let mut from = within.get();
+        for part in &parts[first..] {
+            while from < part.disk_len() {
+                let extent = self.extent(part, from)?;
+                if extent.is_data == data {
+                    return Ok(Some(DiskOffset::new(part.start + from)));
+                }
+                from = extent.end;
+            }
+            from = 0;
+        }
+        Ok(None)
+    }
+
+    fn extent(&self, part: &Part, from: u64) -> Result<Extent> {
+        let geometry = part.chain.geometry();
+        let (cluster, _) = geometry.cluster.split(DiskOffset::new(from));
+        let end = geometry
+            .cluster
+            .disk_start(DiskCluster::new(cluster.get() + 1))
+            .get();
+        match part.view().look_up(cluster).state {
+            State::Hole => Ok(Extent {
+                is_data: false,
+                end,
+            }),
+            State::At { level, start } if start.get() == from - from % geometry.cluster.bytes() => {
+                plain_extent(part, level, from, end)
+            }
+            State::At { .. } | State::Bad => Ok(Extent { is_data: true, end }),
+            State::Missing(page) => {
+                if let Some(end) = hole_without_loading(part, page)? {
+                    return Ok(Extent {
+                        is_data: false,
+                        end,
+                    });
+                }
+                part.load(page, &self.counters)?;
+                self.extent(part, from)
+            }
+        }
+    }
+}
+
+/// The host's word on a plain file, from `from` on, for one cluster that ends at `end`.
+fn plain_extent(part: &Part, level: Level, from: u64, end: u64) -> Result<Extent> {
+    let image = part.chain.level(level);
+    if image.layout().is_some() {
+        return Ok(Extent { is_data: true, end });
+    }
+    Ok(match image.storage().next_data(FileOffset::new(from))? {
+        Some(data) if data.start.get() <= from => Extent {
+            is_data: true,
+            end: data.end.get().max(from + 1),
+        },
+        Some(data) => Extent {
+            is_data: false,
+            end: data.start.get().min(end),
+        },
+        None => Extent {
+            is_data: false,
+            end,
+        },
+    })
+}
+
+/// The end of the disk range of a page that no level's file has any blocks for, so that it holds
+/// no entry: a fresh table of millions of pages is passed over without reading it.
+fn hole_without_loading(part: &Part, page: PageIndex) -> Result<Option<u64>> {
+    let start = u64::from(page.0) * len_u64(BAT_PAGE_LEN);
+    let mut hole_end = u64::MAX;
+    for image in part.chain.levels() {
+        let Some(layout) = image.layout() else {
+            return Ok(None);
+        };
+        if page.0 >= layout.page_count() {
+            continue;
+        }
+        match image.storage().next_data(FileOffset::new(start))? {
+            Some(data) if data.start.get() < start + len_u64(BAT_PAGE_LEN) => return Ok(None),
+            Some(data) => hole_end = hole_end.min(data.start.get()),
+            None => hole_end = hole_end.min(layout.table_end().get()),
+        }
+    }
+    let pages = u32::try_from(hole_end / len_u64(BAT_PAGE_LEN)).unwrap_or(u32::MAX);
+    // A change in memory that no flush has written yet is in a page that is in memory.
+    let mut last = page.0;
+    while last + 1 < pages && part.map.get(PageIndex(last + 1)).is_none() {
+        last += 1;
+        if usize::try_from(last).unwrap_or(usize::MAX) >= part.map.page_count() {
+            break;
+        }
+    }
+    let next = Layout::cluster_of(PageIndex(last + 1), 0);
+    let cluster = part.chain.geometry().cluster;
+    Ok(next.map(|next| cluster.disk_start(next).get()))
+}

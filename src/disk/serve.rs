@@ -1,0 +1,492 @@
+//! Where a request is served: on the thread it arrived on, in the pool, or parked until it can be.
+
+use super::buffers::{BUFFER_MAX, Buffer};
+use super::part::{Part, Progress};
+use super::read::Load;
+use super::stats::bump;
+use super::table::{Job, Wait};
+use super::{Disk, DoneReply, ReadReply, SPACE_WAITERS_MAX};
+use crate::error::{Error, Result};
+use crate::format::layout::Layout;
+use crate::plan::RequestOrder;
+use crate::units::{DiskCluster, DiskOffset, len_u64, len_usize};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Steps of a long request after which other jobs get their turn.
+const STEPS_PER_TURN: usize = 64;
+
+/// A change as one step of it sees it.
+#[derive(Clone, Copy, Debug)]
+enum Change<'a> {
+    Write(&'a [u8]),
+    Zero(u64),
+}
+
+impl Disk {
+    /// Serves a read of `len` bytes, clipped at the disk's end. `buf` belongs to the calling thread
+    /// and is at least `len` long; the request moves to the pool with another one if it is large,
+    /// or if a page of the map must be loaded.
+    pub fn read<R: ReadReply>(
+        self: &Arc<Self>,
+        at: DiskOffset,
+        len: usize,
+        buf: &mut [u8],
+        reply: R,
+    ) {
+        let left = len_usize(self.size.saturating_sub(at.get())).unwrap_or(usize::MAX);
+        let len = len.min(left).min(buf.len());
+        bump(&self.counters.reads, 1);
+        bump(&self.counters.read_bytes, len_u64(len));
+        if RequestOrder::of(len) < self.inline_order {
+            match self.read_pieces(at, &mut buf[..len], Load::No) {
+                Ok(true) => {
+                    bump(&self.counters.inline_requests, 1);
+                    return reply.done(Ok(&buf[..len]));
+                }
+                Ok(false) => {}
+                Err(error) => return reply.done(Err(error)),
+            }
+        }
+        match self.buffers.take(len) {
+            Some(mut buffer) => {
+                let disk = Arc::clone(self);
+                self.spawn(move || {
+                    let result = disk.guarded(|| disk.read_pieces(at, &mut buffer, Load::Yes));
+                    reply.done(result.map(|_| &buffer[..]));
+                });
+            }
+            None => {
+                bump(&self.counters.alone_requests, 1);
+                let result = self.guarded(|| self.read_pieces(at, &mut buf[..len], Load::Yes));
+                reply.done(result.map(|_| &buf[..len]));
+            }
+        }
+    }
+
+    /// Serves a write. `data` is copied if the request moves to the pool.
+    pub fn write<R: DoneReply>(self: &Arc<Self>, at: DiskOffset, data: &[u8], reply: R) {
+        if let Err(error) = self.check_change(at, len_u64(data.len())) {
+            return reply.done(Err(error));
+        }
+        if RequestOrder::of(data.len()) < self.inline_order {
+            match self.write_pieces_in_place(at, data) {
+                Ok(true) => {
+                    bump(&self.counters.inline_requests, 1);
+                    self.count_change(Change::Write(data));
+                    return reply.done(Ok(()));
+                }
+                Ok(false) => {}
+                Err(error) => return reply.done(Err(error)),
+            }
+        }
+        match self.buffers.take(data.len()) {
+            Some(mut buffer) => {
+                buffer.copy_from_slice(data);
+                self.spawn_change(at, Op::Write(buffer), reply);
+            }
+            None => self.write_alone(at, data, reply),
+        }
+    }
+
+    /// Makes a range read as zeros: punched holes and zeroed ranges alike.
+    pub fn zero<R: DoneReply>(self: &Arc<Self>, at: DiskOffset, len: u64, reply: R) {
+        match self.check_change(at, len) {
+            Ok(()) => self.spawn_change(at, Op::Zero(len), reply),
+            Err(error) => reply.done(Err(error)),
+        }
+    }
+
+    /// Makes all that was answered before durable; answers from the flusher's thread.
+    pub fn flush<R: DoneReply>(self: &Arc<Self>, reply: R) {
+        if self.read_only {
+            return reply.done(Ok(()));
+        }
+        self.flusher
+            .join_round(Box::new(move |result| reply.done(result)));
+    }
+
+    /// Runs something that may take long on a thread of the pool.
+    pub fn spawn(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) {
+        bump(&self.counters.pooled_requests, 1);
+        *self.in_flight.lock() += 1;
+        self.pool.spawn(Box::new(Once {
+            disk: Arc::clone(self),
+            job,
+        }));
+    }
+
+    /// Fills `buf` from `at`; waits for whatever it takes. For callers that are no session thread.
+    pub fn read_at(&self, at: DiskOffset, buf: &mut [u8]) -> Result<()> {
+        let end = at.checked_add(len_u64(buf.len()));
+        if end.is_none_or(|end| end.get() > self.size) {
+            return Err(Error::new(crate::error::ErrorKind::OutOfRange));
+        }
+        self.read_pieces(at, buf, Load::Yes).map(|_| ())
+    }
+
+    /// Writes `data` at `at`; waits for whatever it takes.
+    pub fn write_at(&self, at: DiskOffset, data: &[u8]) -> Result<()> {
+        self.change_blocking(at, Change::Write(data))
+    }
+
+    /// Makes a range read as zeros; waits for whatever it takes.
+    pub fn zero_at(&self, at: DiskOffset, len: u64) -> Result<()> {
+        self.change_blocking(at, Change::Zero(len))
+    }
+
+    /// Reads pieces that lie in one part each. `false` when a page is missing and may not be loaded.
+    fn read_pieces(&self, at: DiskOffset, buf: &mut [u8], load: Load) -> Result<bool> {
+        let parts = self.parts();
+        let mut done = 0;
+        while done < buf.len() {
+            let position = DiskOffset::new(at.get() + len_u64(done));
+            let (index, within) = Self::locate(&parts, position);
+            let part = &parts[index];
+            let left = len_usize(part.disk_len() - within.get()).unwrap_or(usize::MAX);
+            let piece = left.min(buf.len() - done);
+            let target = &mut buf[done..done + piece];
+            if !part.read(within, target, load, &self.counters)? {
+                return Ok(false);
+            }
+            done += piece;
+        }
+        Ok(true)
+    }
+
+    fn write_pieces_in_place(&self, at: DiskOffset, data: &[u8]) -> Result<bool> {
+        let parts = self.parts();
+        let mut done = 0;
+        while done < data.len() {
+            let position = DiskOffset::new(at.get() + len_u64(done));
+            let (index, within) = Self::locate(&parts, position);
+            let part = &parts[index];
+            if !part.marked.load(Ordering::Acquire) {
+                return Ok(false);
+            }
+            let left = len_usize(part.disk_len() - within.get()).unwrap_or(usize::MAX);
+            let piece = left.min(data.len() - done);
+            match part.write_in_place(within, &data[done..done + piece]) {
+                Ok(true) => done += piece,
+                Ok(false) => return Ok(false),
+                // The pool knows how to wait for space.
+                Err(error) if error.is_no_space() => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// One step of a change, within one part. Returns the part's number with how far it came.
+    fn change_step(&self, at: DiskOffset, change: Change<'_>) -> Result<(usize, Progress)> {
+        self.health.check()?;
+        let parts = self.parts();
+        let (index, within) = Self::locate(&parts, at);
+        let part: &Part = &parts[index];
+        self.ensure_marked(index)?;
+        let left = part.disk_len() - within.get();
+        let progress = match change {
+            Change::Write(data) => {
+                let len = len_usize(left).unwrap_or(usize::MAX).min(data.len());
+                part.write_step(within, &data[..len], &self.counters)?
+            }
+            Change::Zero(len) => part.zero_step(within, len.min(left), &self.counters)?,
+        };
+        Ok((index, progress))
+    }
+
+    fn count_change(&self, change: Change<'_>) {
+        match change {
+            Change::Write(data) => {
+                bump(&self.counters.writes, 1);
+                bump(&self.counters.written_bytes, len_u64(data.len()));
+            }
+            Change::Zero(_) => bump(&self.counters.zeros, 1),
+        }
+    }
+
+    fn change_blocking(&self, at: DiskOffset, change: Change<'_>) -> Result<()> {
+        let len = change.len();
+        self.check_change(at, len)?;
+        let since = Instant::now();
+        let mut done = 0;
+        while done < len {
+            let at = DiskOffset::new(at.get() + done);
+            match self.change_step(at, change.after(done))? {
+                (_, Progress::Done(more)) => done += more,
+                (index, Progress::Wait(wait)) => self.wait_here(index, wait, since)?,
+            }
+        }
+        self.count_change(change);
+        Ok(())
+    }
+
+    /// Waits on this thread, which holds nothing.
+    fn wait_here(&self, index: usize, wait: Wait, since: Instant) -> Result<()> {
+        match wait {
+            Wait::Pending(cluster) => {
+                let parts = self.parts();
+                let part = &parts[index];
+                let mut table = part.table.lock();
+                while is_pending(part, cluster) {
+                    part.changed
+                        .wait_for(&mut table, Duration::from_millis(100));
+                }
+            }
+            Wait::Flush => {
+                self.flush_now()?;
+                // A reader of a freed cluster may still be at it.
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Wait::Space => {
+                let error = Error::errno(libc::ENOSPC);
+                self.note_no_space(&error);
+                self.flush_now()?;
+                if self.enospc.is_over(since) {
+                    return Err(error);
+                }
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves a write to its end on the thread it arrived on, because no buffer is left to take it
+    /// elsewhere. It may wait for another request's copy or for a flush, both of which run on
+    /// threads of their own, but never for space: then it needs a buffer, or fails.
+    fn write_alone<R: DoneReply>(self: &Arc<Self>, at: DiskOffset, data: &[u8], reply: R) {
+        bump(&self.counters.alone_requests, 1);
+        let since = Instant::now();
+        let mut done = 0;
+        while done < data.len() {
+            let rest = &data[done..];
+            let position = DiskOffset::new(at.get() + len_u64(done));
+            let step = self.guarded(|| self.change_step(position, Change::Write(rest)));
+            let waited = match step {
+                Ok((_, Progress::Done(more))) => {
+                    done += len_usize(more).unwrap_or(0);
+                    Ok(())
+                }
+                Ok((_, Progress::Wait(Wait::Space))) => match self.buffers.take(rest.len()) {
+                    Some(mut buffer) => {
+                        buffer.copy_from_slice(rest);
+                        return self.spawn_change(position, Op::Write(buffer), reply);
+                    }
+                    None => Err(Error::errno(libc::ENOSPC)),
+                },
+                Ok((index, Progress::Wait(wait))) => self.wait_here(index, wait, since),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = waited {
+                return reply.done(Err(error));
+            }
+        }
+        self.count_change(Change::Write(data));
+        reply.done(Ok(()));
+    }
+
+    fn spawn_change<R: DoneReply>(self: &Arc<Self>, at: DiskOffset, op: Op, reply: R) {
+        bump(&self.counters.pooled_requests, 1);
+        *self.in_flight.lock() += 1;
+        let disk = Arc::clone(self);
+        self.pool.spawn(Box::new(ChangeJob {
+            disk,
+            op,
+            at,
+            done: 0,
+            reply,
+            space_since: None,
+        }));
+    }
+
+    /// Runs a step; a panic in it latches the disk and is an error like any other.
+    fn guarded<T>(&self, step: impl FnOnce() -> Result<T>) -> Result<T> {
+        catch_unwind(AssertUnwindSafe(step)).unwrap_or_else(|_| {
+            self.health.latch("a request panicked");
+            Err(self.health.error())
+        })
+    }
+
+    fn job_finished(&self) {
+        let mut in_flight = self.in_flight.lock();
+        *in_flight -= 1;
+        if *in_flight == 0 {
+            self.idle.notify_all();
+        }
+    }
+}
+
+fn is_pending(part: &Part, cluster: DiskCluster) -> bool {
+    let (index, slot) = Layout::page_of(cluster);
+    part.map
+        .get(index)
+        .as_ref()
+        .is_some_and(|page| page.word(slot).is_pending())
+}
+
+impl<'a> Change<'a> {
+    fn len(self) -> u64 {
+        match self {
+            Self::Write(data) => len_u64(data.len()),
+            Self::Zero(len) => len,
+        }
+    }
+
+    fn after(self, done: u64) -> Self {
+        match self {
+            Self::Write(data) => Self::Write(&data[len_usize(done).unwrap_or(data.len())..]),
+            Self::Zero(len) => Self::Zero(len - done),
+        }
+    }
+}
+
+/// A closure as a job.
+struct Once<F> {
+    disk: Arc<Disk>,
+    job: F,
+}
+
+impl<F: FnOnce() + Send> Job for Once<F> {
+    fn run(self: Box<Self>) {
+        let Self { disk, job } = *self;
+        if catch_unwind(AssertUnwindSafe(job)).is_err() {
+            disk.health.latch("a request panicked");
+        }
+        disk.job_finished();
+    }
+}
+
+/// What a change in the pool owns.
+enum Op {
+    Write(Buffer),
+    Zero(u64),
+}
+
+impl Op {
+    fn change(&self) -> Change<'_> {
+        match self {
+            Self::Write(buffer) => Change::Write(buffer),
+            Self::Zero(len) => Change::Zero(*len),
+        }
+    }
+}
+
+/// A change in the pool, or parked.
+struct ChangeJob<R: DoneReply> {
+    disk: Arc<Disk>,
+    op: Op,
+    at: DiskOffset,
+    done: u64,
+    reply: R,
+    /// Since when it has been waiting for space; it is counted among those who do.
+    space_since: Option<Instant>,
+}
+
+/// How a turn of a job ended.
+enum Turn {
+    Finished(Result<()>),
+    Wait(usize, Wait),
+    /// There is more, but others come first.
+    Yield,
+}
+
+impl<R: DoneReply> Job for ChangeJob<R> {
+    fn run(mut self: Box<Self>) {
+        match self.turn() {
+            Turn::Finished(result) => (*self).finish(result),
+            Turn::Yield => Arc::clone(&self.disk).pool.spawn(self),
+            Turn::Wait(index, Wait::Space) => self.wait_for_space(index),
+            Turn::Wait(index, wait) => self.park(index, wait),
+        }
+    }
+}
+
+impl<R: DoneReply> ChangeJob<R> {
+    fn turn(&mut self) -> Turn {
+        let len = self.op.change().len();
+        for _ in 0..STEPS_PER_TURN {
+            if self.done >= len {
+                return Turn::Finished(Ok(()));
+            }
+            let at = DiskOffset::new(self.at.get() + self.done);
+            let change = self.op.change().after(self.done);
+            match self.disk.guarded(|| self.disk.change_step(at, change)) {
+                Ok((_, Progress::Done(more))) => {
+                    self.done += more;
+                    self.stop_waiting_for_space();
+                }
+                Ok((index, Progress::Wait(wait))) => return Turn::Wait(index, wait),
+                Err(error) => return Turn::Finished(Err(error)),
+            }
+        }
+        Turn::Yield
+    }
+
+    fn finish(mut self, result: Result<()>) {
+        self.stop_waiting_for_space();
+        let Self {
+            disk, op, reply, ..
+        } = self;
+        if result.is_ok() {
+            disk.count_change(op.change());
+        }
+        drop(op);
+        reply.done(result);
+        disk.job_finished();
+    }
+
+    fn stop_waiting_for_space(&mut self) {
+        if self.space_since.take().is_some() {
+            self.disk.space_waiters.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Parks for space as long as the policy says, if not too many do so already.
+    fn wait_for_space(mut self: Box<Self>, index: usize) {
+        let error = Error::errno(libc::ENOSPC);
+        let disk = Arc::clone(&self.disk);
+        disk.note_no_space(&error);
+        if self.space_since.is_none() {
+            if disk.space_waiters.fetch_add(1, Ordering::Relaxed) >= SPACE_WAITERS_MAX {
+                disk.space_waiters.fetch_sub(1, Ordering::Relaxed);
+                return (*self).finish(Err(error));
+            }
+            self.space_since = Some(Instant::now());
+        }
+        let is_over = self
+            .space_since
+            .is_some_and(|since| disk.enospc.is_over(since));
+        if is_over || disk.closing.load(Ordering::Acquire) {
+            return (*self).finish(Err(error));
+        }
+        self.park(index, Wait::Space);
+    }
+
+    /// Parks, unless what is waited for has happened by now. What was parked is seen by whoever
+    /// ends the wait, because both hold the `table` lock.
+    fn park(self: Box<Self>, index: usize, wait: Wait) {
+        let disk = Arc::clone(&self.disk);
+        bump(&disk.counters.parked, 1);
+        let parts = disk.parts();
+        let part = &parts[index];
+        let mut table = part.table.lock();
+        if let Wait::Pending(cluster) = wait {
+            if !is_pending(part, cluster) {
+                drop(table);
+                return disk.pool.spawn(self);
+            }
+            table.parked.add(wait, self);
+            return;
+        }
+        table.parked.add(wait, self);
+        drop(table);
+        disk.flusher.request();
+    }
+}
+
+const _: () = assert!(
+    BUFFER_MAX >= 1 << 20,
+    "a request of the kernel fits one buffer"
+);

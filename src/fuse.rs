@@ -1,0 +1,270 @@
+//! The kernel's door: FUSE requests become calls of the disk.
+//!
+//! Imports: `disk`, `chain` (the names of snapshots), `units`, `error`.
+//! Never: decides what the bytes are, waits for another request on a session thread, or allocates
+//! for a READ or a WRITE.
+//!
+//! [`PloopFs`] is what fuser calls, from several session threads at once; its handlers are in
+//! `fuse/requests.rs`, one a verb, and what they have in common is here. READ and WRITE of
+//! `disk.img` carry the file handle 0 and go straight to the live disk with the thread's own
+//! buffer; every other open file has an entry in a table. The disk answers through the reply
+//! object, at once or later from a thread of its own, so a handler that returns has not always
+//! answered. What is neither data nor quick runs on one thread aside.
+//!
+//! What the mount promises to those who use it:
+//!
+//! * The size never changes. Truncating and growing are EPERM, a write across the end is EFBIG and
+//!   writes nothing. FALLOCATE punches and zeroes within the disk; other modes are EOPNOTSUPP.
+//! * Opening for writing what cannot be written is EROFS, so that `losetup` falls back to a
+//!   read-only device. Everything but `disk.img` is read-only; a partition is written through a
+//!   loop device over the whole disk.
+//! * `disk.img` goes through the page cache like any file, which is dropped at each open. A loop
+//!   device with direct I/O goes around it: pages that a buffered reader fetched while such a write
+//!   was under way may stay old until the next open. [`Settings::direct_io`] takes the cache away,
+//!   for mounts that serve a loop device only.
+//! * Partitions of a writable disk bypass the cache, since they show bytes that change through
+//!   another name; they are read anew when the last writer of `disk.img` has closed it. Frozen
+//!   snapshots and read-only disks keep their cache for ever.
+//! * FSYNC answers when all that was answered before it is durable. The last close of a writer
+//!   starts a flush that nobody waits for.
+
+mod aside;
+mod buffer;
+pub mod errno;
+mod nodes;
+pub mod partitions;
+mod reply;
+mod requests;
+mod rules;
+mod views;
+
+pub use nodes::Shape;
+pub use views::Opener;
+
+use crate::chain::bundle::SnapshotInfo;
+use crate::disk::{Disk, ReadReply};
+use crate::error::Error;
+use crate::units::DiskOffset;
+use aside::Aside;
+use buffer::Buffers;
+use fuser::{
+    Errno, FopenFlags, INodeNo, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyLseek,
+    ReplyXattr,
+};
+use nodes::Node;
+use reply::ReadAnswer;
+use std::ffi::OsStr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use views::{View, Views};
+
+/// The handle of every open `disk.img`; the others count from 1.
+const LIVE: u64 = 0;
+
+/// How long the kernel may believe names and attributes. Size and place never change; the number
+/// of allocated blocks and the time of the last change do.
+const BELIEVE: Duration = Duration::from_secs(1);
+
+/// The largest request: more than the kernel's limit of 256 pages brings nothing.
+const WRITE_MAX: u32 = 1 << 20;
+
+/// Requests of a loop device that the kernel lets out at a time.
+const BACKGROUND_MAX: u16 = 64;
+
+const SOURCE_XATTR: &str = "user.ploopfs.source";
+
+/// What the mount looks like and whose it is.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Owner of everything.
+    pub uid: u32,
+    /// Group of everything.
+    pub gid: u32,
+    /// Permission bits that files lack: 0o077 makes them 0600 and 0400.
+    pub file_mask: u16,
+    /// Permission bits that directories lack: 0o077 makes them 0700.
+    pub dir_mask: u16,
+    /// Modification time of the image file when it was opened.
+    pub mtime: SystemTime,
+    /// The image as the user named it, shown as the extended attribute `user.ploopfs.source`.
+    pub source: String,
+    /// The text of `info.json`.
+    pub info_json: String,
+    /// Keep `disk.img` out of the page cache; for mounts that only serve a loop device.
+    pub direct_io: bool,
+    /// Session threads: the number of buffers made at start. Give the session the same number.
+    pub threads: usize,
+}
+
+/// The file system that fuser serves.
+#[derive(Debug)]
+pub struct PloopFs {
+    views: Arc<Views>,
+    buffers: Buffers,
+    aside: Option<Aside>,
+    /// Without it the kernel asks for an extended attribute before every write, unless told once
+    /// that there are none.
+    has_xattrs: bool,
+}
+
+impl PloopFs {
+    /// The mount of a disk. No thread is started and no buffer made before INIT, so this may be
+    /// called before the process forks; nothing of the disk is read before somebody looks.
+    #[must_use]
+    pub fn new(
+        disk: Arc<Disk>,
+        shape: Shape,
+        settings: Settings,
+        snapshots: &[SnapshotInfo],
+        opener: Opener,
+    ) -> Self {
+        let guids = snapshots
+            .iter()
+            .map(|snapshot| snapshot.guid.clone())
+            .collect();
+        let views = Arc::new(Views::new(disk, shape, settings, guids, opener));
+        Self {
+            views,
+            buffers: Buffers::new(0),
+            aside: None,
+            has_xattrs: false,
+        }
+    }
+
+    fn node(&self, ino: INodeNo) -> Result<Node, Errno> {
+        self.views.tree.node(ino.0).ok_or(Errno::ENOENT)
+    }
+
+    /// Runs a job on the thread for slow requests.
+    fn run_aside(&self, job: impl FnOnce(&Views) + Send + 'static) {
+        let views = Arc::clone(&self.views);
+        if let Some(aside) = &self.aside {
+            aside.run(move || job(&views));
+        }
+    }
+
+    /// Runs a job about a node here where that is quick, else aside.
+    fn about(&self, node: Node, job: impl FnOnce(&Views) + Send + 'static) {
+        if self.views.is_ready(node) {
+            job(&self.views);
+        } else {
+            self.run_aside(job);
+        }
+    }
+
+    fn read_view(&self, view: &View, offset: u64, size: u32, reply: ReplyData) {
+        let len = rules::read_len(offset, size, view.len);
+        let (at, answer) = (view.at(offset), ReadAnswer { reply, len });
+        match len {
+            0 => answer.done(Ok(&[])),
+            // Without a buffer the answer is dropped unsent, which says EIO.
+            1..=buffer::SIZE => drop(
+                self.buffers
+                    .with(|buf| view.disk.read(at, len, buf, answer)),
+            ),
+            _ => self.read_huge(view, at, answer),
+        }
+    }
+
+    /// A read larger than the kernel's own limit, should there ever be one: in one piece all the
+    /// same, since a short answer would end the file.
+    fn read_huge(&self, view: &View, at: DiskOffset, answer: ReadAnswer) {
+        let disk = Arc::clone(&view.disk);
+        self.run_aside(move |_| {
+            let mut bytes = Vec::new();
+            if bytes.try_reserve_exact(answer.len).is_err() {
+                return answer.done(Err(Error::errno(libc::ENOMEM)));
+            }
+            bytes.resize(answer.len, 0);
+            let result = disk.read_at(at, &mut bytes);
+            answer.done(result.map(|()| bytes.as_slice()));
+        });
+    }
+
+    /// How an open file of this node uses the page cache.
+    fn open_flags(&self, node: Node) -> FopenFlags {
+        let frozen = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
+        let direct = FopenFlags::FOPEN_DIRECT_IO;
+        match node {
+            Node::Disk if !self.views.writable => frozen,
+            Node::Disk if self.views.settings.direct_io => {
+                direct | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+            }
+            Node::Disk => FopenFlags::empty(),
+            Node::Part(_) if self.views.writable => direct | FopenFlags::FOPEN_NOFLUSH,
+            Node::Stats => direct | FopenFlags::FOPEN_NOFLUSH,
+            _ => frozen,
+        }
+    }
+
+    fn xattr(&self, ino: INodeNo, name: &OsStr) -> Result<&[u8], Errno> {
+        if !self.has_xattrs {
+            return Err(Errno::ENOSYS);
+        }
+        let known = matches!(self.node(ino)?, Node::Root | Node::Disk) && name == SOURCE_XATTR;
+        if known {
+            Ok(self.views.settings.source.as_bytes())
+        } else {
+            Err(Errno::NO_XATTR)
+        }
+    }
+}
+
+/// How long the kernel may believe the attributes of a node: not at all where they may be another
+/// partition's by then.
+fn believe(node: Node) -> Duration {
+    if matches!(node, Node::Part(_) | Node::Stats) {
+        Duration::ZERO
+    } else {
+        BELIEVE
+    }
+}
+
+fn is_for_writing(flags: OpenFlags) -> bool {
+    flags.acc_mode() != OpenAccMode::O_RDONLY
+}
+
+fn answer_attr(views: &Views, node: Node, reply: ReplyAttr) {
+    match views.attr(node) {
+        Ok(attr) => reply.attr(&believe(node), &attr),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+fn answer_xattr(value: Result<&[u8], Errno>, size: u32, reply: ReplyXattr) {
+    match value {
+        Ok(value) => match u32::try_from(value.len()) {
+            Ok(len) if size == 0 => reply.size(len),
+            Ok(len) if len <= size => reply.data(value),
+            _ => reply.error(Errno::ERANGE),
+        },
+        Err(errno) => reply.error(errno),
+    }
+}
+
+/// Looks for data or a hole; both may read BAT pages.
+fn look_for(view: &View, at: u64, sought: rules::Seek) -> Result<u64, Errno> {
+    let inside = |found: DiskOffset| found.get().saturating_sub(view.start);
+    let found = match sought {
+        rules::Seek::Data => view
+            .disk
+            .seek_data(view.at(at))
+            .map(|found| found.map(inside)),
+        rules::Seek::Hole => view
+            .disk
+            .seek_hole(view.at(at))
+            .map(|f| Some(inside(f).min(view.len))),
+    };
+    match found {
+        Ok(Some(found)) if found < view.len || sought == rules::Seek::Hole => Ok(found),
+        Ok(_) => Err(Errno::ENXIO),
+        Err(e) => Err(errno::answer("lseek", &e)),
+    }
+}
+
+fn answer_seek(result: Result<u64, Errno>, reply: ReplyLseek) {
+    match result.and_then(|at| i64::try_from(at).map_err(|_| Errno::EOVERFLOW)) {
+        Ok(at) => reply.offset(at),
+        Err(errno) => reply.error(errno),
+    }
+}

@@ -1,0 +1,188 @@
+//! Opening files without being led astray: by links, devices, and names that change meanwhile.
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::stat::Mode;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Component, Path};
+use std::time::Duration;
+
+/// How often an open is tried again that the kernel answers with "try again": a rename elsewhere
+/// during the walk, or another program's lease on the file.
+const TRIES: u32 = 50;
+
+fn flags(write: bool) -> OFlag {
+    let access = if write {
+        OFlag::O_RDWR
+    } else {
+        OFlag::O_RDONLY
+    };
+    // Not to hang on a FIFO, and not to take over a terminal.
+    access | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_NOCTTY
+}
+
+fn patiently<T>(mut open: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
+    let mut tries = 0;
+    loop {
+        match open() {
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) if tries < TRIES => {
+                tries += 1;
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other.map_err(io::Error::from),
+        }
+    }
+}
+
+/// Opens what the user named, links and all.
+pub fn any(path: &Path, write: bool) -> io::Result<File> {
+    patiently(|| openat(AT_FDCWD, path, flags(write), Mode::empty())).map(File::from)
+}
+
+/// Opens a directory, to start walks from.
+pub fn directory(path: &Path) -> io::Result<OwnedFd> {
+    let how = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    patiently(|| openat(AT_FDCWD, path, how, Mode::empty()))
+}
+
+/// Opens a file below a directory. A name that leaves it is EXDEV, a symbolic link anywhere in the
+/// name ELOOP, whatever is renamed meanwhile.
+pub fn beneath(dir: BorrowedFd<'_>, name: &Path, write: bool) -> io::Result<File> {
+    let how = OpenHow::new().flags(flags(write)).resolve(
+        ResolveFlag::RESOLVE_BENEATH
+            | ResolveFlag::RESOLVE_NO_MAGICLINKS
+            | ResolveFlag::RESOLVE_NO_SYMLINKS,
+    );
+    match patiently(|| openat2(dir, name, how)) {
+        // Kernels before 5.6 lack the call, and old container sandboxes forbid it.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+            beneath_by_steps(dir, name, write)
+        }
+        other => other.map(File::from),
+    }
+}
+
+/// The same where the kernel cannot: one component at a time, never through a link.
+fn beneath_by_steps(dir: BorrowedFd<'_>, name: &Path, write: bool) -> io::Result<File> {
+    let step = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mut below: Option<OwnedFd> = None;
+    let mut components = name.components().peekable();
+    while let Some(component) = components.next() {
+        let part = match component {
+            Component::Normal(part) => Path::new(part),
+            Component::CurDir => continue,
+            _ => return Err(io::Error::from_raw_os_error(libc::EXDEV)),
+        };
+        let at = below.as_ref().map_or(dir, AsFd::as_fd);
+        if components.peek().is_none() {
+            let how = flags(write) | OFlag::O_NOFOLLOW;
+            return patiently(|| openat(at, part, how, Mode::empty())).map(File::from);
+        }
+        let next = File::from(patiently(|| openat(at, part, step, Mode::empty()))?);
+        let kind = next.metadata()?.file_type();
+        if !kind.is_dir() {
+            let errno = if kind.is_symlink() {
+                libc::ELOOP
+            } else {
+                libc::ENOTDIR
+            };
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        below = Some(next.into());
+    }
+    Err(io::Error::from_raw_os_error(libc::EISDIR))
+}
+
+/// Opens a lock file directly in a directory, making it (mode 0600) where `create` says so.
+pub fn lock_file(dir: BorrowedFd<'_>, name: &Path, create: bool) -> io::Result<File> {
+    let mut how = flags(create) | OFlag::O_NOFOLLOW;
+    if create {
+        how |= OFlag::O_CREAT;
+    }
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    patiently(|| openat(dir, name, how, mode)).map(File::from)
+}
+
+/// Lets this process open as many files as the host's hard limit allows, and tells how many.
+pub fn raise_file_limit() -> io::Result<u64> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok(hard)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn errno<T>(result: io::Result<T>) -> Option<i32> {
+        result.err().and_then(|e| e.raw_os_error())
+    }
+
+    #[test]
+    fn both_walks_stay_beneath_and_follow_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        std::fs::create_dir_all(root.join("sub")).unwrap();
+        std::fs::write(root.join("sub/file"), "x").unwrap();
+        std::fs::write(dir.path().join("outside"), "x").unwrap();
+        symlink("sub/file", root.join("link")).unwrap();
+        symlink("sub", root.join("sublink")).unwrap();
+        let fd = directory(&root).unwrap();
+        for walk in [beneath, beneath_by_steps] {
+            let open = |name: &str| walk(fd.as_fd(), Path::new(name), false);
+            assert!(open("sub/file").is_ok());
+            assert!(open("./sub/./file").is_ok());
+            assert_eq!(errno(open("link")), Some(libc::ELOOP));
+            assert_eq!(errno(open("sublink/file")), Some(libc::ELOOP));
+            assert_eq!(errno(open("../outside")), Some(libc::EXDEV));
+            assert_eq!(errno(open("/etc/passwd")), Some(libc::EXDEV));
+            assert_eq!(errno(open("sub/none")), Some(libc::ENOENT));
+            assert_eq!(errno(open("sub/file/x")), Some(libc::ENOTDIR));
+        }
+    }
+
+    #[test]
+    fn a_fifo_does_not_hang() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let fd = directory(dir.path()).unwrap();
+        for write in [false, true] {
+            // Opened or refused: the caller looks at what it got.
+            let _ = beneath(fd.as_fd(), Path::new("fifo"), write);
+            let _ = any(&path, write);
+        }
+    }
+
+    #[test]
+    fn lock_files_are_made_for_the_owner_only_and_never_through_a_link() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let fd = directory(dir.path()).unwrap();
+        let open = |name: &str, create| lock_file(fd.as_fd(), Path::new(name), create);
+        assert_eq!(errno(open("a.lck", false)), Some(libc::ENOENT));
+        let mode = open("a.lck", true)
+            .unwrap()
+            .metadata()
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o7077, 0);
+        assert!(open("a.lck", false).is_ok());
+        symlink("elsewhere", dir.path().join("b.lck")).unwrap();
+        assert_eq!(errno(open("b.lck", true)), Some(libc::ELOOP));
+    }
+
+    #[test]
+    fn the_limit_of_open_files_is_the_hard_one() {
+        let limit = raise_file_limit().unwrap();
+        assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (limit, limit));
+    }
+}
