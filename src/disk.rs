@@ -47,7 +47,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-pub use open::open;
+pub use open::{open, open_view};
 
 /// Requests that may wait for space at a time; the rest fail at once. Well below what the kernel
 /// keeps in flight, so that other requests always get through.
@@ -148,7 +148,7 @@ pub struct Disk {
     space_is_short: AtomicBool,
     closing: AtomicBool,
     /// Keeps locks and descriptors for as long as the disk is served.
-    _images: crate::chain::bundle::OpenedImages,
+    _images: Arc<crate::chain::bundle::OpenedImages>,
 }
 
 impl Disk {

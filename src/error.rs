@@ -88,7 +88,9 @@ impl ErrorKind {
         }
     }
 
-    const fn phrase(self) -> &'static str {
+    /// The class in words, for people.
+    #[must_use]
+    pub const fn phrase(self) -> &'static str {
         match self {
             Self::Io(_) => "the host refused the operation",
             Self::Truncated => "the file is too short",

@@ -29,13 +29,21 @@
 //!   starts a flush that nobody waits for.
 
 mod aside;
+pub mod attach;
 mod buffer;
+pub mod daemon;
 pub mod errno;
+pub mod holders;
+pub mod logging;
+pub mod mount;
 mod nodes;
 pub mod partitions;
+pub mod registry;
 mod reply;
 mod requests;
 mod rules;
+pub mod session;
+pub mod signals;
 mod views;
 
 pub use nodes::Shape;
@@ -88,6 +96,13 @@ pub struct Settings {
     pub mtime: SystemTime,
     /// The image as the user named it, shown as the extended attribute `user.ploopfs.source`.
     pub source: String,
+    /// Name of the disk's file in the root directory: `disk.img`, but for a loop device's mount,
+    /// which nobody sees and whose name `losetup` shows.
+    pub disk_name: String,
+    /// GUID of the snapshot that the live disk stands on; `snapshots/latest` leads there.
+    pub latest: Option<String>,
+    /// Show partitions as files.
+    pub partitions: bool,
     /// The text of `info.json`.
     pub info_json: String,
     /// Keep `disk.img` out of the page cache; for mounts that only serve a loop device.

@@ -15,6 +15,7 @@
 
 pub mod admin;
 pub mod chain;
+pub mod cli;
 pub mod delta;
 pub mod disk;
 pub mod error;

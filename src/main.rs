@@ -1,3 +1,5 @@
 //! The `ploopfs` program.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    ploopfs::cli::main()
+}

@@ -6,4 +6,7 @@
 
 pub mod file;
 pub mod lock;
+pub mod loopdev;
+pub mod mount;
 pub mod open;
+pub mod process;

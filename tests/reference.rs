@@ -189,7 +189,7 @@ impl Tested {
             ..Selection::default()
         };
         let images = bundle::open(path, &selection).expect("the bundle opens");
-        let (disk, _) = disk::open(images, options).expect("the disk opens");
+        let (disk, _) = disk::open(Arc::new(images), options).expect("the disk opens");
         Self {
             disk,
             buf: vec![0; 1 << 20],

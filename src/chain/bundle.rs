@@ -489,6 +489,15 @@ impl OpenedImages {
         Ok(images)
     }
 
+    /// GUID of the snapshot that `latest` means: the newest frozen state that the top stands on.
+    #[must_use]
+    pub fn latest(&self) -> Option<String> {
+        let bundle = self.bundle.as_ref()?;
+        select(&bundle.descriptor, &bundle.names, Some(LATEST))
+            .ok()
+            .map(|guid| guid.to_string())
+    }
+
     /// Keeps the bundle locked for as long as the returned value lives, whatever becomes of this one.
     #[must_use]
     pub fn bundle_lock(&self) -> BundleLock {

@@ -40,18 +40,33 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+/// Bytes of map pages for a frozen view: people look into one, they do not work on it.
+const VIEW_CACHE: u64 = 4 << 20;
+
 /// Opens the flat disk over the files of a bundle or image, with a pool of its own. The strings
 /// are what the user should be told.
-pub fn open(images: OpenedImages, options: &DiskOptions) -> Result<(Arc<Disk>, Vec<String>)> {
+pub fn open(images: Arc<OpenedImages>, options: &DiskOptions) -> Result<(Arc<Disk>, Vec<String>)> {
     let pool = pool::start(options.pool_threads)?;
-    open_with_pool(images, options, pool)
+    open_with(images, options, pool, Buffers::new()?)
 }
 
-/// The same with a pool that the caller has: snapshots share the one of their disk.
-pub fn open_with_pool(
-    images: OpenedImages,
+/// Opens a frozen state of a disk, which shares its threads and buffers.
+pub fn open_view(disk: &Disk, images: OpenedImages) -> Result<Arc<Disk>> {
+    let options = DiskOptions {
+        read_only: true,
+        inline_order: disk.inline_order.0,
+        bat_cache: VIEW_CACHE,
+        ..DiskOptions::default()
+    };
+    let (pool, buffers) = (Arc::clone(&disk.pool), Arc::clone(&disk.buffers));
+    open_with(Arc::new(images), &options, pool, buffers).map(|(disk, _)| disk)
+}
+
+fn open_with(
+    images: Arc<OpenedImages>,
     options: &DiskOptions,
     pool: Arc<dyn Spawn>,
+    buffers: Arc<Buffers>,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
     let mut notes = images.warnings.clone();
     let mut parts = Vec::with_capacity(images.parts.len());
@@ -97,7 +112,7 @@ pub fn open_with_pool(
         read_only: options.read_only,
         inline_order: RequestOrder(options.inline_order),
         enospc: options.enospc,
-        buffers: Buffers::new()?,
+        buffers,
         pool,
         health: Health::default(),
         counters: Counters::default(),

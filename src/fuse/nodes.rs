@@ -83,16 +83,30 @@ impl Node {
 #[derive(Clone, Debug)]
 pub(crate) struct Tree {
     shape: Shape,
+    /// Name of the disk's file in the root directory.
+    disk_name: String,
     /// Directory names of the snapshots, oldest first.
     snapshots: Vec<String>,
+    /// The snapshot that the live disk stands on.
+    latest: Option<String>,
 }
 
 impl Tree {
     /// The tree of a disk with these snapshots, oldest first. All of them keep their index; one
     /// whose name cannot be a directory's is not shown.
     #[must_use]
-    pub(crate) fn new(shape: Shape, snapshots: Vec<String>) -> Self {
-        Self { shape, snapshots }
+    pub(crate) fn new(
+        shape: Shape,
+        disk_name: String,
+        snapshots: Vec<String>,
+        latest: Option<String>,
+    ) -> Self {
+        Self {
+            shape,
+            disk_name,
+            snapshots,
+            latest,
+        }
     }
 
     /// The inode number of a node.
@@ -146,7 +160,7 @@ impl Tree {
     pub(crate) fn child(&self, parent: Node, name: &OsStr) -> Option<Node> {
         let name = name.to_str()?;
         match (parent, name) {
-            (Node::Root, "disk.img") => Some(Node::Disk),
+            (Node::Root, _) if name == self.disk_name => Some(Node::Disk),
             (Node::Root, "info.json") => Some(Node::Info),
             (Node::Root, "stats.json") => Some(Node::Stats),
             (Node::Root, "snapshots") => Some(Node::Snapshots),
@@ -179,7 +193,7 @@ impl Tree {
         let mut list = vec![(node, ".".to_owned()), (self.parent(node), "..".to_owned())];
         match node {
             Node::Root => {
-                list.push((Node::Disk, "disk.img".to_owned()));
+                list.push((Node::Disk, self.disk_name.clone()));
                 list.extend(
                     parts
                         .iter()
@@ -225,12 +239,13 @@ impl Tree {
         (one_part && name.len() <= 255 && !name.contains('\0') && name != "latest").then_some(name)
     }
 
-    /// Where `latest` leads: the newest snapshot.
+    /// Where `latest` leads: the newest frozen state of the live disk, if it can be shown.
     #[must_use]
     pub(crate) fn newest(&self) -> Option<&str> {
+        let latest = self.latest.as_deref()?;
         (0..self.snapshots.len())
-            .rev()
-            .find_map(|i| self.snapshot_name(i))
+            .filter_map(|i| self.snapshot_name(i))
+            .find(|name| *name == latest)
     }
 }
 
@@ -253,7 +268,13 @@ mod tests {
 
     fn tree() -> Tree {
         let names = ["{aa}", "../evil", "{bb}", "latest", "", "a/b", "{cc}"];
-        Tree::new(Shape::Directory, names.map(str::to_owned).to_vec())
+        let names = names.map(str::to_owned).to_vec();
+        let latest = names
+            .iter()
+            .rev()
+            .find(|name| name.starts_with('{'))
+            .cloned();
+        Tree::new(Shape::Directory, "disk.img".to_owned(), names, latest)
     }
 
     fn parts() -> Vec<Partition> {
@@ -319,7 +340,7 @@ mod tests {
 
     #[test]
     fn a_disk_without_snapshots_has_no_latest() {
-        let tree = Tree::new(Shape::Directory, Vec::new());
+        let tree = Tree::new(Shape::Directory, "disk.img".to_owned(), Vec::new(), None);
         assert_eq!(tree.child(Node::Snapshots, OsStr::new("latest")), None);
         assert_eq!(tree.node(6), None);
         assert_eq!(tree.list(Node::Snapshots, &[]).unwrap().len(), 2);
@@ -343,7 +364,12 @@ mod tests {
 
     #[test]
     fn over_a_file_there_is_the_disk_only() {
-        let tree = Tree::new(Shape::File, vec!["{aa}".to_owned()]);
+        let tree = Tree::new(
+            Shape::File,
+            "disk.img".to_owned(),
+            vec!["{aa}".to_owned()],
+            None,
+        );
         assert_eq!(tree.ino(Node::Disk), 1);
         assert_eq!(tree.node(1), Some(Node::Disk));
         for ino in [0, 2, 3, 257, 65536] {

@@ -158,7 +158,12 @@ impl Views {
         opener: Opener,
     ) -> Self {
         Self {
-            tree: Tree::new(shape, guids.clone()),
+            tree: Tree::new(
+                shape,
+                settings.disk_name.clone(),
+                guids.clone(),
+                settings.latest.clone(),
+            ),
             writable: !disk.is_read_only(),
             live: View::whole(disk),
             info: Arc::from(settings.info_json.as_bytes()),
@@ -176,7 +181,9 @@ impl Views {
     pub(crate) fn is_ready(&self, node: Node) -> bool {
         match node {
             // The root itself is always there, but listing it names the partitions.
-            Node::Root | Node::Part(_) => self.parts.lock().list.is_some(),
+            Node::Root | Node::Part(_) => {
+                !self.settings.partitions || self.parts.lock().list.is_some()
+            }
             Node::SnapshotDisk(i) => self
                 .frozen
                 .get(i)
@@ -194,6 +201,9 @@ impl Views {
             }
             parts.epoch
         };
+        if !self.settings.partitions {
+            return Arc::default();
+        }
         let list: Arc<[Partition]> = match partitions::list(&self.live.disk) {
             Ok(list) => list.into(),
             Err(e) => {

@@ -1,0 +1,110 @@
+//! Words in, words out, exit codes.
+//!
+//! Imports: every room below.
+//! Never: decides anything about a disk.
+//!
+//! [`main`] looks at the name that the program was called by: mount(8)'s helpers are the same
+//! program ([`helper`]). Else clap reads the command line ([`args`]), the verb's file runs it, and
+//! an error becomes the four lines that [`output`] knows and a status by [`exit`].
+
+pub mod args;
+pub mod attach;
+pub mod exit;
+pub mod helper;
+pub mod list;
+pub mod mount;
+pub mod options;
+pub mod output;
+pub mod serve;
+pub mod size;
+pub mod umount;
+
+use crate::admin;
+use args::{Cli, InfoArgs, Verb};
+use clap::error::ErrorKind as ClapKind;
+use clap::{CommandFactory, Parser};
+use output::{Report, print};
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+/// Runs the program with the arguments of the process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    // What the caller has open is not for the programs that we start.
+    let _ = crate::sys::process::hide_strays();
+    if let Some(role) = helper::role(&args) {
+        return ExitCode::from(helper::run(role, &args));
+    }
+    let cli = match Cli::try_parse_from(&args) {
+        Ok(cli) => cli,
+        Err(e) => return ExitCode::from(usage(&e, &args)),
+    };
+    let result = run(&cli);
+    if let Err(report) = &result {
+        report.print(cli.json);
+    }
+    ExitCode::from(serve::exit_status(&result))
+}
+
+/// Shows help or what was wrong with the command line. clap's own status for wrong usage means
+/// "corrupt" elsewhere in this program, so it is not used.
+fn usage(error: &clap::Error, args: &[OsString]) -> u8 {
+    match error.kind() {
+        ClapKind::DisplayHelp | ClapKind::DisplayVersion => {
+            print(&error.render().to_string());
+            return 0;
+        }
+        ClapKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+        }
+        _ if args.iter().any(|word| word == "--json") => {
+            let text = error.render().to_string();
+            let why = text
+                .trim_start_matches("error: ")
+                .lines()
+                .next()
+                .unwrap_or_default();
+            Report::usage("cannot understand the command", why).print(true);
+        }
+        _ => {
+            let _ = error.print();
+        }
+    }
+    exit::FAILED
+}
+
+fn run(cli: &Cli) -> Result<(), Box<Report>> {
+    match &cli.verb {
+        Verb::Mount(args) => mount::run(args),
+        Verb::Umount(args) => umount::run(args),
+        Verb::Attach(args) => attach::attach(args, cli.json),
+        Verb::Detach(args) => attach::detach(args),
+        Verb::List => list::run(cli.json),
+        Verb::Info(args) => info(args, cli.json),
+        Verb::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "ploopfs", &mut text);
+            print(&String::from_utf8_lossy(&text));
+            Ok(())
+        }
+    }
+}
+
+fn info(args: &InfoArgs, json: bool) -> Result<(), Box<Report>> {
+    let what = format!("cannot examine {}", args.image.display());
+    let mut settings = options::Settings::default();
+    args.select.apply(&mut settings);
+    settings.selection.write = false;
+    settings.selection.no_lock = true;
+    let info = admin::info::info(&args.image, &settings.selection)
+        .map_err(|e| Report::refused(&what, &e))?;
+    if json {
+        let text = serde_json::to_string_pretty(&info)
+            .map_err(|e| Report::new(&what, &std::io::Error::from(e).into()))?;
+        print(&(text + "\n"));
+    } else {
+        print(&admin::info::render(&info));
+    }
+    Ok(())
+}

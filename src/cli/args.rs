@@ -1,0 +1,297 @@
+//! The command line, as clap sees it.
+//!
+//! Imports: nothing but its siblings.
+//! Never: does anything; a value that parses may still be impossible.
+
+use super::options::{Settings, parse_enospc, parse_order, parse_step, parse_threads};
+use super::size::{parse_millis, parse_size};
+use crate::disk::EnospcPolicy;
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+const EXAMPLES: &str = "\
+Examples:
+  ploopfs mount disk.hdd /mnt/img            /mnt/img/disk.img is the disk
+  losetup -f --show --direct-io=on /mnt/img/disk.img
+  ploopfs umount /mnt/img                    returns when the image is closed
+
+  ploopfs attach disk.hdd                    prints /dev/loopN
+  ploopfs detach disk.hdd";
+
+/// Ploop and Parallels disk images as flat files and loop devices.
+#[derive(Debug, Parser)]
+#[command(name = "ploopfs", version, after_help = EXAMPLES, arg_required_else_help = true)]
+#[command(subcommand_required = true, disable_help_flag = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+    /// Print results and errors as JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print help
+    #[arg(short, long, global = true, action = ArgAction::HelpShort)]
+    pub help: Option<bool>,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Mount an image: the disk appears as a flat file
+    Mount(MountArgs),
+    /// Unmount, and wait until the image is closed
+    #[command(visible_alias = "unmount")]
+    Umount(UmountArgs),
+    /// Put a loop device on an image and print its name
+    Attach(AttachArgs),
+    /// Take the loop device away, and wait until the image is closed
+    Detach(DetachArgs),
+    /// Show what is mounted and attached
+    List,
+    /// Show what an image is made of
+    Info(InfoArgs),
+    /// Print a completion script for a shell
+    #[command(hide = true)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Formats that cannot be recognised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A plain image, byte for byte the disk
+    Raw,
+}
+
+/// Which disk.
+#[derive(Args, Clone, Debug)]
+pub struct SelectArgs {
+    /// Show the disk as of a snapshot, read-only: GUID, name or `latest`
+    #[arg(long, value_name = "ID", help_heading = "Which disk")]
+    pub snapshot: Option<String>,
+    /// A delta below IMAGE, base first (repeatable)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Which disk")]
+    pub lower: Vec<PathBuf>,
+    /// What a file without a magic number is
+    #[arg(long, value_enum, value_name = "FORMAT", help_heading = "Which disk")]
+    pub format: Option<Format>,
+    /// Let the descriptor name files in this directory outside the bundle (repeatable)
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Which disk")]
+    pub allow_outside: Vec<PathBuf>,
+}
+
+impl SelectArgs {
+    /// Adds these to the settings.
+    pub fn apply(&self, settings: &mut Settings) {
+        let selection = &mut settings.selection;
+        if let Some(snapshot) = &self.snapshot {
+            selection.snapshot = Some(snapshot.clone());
+        }
+        selection.lower.extend(self.lower.iter().cloned());
+        selection
+            .allow_outside
+            .extend(self.allow_outside.iter().cloned());
+        selection.raw |= self.format == Some(Format::Raw);
+    }
+}
+
+/// How the disk is served.
+#[derive(Args, Clone, Debug)]
+pub struct ServeArgs {
+    /// Nobody may write
+    #[arg(short, long)]
+    pub read_only: bool,
+    /// Stay in the foreground
+    #[arg(short, long)]
+    pub foreground: bool,
+    /// Stay in the foreground and log every detail
+    #[arg(short, long)]
+    pub debug: bool,
+    /// Mount options, as in fstab (repeatable)
+    #[arg(short, value_name = "OPT,...")]
+    pub options: Vec<OsString>,
+    /// Write the daemon's process id to this file
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub pid_file: Option<PathBuf>,
+    /// Drop dirty bitmaps, which writing would turn into a lie
+    #[arg(long, help_heading = "Writing")]
+    pub drop_bitmaps: bool,
+    /// Bytes by which the file grows (16M)
+    #[arg(long, value_name = "SIZE", value_parser = parse_step, help_heading = "Writing")]
+    pub grow_step: Option<u64>,
+    /// When the host is full: wait, fail, or seconds to wait (60)
+    #[arg(long, value_name = "POLICY", value_parser = parse_enospc, help_heading = "Writing")]
+    pub enospc: Option<EnospcPolicy>,
+    /// Time after which writes become durable by themselves (5)
+    #[arg(long, value_name = "SECONDS", value_parser = parse_millis, help_heading = "Writing")]
+    pub flush_interval: Option<u64>,
+    /// Memory for allocation tables (32M)
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Tuning")]
+    pub bat_cache: Option<u64>,
+    /// Requests below 4 KiB << N are served where they arrive (6)
+    #[arg(long, value_name = "N", value_parser = parse_order, help_heading = "Tuning")]
+    pub inline_order: Option<u32>,
+    /// Threads that take requests (8)
+    #[arg(long, value_name = "N", value_parser = parse_threads, help_heading = "Tuning")]
+    pub threads: Option<usize>,
+    /// Which disk.
+    #[command(flatten)]
+    pub select: SelectArgs,
+}
+
+impl ServeArgs {
+    /// The settings that result; long options win over `-o`.
+    pub fn settings(&self) -> Result<Settings, String> {
+        let mut settings = Settings::default();
+        for text in &self.options {
+            settings.apply(text)?;
+        }
+        self.select.apply(&mut settings);
+        if self.read_only {
+            settings.set_read_only(true);
+        }
+        let disk = &mut settings.disk;
+        disk.drop_bitmaps |= self.drop_bitmaps;
+        disk.grow_step = self.grow_step.unwrap_or(disk.grow_step);
+        disk.enospc = self.enospc.unwrap_or(disk.enospc);
+        disk.flush_interval_ms = self.flush_interval.unwrap_or(disk.flush_interval_ms);
+        disk.bat_cache = self.bat_cache.unwrap_or(disk.bat_cache);
+        disk.inline_order = self.inline_order.unwrap_or(disk.inline_order);
+        settings.threads = self.threads.unwrap_or(settings.threads);
+        // A snapshot is frozen; nobody asked to write to it.
+        if settings.selection.snapshot.is_some() {
+            settings.set_read_only(true);
+        }
+        Ok(settings)
+    }
+}
+
+/// `ploopfs mount`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  ploopfs mount disk.hdd /mnt/img                  a directory: /mnt/img/disk.img and more
+  touch disk.img; ploopfs mount disk.hdd disk.img  a file: the disk itself
+  ploopfs mount -r --snapshot latest disk.hdd /mnt/img
+  ploopfs mount -o allow_other,uid=1000 root.hds /mnt/img")]
+pub struct MountArgs {
+    /// How.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+    /// Say nothing when it worked
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub image: PathBuf,
+    /// A directory, or a regular file to mount over
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub mountpoint: PathBuf,
+}
+
+/// `ploopfs umount`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  ploopfs umount /mnt/img
+  ploopfs umount disk.hdd            by the image
+  ploopfs umount --lazy /mnt/img     although it is in use: its users may go on")]
+pub struct UmountArgs {
+    /// Take it out of sight at once and do not wait for its users
+    #[arg(short, long)]
+    pub lazy: bool,
+    /// Wait so long for the image to be closed
+    #[arg(long, value_name = "SECONDS", value_parser = parse_millis)]
+    pub timeout: Option<u64>,
+    /// Where it is mounted, or the image
+    #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::AnyPath)]
+    pub target: PathBuf,
+}
+
+/// `ploopfs attach`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  dev=$(ploopfs attach disk.hdd) && fsck -n \"$dev\"p1
+  ploopfs attach -r -m /mnt disk.hdd      and mount its only file system
+  ploopfs attach -m /mnt -p 2 disk.hdd    or that of partition 2")]
+pub struct AttachArgs {
+    /// How.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+    /// Also mount the file system on the disk here
+    #[arg(short, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub mount: Option<PathBuf>,
+    /// The partition that -m mounts
+    #[arg(short, value_name = "N", requires = "mount")]
+    pub partition: Option<u32>,
+    /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub image: PathBuf,
+}
+
+/// `ploopfs detach`.
+#[derive(Args, Clone, Debug)]
+pub struct DetachArgs {
+    /// Wait so long for the image to be closed
+    #[arg(long, value_name = "SECONDS", value_parser = parse_millis)]
+    pub timeout: Option<u64>,
+    /// The loop device, or the image
+    #[arg(value_name = "DEV|IMAGE", value_hint = ValueHint::AnyPath)]
+    pub target: PathBuf,
+}
+
+/// `ploopfs info`.
+#[derive(Args, Clone, Debug)]
+pub struct InfoArgs {
+    /// Which disk.
+    #[command(flatten)]
+    pub select: SelectArgs,
+    /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub image: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn long_options_win_over_words() {
+        let line = [
+            "ploopfs",
+            "mount",
+            "-o",
+            "rw,threads=2",
+            "--threads",
+            "4",
+            "-r",
+            "a",
+            "b",
+        ];
+        let Verb::Mount(args) = Cli::try_parse_from(line).unwrap().verb else {
+            panic!("mount")
+        };
+        let settings = args.serve.settings().unwrap();
+        assert_eq!(settings.threads, 4);
+        assert!(settings.disk.read_only && settings.mount.read_only);
+    }
+
+    #[test]
+    fn a_snapshot_is_read_only() {
+        let line = ["ploopfs", "mount", "--snapshot", "latest", "a", "b"];
+        let Verb::Mount(args) = Cli::try_parse_from(line).unwrap().verb else {
+            panic!("mount")
+        };
+        assert!(!args.serve.settings().unwrap().selection.write);
+    }
+}

@@ -1,0 +1,164 @@
+//! `ploopfs attach` and `ploopfs detach`.
+//!
+//! Imports: `error`, `fuse`.
+//! Never: prints more than the device on stdout; touches a loop device that is not ours.
+
+use super::args::{AttachArgs, DetachArgs};
+use super::mount::absolute_selection;
+use super::output::{Report, note, print, waiting};
+use super::serve::{Plan, Target, absolute, launch};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::attach::{Attached, FileSystemTarget};
+use crate::fuse::mount::{shell_word, unmount_any, visible_mount};
+use crate::fuse::registry::{Record, Registry, wait_closed};
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+/// Runs `attach`.
+pub fn attach(args: &AttachArgs, json: bool) -> Result<(), Box<Report>> {
+    let what = format!("cannot attach {}", args.image.display());
+    let plan = plan(args).map_err(|e| Report::refused(&what, &e))?;
+    let Some(served) = launch(&plan)? else {
+        return Ok(());
+    };
+    let Some(device) = &served.device else {
+        return Ok(());
+    };
+    if json {
+        print(&format!(
+            "{}\n",
+            serde_json::json!({ "schema_version": 1, "device": device })
+        ));
+    } else {
+        print(&format!("{}\n", device.display()));
+    }
+    Ok(())
+}
+
+fn plan(args: &AttachArgs) -> Result<Plan> {
+    let mut settings = args
+        .serve
+        .settings()
+        .map_err(|why| Error::why(ErrorKind::Usage, why))?;
+    if !nix::unistd::geteuid().is_root() {
+        let image = shell_word(&args.image);
+        return Err(Error::why(ErrorKind::Host, "only root can set up loop devices").fix(format!(
+            "sudo ploopfs attach {image}\nor mount it and use: udisksctl loop-setup -f .../disk.img"
+        )));
+    }
+    absolute_selection(&mut settings)?;
+    // Partitions are what a block device is wanted for.
+    settings.partitions = true;
+    let file_system = match &args.mount {
+        None => None,
+        Some(directory) => {
+            let fix = format!("mkdir -p {}", shell_word(directory));
+            let found = fs::canonicalize(directory)
+                .ok()
+                .filter(|path| path.is_dir());
+            let directory = found.ok_or_else(|| {
+                Error::why(ErrorKind::Mountpoint, "not a directory")
+                    .in_file(directory)
+                    .fix(fix)
+            })?;
+            Some(FileSystemTarget {
+                directory,
+                partition: args.partition,
+            })
+        }
+    };
+    Ok(Plan {
+        shown: args.image.display().to_string(),
+        image: absolute(&args.image)?,
+        target: Target::Loop(file_system),
+        settings,
+        pid_file: args.serve.pid_file.as_deref().map(absolute).transpose()?,
+        foreground: args.serve.foreground || args.serve.debug,
+        debug: args.serve.debug,
+    })
+}
+
+/// Runs `detach`.
+pub fn detach(args: &DetachArgs) -> Result<(), Box<Report>> {
+    let shown = args.target.display();
+    let failed = |e: Error| Report::new(&format!("cannot detach {shown}"), &e);
+    let registry = Registry::open().map_err(failed)?;
+    let record = detach_now(&args.target, &registry).map_err(failed)?;
+    let slow = || note(&waiting(record.pid));
+    wait_closed(
+        &registry,
+        &record,
+        args.timeout.map(Duration::from_millis),
+        slow,
+    )
+    .map_err(|e| Report::new(&format!("{shown} is detached, but not closed"), &e))
+}
+
+fn detach_now(target: &Path, registry: &Registry) -> Result<Record> {
+    let records = registry.all()?;
+    let record = find(target, &records)?;
+    let device = record
+        .device
+        .as_ref()
+        .map(|path| path.0.clone())
+        .unwrap_or_default();
+    if let Some(device) = Attached::find(&device).filter(|_| record.is_alive()) {
+        if let Some(place) = &record.file_system {
+            unmount_file_system(&device, &place.0)?;
+        }
+        device.clear(false)?;
+    }
+    Ok(record.clone())
+}
+
+fn find<'a>(target: &Path, records: &'a [Record]) -> Result<&'a Record> {
+    let full = fs::canonicalize(target).map_err(|e| Error::from(e).in_file(target))?;
+    let attached = records.iter().filter(|record| record.device.is_some());
+    let fits = |record: &&Record| {
+        record.image.0 == full || record.device.as_ref().is_some_and(|path| path.0 == full)
+    };
+    // The newest: an older record of the same device was left by a daemon that failed.
+    match attached.clone().filter(fits).collect::<Vec<_>>().as_slice() {
+        [] => Err(
+            Error::why(ErrorKind::Usage, "it was not attached by ploopfs")
+                .fix("ploopfs list shows what was; other loop devices: losetup -d"),
+        ),
+        [one] => Ok(one),
+        [.., last] => match attached
+            .clone()
+            .filter(fits)
+            .filter(|record| record.is_alive())
+            .count()
+        {
+            0 | 1 => Ok(attached
+                .clone()
+                .filter(fits)
+                .find(|r| r.is_alive())
+                .unwrap_or(last)),
+            _ => Err(
+                Error::why(ErrorKind::Usage, "the image is attached more than once")
+                    .fix("name the device; ploopfs list shows them"),
+            ),
+        },
+    }
+}
+
+/// Unmounts what `attach -m` mounted, if it is still that.
+fn unmount_file_system(device: &Attached, place: &Path) -> Result<()> {
+    let Some(entry) = visible_mount(place)? else {
+        return Ok(());
+    };
+    if !device.mounts()?.contains(&entry.mountpoint) {
+        return Ok(());
+    }
+    unmount_any(place, false).map_err(|e| {
+        let users = crate::fuse::holders::describe(place);
+        let error = Error::from(e).in_file(place);
+        if users.is_empty() {
+            error
+        } else {
+            error.fix(format!("end what uses it: {users}"))
+        }
+    })
+}

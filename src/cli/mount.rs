@@ -1,0 +1,101 @@
+//! `ploopfs mount`.
+//!
+//! Imports: `error`, `fuse`.
+//! Never: prints anything on success when nobody sits at a terminal.
+
+use super::args::MountArgs;
+use super::output::{Report, print};
+use super::serve::{Plan, Served, Target, absolute, describe, launch};
+use crate::error::Result;
+use crate::fuse::mount::{Shape, examine, shell_word};
+use std::io::IsTerminal;
+use std::path::Path;
+
+/// Runs the command.
+pub fn run(args: &MountArgs) -> Result<(), Box<Report>> {
+    let what = format!("cannot mount {}", args.image.display());
+    let settings = args
+        .serve
+        .settings()
+        .map_err(|why| Report::usage(&what, why))?;
+    let plan = plan(args, settings).map_err(|e| Report::refused(&what, &e))?;
+    let served = launch(&plan)?;
+    if let (Some(served), Target::Mountpoint(mountpoint, shape)) = (&served, &plan.target) {
+        if !args.quiet && std::io::stdout().is_terminal() {
+            print(&hints(&plan.shown, mountpoint, *shape, served));
+        }
+    }
+    Ok(())
+}
+
+fn plan(args: &MountArgs, mut settings: super::options::Settings) -> Result<Plan> {
+    let (mountpoint, shape) = examine(&args.mountpoint, &settings.mount)?;
+    absolute_selection(&mut settings)?;
+    let pid_file = args.serve.pid_file.as_deref().map(absolute).transpose()?;
+    Ok(Plan {
+        shown: args.image.display().to_string(),
+        image: absolute(&args.image)?,
+        target: Target::Mountpoint(mountpoint, shape),
+        settings,
+        pid_file,
+        foreground: args.serve.foreground || args.serve.debug,
+        debug: args.serve.debug,
+    })
+}
+
+/// Makes the paths of the selection absolute.
+pub fn absolute_selection(settings: &mut super::options::Settings) -> Result<()> {
+    let selection = &mut settings.selection;
+    for path in selection
+        .lower
+        .iter_mut()
+        .chain(&mut selection.allow_outside)
+    {
+        *path = absolute(path)?;
+    }
+    Ok(())
+}
+
+/// What a person may want to do next.
+fn hints(shown: &str, mountpoint: &Path, shape: Shape, served: &Served) -> String {
+    let place = shell_word(mountpoint);
+    let file = match shape {
+        Shape::Directory => shell_word(&mountpoint.join("disk.img")),
+        Shape::File => place.clone(),
+    };
+    let root = nix::unistd::geteuid().is_root();
+    let read_only = if served.read_only { "-r " } else { "" };
+    let mut text = format!("{shown} mounted at {place} ({})\n", describe(served));
+    if root {
+        text += &format!("  loop device  : losetup -f --show {read_only}--direct-io=on {file}\n");
+    } else {
+        // Root itself cannot look into a user's mount, so `sudo losetup` would be refused.
+        text += &format!("  loop device  : udisksctl loop-setup {read_only}-f {file}\n");
+    }
+    if let (true, Shape::Directory, Some(number)) = (root, shape, served.partitions.first()) {
+        let part = shell_word(&mountpoint.join(format!("part{number}.img")));
+        text += &format!("  one partition: mount -o loop,ro {part} /mnt\n");
+    }
+    text + &format!("  unmount      : ploopfs umount {place}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hints_can_be_pasted() {
+        let served = Served {
+            size: 64 << 30,
+            read_only: true,
+            partitions: vec![1, 2],
+            ..Served::default()
+        };
+        let text = hints("a.hdd", Path::new("/mnt/a b"), Shape::Directory, &served);
+        assert!(
+            text.starts_with("a.hdd mounted at '/mnt/a b' (64 GiB, read-only, 2 partitions)\n")
+        );
+        assert!(text.contains("-r ") && text.contains("'/mnt/a b/disk.img'"));
+        assert!(text.ends_with("ploopfs umount '/mnt/a b'\n"));
+    }
+}

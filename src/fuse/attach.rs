@@ -1,0 +1,389 @@
+//! Puts a loop device over a disk that is mounted nowhere.
+//!
+//! Imports: `error`, `sys`.
+//! Never: holds the loop device open, or the mount once the device is set up: the device's hold on
+//! its file is all that keeps the session alive, so the daemon ends by itself after `losetup -d`.
+//!
+//! The file system is mounted without a place in the tree, so no other program sees it. The file
+//! in it bears the image's name, which is what `losetup -l` shows. Partitions are announced by
+//! BLKPG, as not every kernel can read a GPT itself.
+
+use super::mount::find_program;
+use super::partitions::Partition;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::loopdev::{self, Setup, Status};
+use crate::sys::mount::mount_table;
+use nix::fcntl::OFlag;
+use nix::mount::MsFlags;
+use nix::sys::stat::Mode;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Others may be faster at taking a free device; so often is enough.
+const TRIES: u32 = 64;
+
+/// A loop device of ours.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    number: u32,
+    status: Status,
+}
+
+/// Where to mount a file system of the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileSystemTarget {
+    /// The directory, in full.
+    pub directory: PathBuf,
+    /// The partition, where the user named one.
+    pub partition: Option<u32>,
+}
+
+fn host(what: &str, e: io::Error) -> Error {
+    let errno = e.raw_os_error();
+    let error = Error::why(ErrorKind::Host, what).because(e);
+    match errno {
+        Some(libc::EACCES | libc::EPERM) => error.fix(
+            "attach needs root; as a desktop user: ploopfs mount, then udisksctl loop-setup -f",
+        ),
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            error.fix("modprobe loop; in a container, give it /dev/loop-control and /dev/loop0 ...")
+        }
+        _ => error,
+    }
+}
+
+/// Sets a free loop device up over a file of the mount.
+pub fn attach(mount: &OwnedFd, name: &Path, read_only: bool) -> Result<Attached> {
+    let access = if read_only {
+        OFlag::O_RDONLY
+    } else {
+        OFlag::O_RDWR
+    };
+    let file = nix::fcntl::openat(mount, name, access | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(|errno| Error::from(io::Error::from(errno)).in_file(name))?;
+    let shown = name.to_string_lossy();
+    let setup = Setup {
+        read_only,
+        block_size: 0,
+        name: &shown,
+    };
+    for attempt in 0..TRIES {
+        let number = loopdev::get_free().map_err(|e| host("no free loop device", e))?;
+        let path = loopdev::path(number);
+        let device = match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(device) => device,
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => continue,
+            Err(e) => return Err(host("cannot open the loop device", e).in_file(&path)),
+        };
+        match loopdev::configure(&device, file.as_fd(), &setup) {
+            Ok(()) => {
+                let status = loopdev::status(device.as_fd())?;
+                return Ok(Attached { number, status });
+            }
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                std::thread::sleep(Duration::from_millis(5 * u64::from(attempt.min(20))));
+            }
+            Err(e) => return Err(host("cannot set the loop device up", e).in_file(&path)),
+        }
+    }
+    Err(Error::why(
+        ErrorKind::Host,
+        "other programs took every free loop device",
+    )
+    .fix("losetup -l shows them; detach one with losetup -d"))
+}
+
+impl Attached {
+    /// A device that this or another process set up; `None` where it is none, or has no file.
+    #[must_use]
+    pub fn find(path: &Path) -> Option<Self> {
+        let name = path.file_name()?.to_str()?;
+        let number = name.strip_prefix("loop")?.parse().ok()?;
+        let device = File::open(loopdev::path(number)).ok()?;
+        let status = loopdev::status(device.as_fd()).ok()?;
+        Some(Self { number, status })
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        loopdev::path(self.number)
+    }
+
+    /// The path of one of its partitions.
+    #[must_use]
+    pub fn partition(&self, number: u32) -> PathBuf {
+        PathBuf::from(format!("/dev/loop{}p{number}", self.number))
+    }
+
+    fn sysfs(&self, rest: &str) -> PathBuf {
+        PathBuf::from(format!("/sys/block/loop{}/{rest}", self.number))
+    }
+
+    /// Requests of up to a cluster, and a read-ahead that streams need: without it sequential
+    /// reads through a file system are a third as fast.
+    pub fn tune(&self) {
+        for (file, value) in [
+            ("queue/read_ahead_kb", "1024"),
+            ("queue/max_sectors_kb", "1024"),
+        ] {
+            if let Err(e) = fs::write(self.sysfs(file), value) {
+                log::debug!("cannot set {file} of {}: {e}", self.path().display());
+            }
+        }
+    }
+
+    /// Announces the partitions that the kernel has not found by itself.
+    pub fn add_partitions(&self, partitions: &[Partition]) -> Result<()> {
+        let device = File::open(self.path())?;
+        for partition in partitions {
+            let number = partition.number;
+            if self
+                .sysfs(&format!("loop{}p{number}", self.number))
+                .exists()
+            {
+                continue;
+            }
+            let added = loopdev::add_partition(&device, number, partition.start, partition.len);
+            match added {
+                Ok(()) => {}
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
+                Err(e) => log::warn!("partition {number} cannot be made known: {e}"),
+            }
+        }
+        Ok(())
+    }
+
+    fn partition_numbers(&self) -> Vec<u32> {
+        let prefix = format!("loop{}p", self.number);
+        let Ok(entries) = fs::read_dir(self.sysfs("")) else {
+            return Vec::new();
+        };
+        let number = |entry: fs::DirEntry| {
+            entry
+                .file_name()
+                .to_str()?
+                .strip_prefix(&prefix)?
+                .parse::<u32>()
+                .ok()
+        };
+        let mut numbers: Vec<u32> = entries.flatten().filter_map(number).collect();
+        numbers.sort_unstable();
+        numbers
+    }
+
+    /// Where file systems of the device or its partitions are mounted.
+    pub fn mounts(&self) -> Result<Vec<PathBuf>> {
+        let device = self.path();
+        let prefix = format!("{}p", device.display());
+        let of_this = |source: &Path| {
+            source == device
+                || source
+                    .to_str()
+                    .is_some_and(|text| text.starts_with(&prefix))
+        };
+        let table = mount_table()?;
+        let ours = table
+            .into_iter()
+            .filter(|entry| of_this(Path::new(&entry.source)));
+        Ok(ours.map(|entry| entry.mountpoint).collect())
+    }
+
+    /// True while the device has the file that it had when this value was made.
+    fn is_same(&self, device: &File) -> bool {
+        loopdev::status(device.as_fd()).is_ok_and(|status| {
+            (status.device, status.inode) == (self.status.device, self.status.inode)
+        })
+    }
+
+    /// Takes the file away. With `lazy`, a device that is in use goes with its last user; else that
+    /// is refused and nothing changes.
+    pub fn clear(&self, lazy: bool) -> Result<()> {
+        let path = self.path();
+        let exclusive = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_EXCL)
+            .open(&path);
+        let (device, idle) = match exclusive {
+            Ok(device) => (device, true),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && lazy => (File::open(&path)?, false),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Err(self.busy()),
+            Err(e) => return Err(Error::from(e).in_file(&path)),
+        };
+        if !self.is_same(&device) {
+            return Ok(());
+        }
+        if idle {
+            for number in self.partition_numbers() {
+                if let Err(e) = loopdev::delete_partition(&device, number) {
+                    log::debug!("partition {number} stays: {e}");
+                }
+            }
+        }
+        loopdev::clear(device.as_fd()).map_err(|e| Error::from(e).in_file(&path))
+    }
+
+    fn busy(&self) -> Error {
+        let path = self.path();
+        let error = |why: String| Error::why(ErrorKind::Io(libc::EBUSY), why).in_file(&path);
+        match self.mounts().unwrap_or_default().first() {
+            Some(place) => error(format!("it is mounted at {}", place.display()))
+                .fix(format!("umount {}", super::mount::shell_word(place))),
+            None => error("another program or device uses it".into())
+                .fix("lsblk shows what lies on top of it (LVM, RAID, swap)"),
+        }
+    }
+
+    /// Mounts a file system of the disk: the one on the partition named, or the only one there is.
+    pub fn mount_file_system(&self, target: &FileSystemTarget, read_only: bool) -> Result<()> {
+        let device = self.choose(target.partition)?;
+        match find_program("mount") {
+            Some(program) => run_mount(&program, &device, &target.directory, read_only),
+            None => mount_by_trying(&device, &target.directory, read_only),
+        }
+    }
+
+    fn choose(&self, partition: Option<u32>) -> Result<PathBuf> {
+        let numbers = self.partition_numbers();
+        if let Some(number) = partition {
+            if numbers.contains(&number) {
+                return Ok(self.partition(number));
+            }
+            let have = numbers
+                .iter()
+                .map(u32::to_string)
+                .collect::<Vec<_>>()
+                .join(", ");
+            let have = if have.is_empty() {
+                "none".to_owned()
+            } else {
+                have
+            };
+            let why = format!("the disk has no partition {number} (it has: {have})");
+            return Err(Error::why(ErrorKind::Usage, why));
+        }
+        if file_system_on(&self.path()).is_some() {
+            return Ok(self.path());
+        }
+        let with_one: Vec<(u32, &str)> = numbers
+            .iter()
+            .filter_map(|number| Some((*number, file_system_on(&self.partition(*number))?)))
+            .collect();
+        match with_one.as_slice() {
+            [(number, _)] => Ok(self.partition(*number)),
+            [] => Err(Error::why(
+                ErrorKind::Unsupported,
+                "no file system was recognised on it",
+            )
+            .fix("leave -m out and look at the device with: blkid, lsblk -f")),
+            many => {
+                let list = many
+                    .iter()
+                    .map(|(number, kind)| format!("{number} ({kind})"));
+                let list = list.collect::<Vec<_>>().join(", ");
+                let why = format!("several partitions have a file system: {list}");
+                Err(Error::why(ErrorKind::Usage, why).fix("choose one with -p N"))
+            }
+        }
+    }
+}
+
+fn run_mount(program: &Path, device: &Path, directory: &Path, read_only: bool) -> Result<()> {
+    let mut command = Command::new(program);
+    if read_only {
+        command.arg("-r");
+    }
+    let output = command
+        .arg("--")
+        .args([device, directory])
+        .stdin(Stdio::null())
+        .env("LC_ALL", "C")
+        .output()
+        .map_err(|e| Error::from(e).in_file(program))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.trim().trim_start_matches("mount:").trim();
+    Err(Error::why(ErrorKind::Host, format!("mount failed: {said}")).in_file(device))
+}
+
+/// Without a mount program: every type that the kernel knows for block devices.
+fn mount_by_trying(device: &Path, directory: &Path, read_only: bool) -> Result<()> {
+    let mut flags = MsFlags::empty();
+    flags.set(MsFlags::MS_RDONLY, read_only);
+    let types = fs::read_to_string("/proc/filesystems")?;
+    for kind in types
+        .lines()
+        .filter(|line| !line.starts_with("nodev"))
+        .map(str::trim)
+    {
+        let none: Option<&str> = None;
+        if nix::mount::mount(Some(device), directory, Some(kind), flags, none).is_ok() {
+            return Ok(());
+        }
+    }
+    Err(Error::why(
+        ErrorKind::Unsupported,
+        "the kernel knows no file system like it",
+    )
+    .in_file(device))
+}
+
+/// Signatures of file systems: where, what bytes, and the name.
+const SIGNATURES: [(u64, &[u8], &str); 11] = [
+    (0x438, &[0x53, 0xef], "ext"),
+    (0, b"XFSB", "xfs"),
+    (0x1_0040, b"_BHRfS_M", "btrfs"),
+    (3, b"NTFS    ", "ntfs"),
+    (3, b"EXFAT   ", "exfat"),
+    (0x36, b"FAT", "fat"),
+    (0x52, b"FAT32", "fat"),
+    (0x8001, b"CD001", "iso9660"),
+    (0x400, b"H+", "hfsplus"),
+    (0x400, b"HX", "hfsplus"),
+    (0, b"hsqs", "squashfs"),
+];
+
+fn file_system_on(device: &Path) -> Option<&'static str> {
+    let device = File::open(device).ok()?;
+    let found = SIGNATURES.iter().find(|(at, bytes, _)| {
+        let mut buf = [0_u8; 8];
+        let Some(buf) = buf.get_mut(..bytes.len()) else {
+            return false;
+        };
+        device.read_exact_at(buf, *at).is_ok() && &*buf == *bytes
+    });
+    found.map(|(_, _, name)| *name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_systems_are_known_by_their_signatures() {
+        let directory = tempfile::tempdir().unwrap();
+        for (at, bytes, name) in SIGNATURES {
+            let path = directory.path().join("x");
+            let file = File::create(&path).unwrap();
+            file.set_len(1 << 20).unwrap();
+            assert_eq!(file_system_on(&path), None);
+            file.write_all_at(bytes, at).unwrap();
+            assert_eq!(file_system_on(&path), Some(name));
+        }
+        assert_eq!(file_system_on(Path::new("/nonexistent")), None);
+    }
+
+    #[test]
+    fn only_loop_devices_with_a_file_are_found() {
+        assert!(Attached::find(Path::new("/dev/null")).is_none());
+        assert!(Attached::find(Path::new("/dev/loop99999")).is_none());
+        assert!(Attached::find(Path::new("/")).is_none());
+    }
+}

@@ -1,0 +1,329 @@
+//! One record for each running daemon, so that other commands find it.
+//!
+//! Imports: `error`, `sys`.
+//! Never: is trusted about a process: a record counts only while a process with its id *and* start
+//! time lives. Nothing breaks without records but the comfort of waiting.
+//!
+//! Root's records are in `/run/ploopfs`, a user's in `$XDG_RUNTIME_DIR/ploopfs`, or in
+//! `/tmp/ploopfs-UID` where neither can be had. A daemon writes its record when it is mounted and
+//! removes it when the image is closed. If the close fails it leaves the reason in the record, for
+//! the `umount` that waits for it.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::process;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Largest record that is read.
+const RECORD_MAX: u64 = 1 << 16;
+
+/// Paths that are no UTF-8 go into JSON as their bytes.
+mod path_text {
+    use super::{Deserialize, OsStrExt, OsString, OsStringExt, Path, PathBuf, Serialize};
+    use serde::{Deserializer, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Text {
+        Plain(String),
+        Bytes(Vec<u8>),
+    }
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, out: S) -> Result<S::Ok, S::Error> {
+        let text = match path.to_str() {
+            Some(text) => Text::Plain(text.to_owned()),
+            None => Text::Bytes(path.as_os_str().as_bytes().to_vec()),
+        };
+        text.serialize(out)
+    }
+
+    pub(super) fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<PathBuf, D::Error> {
+        Ok(match Text::deserialize(from)? {
+            Text::Plain(text) => PathBuf::from(text),
+            Text::Bytes(bytes) => PathBuf::from(OsString::from_vec(bytes)),
+        })
+    }
+}
+
+/// A path in a record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RecordedPath(#[serde(with = "path_text")] pub PathBuf);
+
+/// What a daemon tells about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its process id.
+    pub pid: i32,
+    /// When that process was started, in ticks since boot.
+    pub start: u64,
+    /// The image, in full.
+    pub image: RecordedPath,
+    /// Where it is mounted; nothing for `attach`.
+    pub mountpoint: Option<RecordedPath>,
+    /// The loop device that `attach` made.
+    pub device: Option<RecordedPath>,
+    /// Where `attach -m` mounted a file system of the disk.
+    pub file_system: Option<RecordedPath>,
+    /// Nobody can write.
+    pub read_only: bool,
+    /// Seconds since 1970 when it was mounted.
+    pub since: u64,
+    /// Why the image could not be closed cleanly.
+    pub error: Option<String>,
+}
+
+impl Record {
+    /// A record of this process, mounted now.
+    pub fn of_this_process(image: &Path, read_only: bool) -> Result<Self> {
+        let pid = i32::try_from(std::process::id())
+            .map_err(|e| Error::new(ErrorKind::Host).because(e))?;
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs();
+        Ok(Self {
+            pid,
+            start: process::start_time(pid)?,
+            image: RecordedPath(image.to_owned()),
+            mountpoint: None,
+            device: None,
+            file_system: None,
+            read_only,
+            since,
+            error: None,
+        })
+    }
+
+    /// True while the very process that wrote the record lives.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        process::start_time(self.pid).is_ok_and(|start| start == self.start)
+    }
+
+    fn file_in(&self, directory: &Path) -> PathBuf {
+        directory.join(format!("{}.json", self.pid))
+    }
+}
+
+/// The directory of records of one user.
+#[derive(Clone, Debug)]
+pub struct Registry {
+    directory: PathBuf,
+}
+
+impl Registry {
+    /// The registry of this user, made where it does not exist yet.
+    pub fn open() -> Result<Self> {
+        let uid = nix::unistd::geteuid();
+        let fallback = PathBuf::from(format!("/tmp/ploopfs-{uid}"));
+        let first = if uid.is_root() {
+            Some(PathBuf::from("/run/ploopfs"))
+        } else {
+            std::env::var_os("XDG_RUNTIME_DIR").map(|path| PathBuf::from(path).join("ploopfs"))
+        };
+        let mut last = None;
+        for directory in first.into_iter().chain([fallback]) {
+            match Self::at(directory) {
+                Ok(registry) => return Ok(registry),
+                Err(e) => last = Some(e),
+            }
+        }
+        Err(last.unwrap_or_else(|| Error::new(ErrorKind::Host)))
+    }
+
+    /// The registry in this directory. Another user's directory is refused: in `/tmp` anybody could
+    /// have made it.
+    pub fn at(directory: PathBuf) -> Result<Self> {
+        let made = DirBuilder::new().mode(0o700).create(&directory);
+        if let Err(e) = made {
+            if e.kind() != io::ErrorKind::AlreadyExists {
+                return Err(Error::from(e).in_file(&directory));
+            }
+        }
+        let found = fs::symlink_metadata(&directory)?;
+        let own = found.uid() == nix::unistd::geteuid().as_raw();
+        if !found.is_dir() || !own || found.mode() & 0o022 != 0 {
+            let why = "not a directory that only this user can write to";
+            return Err(Error::why(ErrorKind::Host, why).in_file(&directory));
+        }
+        Ok(Self { directory })
+    }
+
+    /// Writes a record, or replaces it.
+    pub fn write(&self, record: &Record) -> Result<()> {
+        let path = record.file_in(&self.directory);
+        let temporary = path.with_extension("new");
+        let text = serde_json::to_vec(record).map_err(|e| Error::from(io::Error::from(e)))?;
+        let write = || -> io::Result<()> {
+            let mut options = OpenOptions::new();
+            options.write(true).create(true).truncate(true).mode(0o600);
+            options.open(&temporary)?.write_all(&text)?;
+            fs::rename(&temporary, &path)
+        };
+        write().map_err(|e| Error::from(e).in_file(&path))
+    }
+
+    /// Removes a record; one that is gone already is fine.
+    pub fn remove(&self, record: &Record) {
+        if let Err(e) = fs::remove_file(record.file_in(&self.directory)) {
+            if e.kind() != io::ErrorKind::NotFound {
+                log::debug!("cannot remove the record of process {}: {e}", record.pid);
+            }
+        }
+    }
+
+    fn read(&self, path: &Path) -> Option<Record> {
+        let file = fs::File::open(path).ok()?;
+        let text = io::read_to_string(io::Read::take(file, RECORD_MAX)).ok()?;
+        serde_json::from_str(&text).ok()
+    }
+
+    /// The record as it is now.
+    #[must_use]
+    pub fn reread(&self, record: &Record) -> Option<Record> {
+        let now = self.read(&record.file_in(&self.directory))?;
+        (now.start == record.start).then_some(now)
+    }
+
+    /// The records of living daemons, oldest first, and of those that left an error. Records of
+    /// daemons that died without a word are removed.
+    pub fn all(&self) -> Result<Vec<Record>> {
+        let mut records = Vec::new();
+        for entry in fs::read_dir(&self.directory)?.flatten() {
+            let path = entry.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            match self.read(&path) {
+                Some(record) if record.is_alive() || record.error.is_some() => records.push(record),
+                Some(record) => self.remove(&record),
+                None => log::debug!("cannot read {}", path.display()),
+            }
+        }
+        records.sort_by_key(|record| (record.since, record.pid));
+        Ok(records)
+    }
+}
+
+/// Waits until a daemon has ended and so closed its image, and gives its error where it left one.
+/// `slow` is called once when it takes long.
+pub fn wait_closed(
+    registry: &Registry,
+    record: &Record,
+    timeout: Option<Duration>,
+    slow: impl FnOnce(),
+) -> Result<()> {
+    let started = Instant::now();
+    let mut slow = Some(slow);
+    // The descriptor is taken before the check, so it cannot be another process's.
+    if let Ok(pidfd) = process::pidfd_open(record.pid) {
+        while record.is_alive() {
+            let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::from(250_u8)).is_ok_and(|ready| ready > 0) {
+                break;
+            }
+            if timeout.is_some_and(|timeout| started.elapsed() >= timeout) {
+                let why = format!("process {} has not closed the image yet", record.pid);
+                return Err(Error::why(ErrorKind::TimedOut, why)
+                    .fix("end the programs that use the disk; the daemon then closes by itself"));
+            }
+            if started.elapsed() > Duration::from_secs(2) {
+                if let Some(slow) = slow.take() {
+                    slow();
+                }
+            }
+        }
+    }
+    let Some(left) = registry.reread(record) else {
+        return Ok(());
+    };
+    registry.remove(&left);
+    match left.error {
+        Some(error) => Err(Error::why(ErrorKind::Io(libc::EIO), error)
+            .in_file(&left.image.0)
+            .fix("ploopfs mount examines the image and mends what is safe to mend")),
+        None => Err(Error::why(
+            ErrorKind::InUse,
+            "the daemon died before it closed the image",
+        )
+        .in_file(&left.image.0)
+        .fix("ploopfs mount examines the image and mends what is safe to mend")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn registry() -> (tempfile::TempDir, Registry) {
+        let directory = tempfile::tempdir().unwrap();
+        let registry = Registry::at(directory.path().join("r")).unwrap();
+        (directory, registry)
+    }
+
+    #[test]
+    fn records_come_back_with_any_path() {
+        let (_directory, registry) = registry();
+        let image = PathBuf::from(OsString::from_vec(b"/a,b \xff\"c.hdd".to_vec()));
+        let mut record = Record::of_this_process(&image, true).unwrap();
+        record.mountpoint = Some(RecordedPath(PathBuf::from("/mnt/x y")));
+        registry.write(&record).unwrap();
+        assert_eq!(registry.all().unwrap(), vec![record.clone()]);
+        registry.remove(&record);
+        assert!(registry.all().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_reused_process_id_is_not_mistaken_for_the_daemon() {
+        let (_directory, registry) = registry();
+        let mut record = Record::of_this_process(Path::new("/x"), false).unwrap();
+        record.start += 1;
+        registry.write(&record).unwrap();
+        assert!(!record.is_alive());
+        assert!(
+            registry.all().unwrap().is_empty(),
+            "stale records are removed"
+        );
+    }
+
+    #[test]
+    fn what_a_daemon_left_is_told_to_the_one_who_waits() {
+        let (_directory, registry) = registry();
+        let mut record = Record::of_this_process(Path::new("/x"), false).unwrap();
+        record.start += 1;
+        wait_closed(&registry, &record, None, || ()).unwrap();
+        registry.write(&record).unwrap();
+        let died = wait_closed(&registry, &record, None, || ()).unwrap_err();
+        assert_eq!(died.kind(), ErrorKind::InUse);
+        record.error = Some("no space".into());
+        registry.write(&record).unwrap();
+        let error = wait_closed(&registry, &record, None, || ()).unwrap_err();
+        assert!(error.to_string().contains("no space"));
+        assert!(registry.reread(&record).is_none());
+    }
+
+    #[test]
+    fn waiting_ends_after_the_time_allowed() {
+        let (_directory, registry) = registry();
+        let record = Record::of_this_process(Path::new("/x"), false).unwrap();
+        let error = wait_closed(&registry, &record, Some(Duration::ZERO), || ()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn a_directory_open_to_others_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(Registry::at(directory.path().to_owned()).is_err());
+    }
+}
