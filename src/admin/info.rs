@@ -15,7 +15,7 @@ use crate::format::extension::{self, Extension};
 use crate::format::header::{CLOSED_V21, HEADER_LEN, Header, IN_USE, RawHeader, Version};
 use crate::format::layout::BAT_PAGE_LEN;
 use crate::storage::file::FileStorage;
-use crate::storage::lock::{self, Holder};
+use crate::storage::lock::{Holder, Users};
 use crate::storage::{FileId, Storage};
 use crate::units::{FileOffset, SECTOR, len_u64};
 use serde::Serialize;
@@ -143,7 +143,7 @@ pub struct BitmapInfo {
 /// Looks at a disk. Fails only where IMAGE itself is not there.
 pub fn info(image: &Path, selection: &Selection) -> Result<DiskInfo> {
     let survey = OpenedImages::survey(image, selection)?;
-    let mut seen = HashSet::new();
+    let (mut seen, users) = (HashSet::new(), Users::default());
     let mut problems = survey.problems.clone();
     let parts: Vec<PartInfo> = survey
         .parts
@@ -155,7 +155,7 @@ pub fn info(image: &Path, selection: &Selection) -> Result<DiskInfo> {
             files: part
                 .files
                 .iter()
-                .map(|file| look_at(file, &mut seen))
+                .map(|file| look_at(file, &mut seen, &users))
                 .collect(),
         })
         .collect();
@@ -203,7 +203,7 @@ fn disk_size(survey: &Survey, parts: &[PartInfo]) -> Option<u64> {
     }
 }
 
-fn look_at(surveyed: &SurveyedFile, seen: &mut HashSet<FileId>) -> FileInfo {
+fn look_at(surveyed: &SurveyedFile, seen: &mut HashSet<FileId>, users: &Users) -> FileInfo {
     let mut info = FileInfo {
         path: surveyed.path.display().to_string(),
         guid: surveyed.guid.map(|guid| guid.to_string()),
@@ -228,7 +228,7 @@ fn look_at(surveyed: &SurveyedFile, seen: &mut HashSet<FileId>) -> FileInfo {
         if storage.file_id().is_some_and(|id| !seen.insert(id)) {
             info.problem = Some("the same file is used twice in the disk".to_owned());
         }
-        info.holders = lock::users(storage.file());
+        info.holders = users.of(storage.file());
         examine(&storage, surveyed.kind, &mut info)
     });
     if let Err(e) = examined {

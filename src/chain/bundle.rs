@@ -1,10 +1,10 @@
 //! From what the user named to open, locked files.
 //!
-//! 1. Find out what IMAGE is: a bare image, or a bundle's descriptor ([`find`]).
-//! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order could
-//!    read what an operation of ploop is about to replace.
-//! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice, lock
-//!    all, and only then read the first bytes of any ([`files`]).
+//! 1. Find out what IMAGE is: a bare image, or a bundle's descriptor (`find`).
+//! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order
+//!    could read what an operation of ploop is about to replace.
+//! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice,
+//!    lock all, and only then read the first bytes of any (`files`).
 //!
 //! Lower deltas are never opened for writing. Everything stays locked as long as its storage lives,
 //! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
@@ -155,6 +155,10 @@ fn open_by_hand(named: &Path, top: &Path, selection: &Selection) -> Result<Opene
         let why = format!("{snapshot:?}: only a bundle has snapshots, and this is a single image");
         return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(named));
     }
+    let warning = match selection.lower.as_slice() {
+        [] => check_membership(top, selection.write)?,
+        _ => None,
+    };
     let registry = Registry::default();
     let mut opening = Opening::new(selection.no_lock, &registry);
     let paths = selection.lower.iter().map(PathBuf::as_path).chain([top]);
@@ -162,7 +166,7 @@ fn open_by_hand(named: &Path, top: &Path, selection: &Selection) -> Result<Opene
         let write = selection.write && level == selection.lower.len();
         opening.add(Wanted {
             part: 0,
-            file: host::by_user(path, write).map_err(|e| read_only_hint(e, write))?,
+            file: host::by_user(path, write).map_err(|e| with_hint(e, write))?,
             path: path.to_owned(),
             guid: None,
             kind: if selection.raw && level == 0 {
@@ -174,9 +178,7 @@ fn open_by_hand(named: &Path, top: &Path, selection: &Selection) -> Result<Opene
         })?;
     }
     let (mut chains, mut warnings) = opening.finish(1)?;
-    if selection.write && selection.lower.is_empty() {
-        warnings.extend(find::member_of_bundle(top));
-    }
+    warnings.extend(warning);
     let files = chains.pop().unwrap_or_default();
     let part = OpenedPart {
         start: SectorCount::ZERO,
@@ -193,6 +195,21 @@ fn open_by_hand(named: &Path, top: &Path, selection: &Selection) -> Result<Opene
         warnings,
         bundle: None,
     })
+}
+
+/// An image of a bundle that was named by itself: a warning, or a refusal where writing to it alone
+/// would damage the disk.
+fn check_membership(image: &Path, write: bool) -> Result<Option<String>> {
+    let Some(member) = find::membership(image) else {
+        return Ok(None);
+    };
+    let what = format!("the image is {} of the bundle around it", member.role);
+    if write && member.entangled {
+        let why = format!("{what}, and writing to it alone would damage the disk");
+        let error = Error::why(ErrorKind::ReadOnly, why).in_file(image);
+        return Err(error.fix("name the bundle to write to the disk; to read this image alone: -r"));
+    }
+    Ok(Some(format!("{what}; name the bundle to use the disk")))
 }
 
 fn open_bundle(
@@ -274,7 +291,7 @@ fn lock_bundle(
         Err(_) if !selection.write => return Ok(None),
         Err(e) => {
             let error = Error::why(e_kind(&e), "cannot take ploop's lock on the bundle").because(e);
-            return Err(read_only_hint(error.in_file(&path), true));
+            return Err(with_hint(error.in_file(&path), true));
         }
     };
     let deadline = Instant::now() + lock::PATIENCE;
@@ -294,11 +311,14 @@ fn e_kind(error: &std::io::Error) -> ErrorKind {
     ErrorKind::Io(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
-/// What can be done where writing is not possible and reading may be.
-fn read_only_hint(error: Error, write: bool) -> Error {
+/// What can be done where the host refuses to open a file.
+fn with_hint(error: Error, write: bool) -> Error {
     match error.kind() {
         ErrorKind::Io(libc::EROFS | libc::EACCES | libc::EPERM) if write => {
             error.fix("to read only: -r")
+        }
+        ErrorKind::Io(libc::EMFILE | libc::ENFILE) => {
+            error.fix("the disk has more files than may be open: raise the limit (ulimit -n)")
         }
         _ => error,
     }
@@ -420,7 +440,7 @@ fn open_chain(bundle: &Arc<Bundle>, target: Guid, write: bool) -> Result<OpenedI
                         let why = format!("the image of snapshot {}", image.guid);
                         Error::why(ErrorKind::Missing, why).in_file(&roots.path().join(&image.file))
                     }
-                    _ => read_only_hint(e, write),
+                    _ => with_hint(e, write),
                 })?;
             moved += u32::from(found.moved);
             opening.add(Wanted {
@@ -476,8 +496,8 @@ fn snapshot_infos(descriptor: &Descriptor, names: &HashMap<Guid, String>) -> Vec
 }
 
 impl OpenedImages {
-    /// The same disk as of a snapshot (GUID, name or `latest`), read-only, sharing the files that are
-    /// open already as long as their storages live; the others are opened and locked.
+    /// The same disk as of a snapshot (GUID, name or `latest`), read-only, sharing the files that
+    /// are open already as long as their storages live; the others are opened and locked.
     pub fn open_snapshot(&self, snapshot: &str) -> Result<OpenedImages> {
         let Some(bundle) = &self.bundle else {
             let why = "only a bundle has snapshots, and this is a single image";
@@ -498,7 +518,8 @@ impl OpenedImages {
             .map(|guid| guid.to_string())
     }
 
-    /// Keeps the bundle locked for as long as the returned value lives, whatever becomes of this one.
+    /// Keeps the bundle locked for as long as the returned value lives, whatever becomes of this
+    /// one.
     #[must_use]
     pub fn bundle_lock(&self) -> BundleLock {
         BundleLock {

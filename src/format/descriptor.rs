@@ -22,6 +22,8 @@ use std::collections::{HashMap, HashSet};
 
 /// Deepest nesting of elements; real descriptors have five.
 const DEPTH_MAX: usize = 16;
+/// The most bytes of a text that is only shown.
+const TEXT_MAX: usize = 256;
 /// The most images, and the most snapshots.
 pub const IMAGES_MAX: usize = 4096;
 
@@ -120,8 +122,9 @@ impl Descriptor {
             "Parallels_disk_image" => Root::Parallels,
             "Virtuozzo_disk_image" => Root::Virtuozzo,
             other => {
-                oddities.push(Oddity::RootName(other.to_owned()));
-                Root::Other(other.to_owned())
+                let other = xml::printable(other, TEXT_MAX);
+                oddities.push(Oddity::RootName(other.clone()));
+                Root::Other(other)
             }
         };
         let parameters = required(root, "Disk_Parameters")?;
@@ -262,7 +265,7 @@ fn encryption(parameters: Node<'_, '_>) -> Option<Encryption> {
     let node = child(parameters, "Encryption")?;
     let word = |name| {
         let text = child(node, name).map(xml::text)?;
-        Some(text.trim().to_owned()).filter(|text| !text.is_empty())
+        Some(xml::printable(text.trim(), TEXT_MAX)).filter(|text| !text.is_empty())
     };
     if let Some(key) = word("KeyId") {
         return Some(Encryption::Key(key));

@@ -6,9 +6,9 @@
 //! |      8 |   16 | MD5 of the rest of the cluster |
 //! |     24 |      | sections: magic, flags, data length (24 bytes), then the data, padded to 8 |
 //!
-//! The bitmap's own bits lie in clusters elsewhere in the file, which its table (L1) names by sector.
-//! Nothing here reads them; what matters is which clusters are taken, and whether to believe any of
-//! it. The extension is meaningful only in a file with the closed mark "v2.1".
+//! The bitmap's own bits lie in clusters elsewhere in the file, which its table (L1) names by
+//! sector. Nothing here reads them; what matters is which clusters are taken, and whether to
+//! believe any of it. The extension is meaningful only in a file with the closed mark "v2.1".
 #![warn(
     clippy::arithmetic_side_effects,
     clippy::as_conversions,
@@ -171,9 +171,9 @@ impl Extension {
     }
 }
 
-/// First byte of the extension's cluster, or `None` where the header names none. The cluster is then
-/// wholly inside the file and behind the BAT; whether data clusters lie there too only the BAT can
-/// tell.
+/// First byte of the extension's cluster, or `None` where the header names none. The cluster is
+/// then wholly inside the file and behind the BAT; whether data clusters lie there too only the BAT
+/// can tell.
 pub fn locate(header: &Header, file_len: FileOffset) -> Result<Option<FileOffset>, ExtensionError> {
     match header.extension() {
         None => Ok(None),
@@ -436,6 +436,11 @@ mod tests {
                 len: 0xff00_0048
             })
         );
+    }
+
+    #[test]
+    fn broken_bitmaps_are_told_apart() {
+        use ExtensionError as E;
         assert_eq!(
             patched(|c| c[40] = 31),
             Err(E::BitmapShort {

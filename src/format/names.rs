@@ -36,29 +36,12 @@ pub fn parse(bytes: &[u8]) -> Result<HashMap<Guid, String>, XmlError> {
             continue;
         };
         let name = child(node, "Name").map(xml::text).unwrap_or_default();
-        let name = printable(name.trim());
+        let name = xml::printable(name.trim(), NAME_MAX);
         if !name.is_empty() {
             names.entry(guid).or_insert(name);
         }
     }
     Ok(names)
-}
-
-/// Control characters could do things to a terminal, and line breaks tear tables.
-fn printable(name: &str) -> String {
-    let mut kept = String::new();
-    for character in name.chars() {
-        let character = if character.is_control() {
-            ' '
-        } else {
-            character
-        };
-        if kept.len().saturating_add(character.len_utf8()) > NAME_MAX {
-            break;
-        }
-        kept.push(character);
-    }
-    kept
 }
 
 #[cfg(test)]

@@ -50,7 +50,7 @@ pub enum XmlError {
         max: usize,
     },
     /// Not well-formed, or with a DTD. The parser's text tells line and column.
-    #[error("{0}")]
+    #[error("{}", printable(&.0.to_string(), 200))]
     Malformed(#[from] roxmltree::Error),
 }
 
@@ -167,6 +167,25 @@ pub fn text(node: Node<'_, '_>) -> String {
         .collect()
 }
 
+/// At most so many bytes of a text that came from a file, fit to be shown: control characters could
+/// do things to a terminal, and line breaks tear tables.
+#[must_use]
+pub fn printable(text: &str, max: usize) -> String {
+    let mut kept = String::new();
+    for character in text.chars() {
+        let character = if character.is_control() {
+            ' '
+        } else {
+            character
+        };
+        if kept.len().saturating_add(character.len_utf8()) > max {
+            break;
+        }
+        kept.push(character);
+    }
+    kept
+}
+
 #[cfg(test)]
 #[allow(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 mod tests {
@@ -208,6 +227,13 @@ mod tests {
             XmlError::Malformed(_)
         ));
         assert_eq!(text_of(b"<r>\n\xff"), Err(XmlError::NotText { line: 2 }));
+    }
+
+    #[test]
+    fn long_names_do_not_make_long_errors() {
+        let name = "a".repeat(100_000);
+        assert_eq!(error(&format!("<{name}></b>")).to_string().len(), 200);
+        assert_eq!(printable("a\u{9b}31m\u{e9}\n", 7), "a 31m\u{e9}");
     }
 
     #[test]

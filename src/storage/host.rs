@@ -170,8 +170,8 @@ impl Roots {
         }
     }
 
-    /// Reads a small file that the descriptor's directory holds: at most one byte more than `max`, so
-    /// that the caller sees when there is too much.
+    /// Reads a small file that the descriptor's directory holds: at most one byte more than `max`,
+    /// so that the caller sees when there is too much.
     pub fn read(&self, name: &str, max: u64) -> Result<Vec<u8>> {
         let named = self.named(name, false)?;
         read_all(named.file, max).map_err(|e| e.in_file(&named.path))

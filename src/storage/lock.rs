@@ -1,32 +1,33 @@
 //! Who may use an image file at the same time: the byte-range locks that QEMU takes, and ploop's.
 //!
-//! Byte 100 + n says "I use permission n", byte 200 + n "nobody else may have permission n"; all are
-//! shared locks, so that they add up, and whoever wants to use n looks for locks on byte 200 + n, and
-//! the other way round. Permissions: 0 consistent read, 1 write, 3 resize. ploop takes bytes 200 to
-//! 204 for a change and 300 to 304 for a long operation.
+//! Byte 100 + n says "I use permission n", byte 200 + n "nobody else may have permission n"; all
+//! are shared locks, so that they add up, and whoever wants to use n looks for locks on byte 200 +
+//! n, and the other way round. Permissions: 0 consistent read, 1 write, 3 resize. ploop takes bytes
+//! 200 to 204 for a change and 300 to 304 for a long operation.
 //!
 //! | open for | takes | looks for others on |
 //! |----------|-------|---------------------|
 //! | writing  | 100 101 103 201 203 | 101 103, 200 201 203, 300-304 |
 //! | reading  | 100 201 203         | 101 103, 200, 300-304 |
 //!
-//! The locks belong to the open file, not to the process: they end when the storage is closed, and a
-//! second open of the file by this process meets them as any other program does.
+//! The locks belong to the open file, not to the process: they end when the storage is closed, and
+//! a second open of the file by this process meets them as any other program does.
 
-use super::FileId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock as sys;
+use std::cell::OnceCell;
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long a lock is asked for before its holder is named: a killed process may keep its open files
-/// for a moment.
-pub const PATIENCE: Duration = Duration::from_millis(1000);
+/// How long a lock is asked for before its holder is named: a killed process may keep its open
+/// files for a moment.
+/// Unit tests, in which nobody lets go, wait less.
+pub const PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 1000 });
 
 /// What an image file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,14 +72,15 @@ impl Purpose {
         }
     }
 
+    /// What tells most about the other comes first, for the message.
     fn looks_for(self) -> &'static [Range<u64>] {
-        const READ: [Range<u64>; 4] = [byte(200), byte(101), byte(103), 300..305];
+        const READ: [Range<u64>; 4] = [byte(101), byte(103), byte(200), 300..305];
         const WRITE: [Range<u64>; 6] = [
+            byte(101),
+            byte(103),
             byte(200),
             byte(201),
             byte(203),
-            byte(101),
-            byte(103),
             300..305,
         ];
         match self {
@@ -142,7 +144,11 @@ fn attempt(file: &File, purpose: Purpose) -> io::Result<Option<sys::Conflict>> {
 fn look(file: &File, purpose: Purpose) -> io::Result<Option<sys::Conflict>> {
     for range in purpose.looks_for() {
         if let Some(conflict) = sys::conflict(file.as_fd(), range)? {
-            return Ok(Some(conflict));
+            // The kernel joins locks side by side; what matters is the byte that was asked about.
+            return Ok(Some(sys::Conflict {
+                start: range.start,
+                ..conflict
+            }));
         }
     }
     Ok(None)
@@ -206,78 +212,103 @@ pub fn bundle_refusal(file: &File, path: &Path) -> Error {
         .fix("end that program's use of the disk first; nothing was changed")
 }
 
-/// Everybody else who has locks of the scheme on this file, so far as it can be seen. `None` where
-/// the host cannot tell.
-#[must_use]
-pub fn users(file: &File) -> Option<Vec<Holder>> {
-    match sys::conflict(file.as_fd(), &(100..305)) {
-        Ok(None) => Some(Vec::new()),
-        Ok(Some(conflict)) => {
-            let mut holders = holders_of(file);
-            if holders.is_empty() {
-                let pid = conflict.pid.unwrap_or(0);
-                let command = if pid == 0 {
-                    String::new()
-                } else {
-                    command_of(pid)
-                };
-                holders.push(Holder { pid, command });
-            }
-            Some(holders)
+/// Who uses which files, as of the first question: for looking at many files at once.
+#[derive(Debug, Default)]
+pub struct Users {
+    table: OnceCell<Vec<Listed>>,
+}
+
+impl Users {
+    /// Everybody else who has locks of the scheme on this file, so far as it can be seen; pid 0 for
+    /// one who cannot. `None` where the host cannot tell.
+    #[must_use]
+    pub fn of(&self, file: &File) -> Option<Vec<Holder>> {
+        let Some(conflict) = sys::conflict(file.as_fd(), &(100..305)).ok()? else {
+            return Some(Vec::new());
+        };
+        let mut holders = among(self.table.get_or_init(listed), file);
+        if holders.is_empty() {
+            let pid = conflict.pid.unwrap_or(0);
+            let command = if pid == 0 {
+                String::new()
+            } else {
+                command_of(pid)
+            };
+            holders.push(Holder { pid, command });
         }
-        Err(_) => None,
+        Some(holders)
     }
 }
 
-/// The processes whose open files hold any lock on this file. What belongs to other users is seen
-/// only by root.
+/// A lock that the host lists with the open file that has it.
+#[derive(Debug)]
+struct Listed {
+    inode: u64,
+    pid: u32,
+    /// The open file, to be asked which one it is.
+    link: PathBuf,
+}
+
 fn holders_of(file: &File) -> Vec<Holder> {
-    let Ok(meta) = file.metadata() else {
-        return Vec::new();
-    };
-    let id = FileId {
-        device: meta.dev(),
-        inode: meta.ino(),
-    };
+    among(&listed(), file)
+}
+
+/// All locks of all processes that can be seen; those of other users only by root. Reading the
+/// lists touches none of the files themselves, which may be on a file system that does not answer.
+fn listed() -> Vec<Listed> {
+    let mut found = Vec::new();
     let Ok(processes) = fs::read_dir("/proc") else {
-        return Vec::new();
+        return found;
     };
-    let mut holders = Vec::new();
     for process in processes.flatten() {
         let name = process.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
-        if holds(pid, id) {
-            holders.push(Holder {
+        let Ok(entries) = fs::read_dir(process.path().join("fdinfo")) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            let Ok(text) = fs::read_to_string(entry.path()) else {
+                continue;
+            };
+            let link = process.path().join("fd").join(entry.file_name());
+            let mut inodes: Vec<u64> = text.lines().filter_map(locked_inode).collect();
+            inodes.dedup();
+            found.extend(inodes.into_iter().map(|inode| Listed {
+                inode,
                 pid,
-                command: command_of(pid),
+                link: link.clone(),
+            }));
+        }
+    }
+    found
+}
+
+/// The inode in a line such as `lock: 1: OFDLCK ADVISORY READ -1 fe:00:4711 100 101`.
+fn locked_inode(line: &str) -> Option<u64> {
+    let mut words = line.strip_prefix("lock:")?.split_whitespace();
+    let place = words.find(|word| word.split(':').count() == 3)?;
+    place.rsplit(':').next()?.parse().ok()
+}
+
+fn among(table: &[Listed], file: &File) -> Vec<Holder> {
+    let Ok(own) = file.metadata() else {
+        return Vec::new();
+    };
+    let mut holders: Vec<Holder> = Vec::new();
+    for listed in table.iter().filter(|listed| listed.inode == own.ino()) {
+        // The device in those lists is not always the one that `stat` tells, so ask the open file.
+        let same = fs::metadata(&listed.link)
+            .is_ok_and(|meta| (meta.dev(), meta.ino()) == (own.dev(), own.ino()));
+        if same && holders.iter().all(|holder| holder.pid != listed.pid) {
+            holders.push(Holder {
+                pid: listed.pid,
+                command: command_of(listed.pid),
             });
         }
     }
     holders
-}
-
-/// Locks are listed with the open file that has them. Asking there touches none of the files
-/// themselves, which may be on a file system that no longer answers.
-fn holds(pid: u32, id: FileId) -> bool {
-    let inode = format!(":{} ", id.inode);
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else {
-        return false;
-    };
-    entries.flatten().any(|entry| {
-        let has_lock = fs::read_to_string(entry.path()).is_ok_and(|info| {
-            info.lines()
-                .any(|line| line.starts_with("lock:") && line.contains(&inode))
-        });
-        // The device in that list is not always the one that `stat` tells, so ask the file.
-        has_lock
-            && fs::metadata(format!(
-                "/proc/{pid}/fd/{}",
-                entry.file_name().to_string_lossy()
-            ))
-            .is_ok_and(|meta| meta.dev() == id.device && meta.ino() == id.inode)
-    })
 }
 
 fn command_of(pid: u32) -> String {
@@ -332,13 +363,16 @@ mod tests {
         let error = locked.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Locked);
         assert!(error.to_string().contains("this program itself"), "{error}");
+        assert!(error.to_string().contains("nobody else write"), "{error}");
         drop(first);
         drop(second);
         let (_writer, locked) = lock(&path, Purpose::Write);
         assert!(matches!(locked, Ok(Locked::Yes)));
         for purpose in [Purpose::Read, Purpose::Write] {
             let (_refused, locked) = lock(&link, purpose);
-            assert_eq!(locked.unwrap_err().kind(), ErrorKind::Locked);
+            let error = locked.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Locked);
+            assert!(error.to_string().contains("open for writing"), "{error}");
         }
     }
 
@@ -387,6 +421,33 @@ mod tests {
         let locked = image(&file, &path, Purpose::Write, Instant::now() + 10 * PATIENCE);
         assert!(matches!(locked, Ok(Locked::Yes)));
         ending.join().unwrap();
+    }
+
+    #[test]
+    fn lines_of_locks_are_understood() {
+        let line = "lock:\t1: OFDLCK ADVISORY  READ -1 fe:00:4711 100 101";
+        assert_eq!(locked_inode(line), Some(4711));
+        assert_eq!(
+            locked_inode("lock:\t1: FLOCK  ADVISORY  WRITE 12 08:01:99 0 EOF"),
+            Some(99)
+        );
+        for other in ["flags:\t0100000", "lock:", "lock: a:b:c", ""] {
+            assert_eq!(locked_inode(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn users_are_told_without_taking_a_lock() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let users = || Users::default().of(file.as_file()).unwrap();
+        assert_eq!(users(), vec![]);
+        let (reader, _) = lock(file.path(), Purpose::Read);
+        assert_eq!(users()[0].pid, std::process::id());
+        drop(reader);
+        assert!(matches!(
+            lock(file.path(), Purpose::Write).1,
+            Ok(Locked::Yes)
+        ));
     }
 
     #[test]

@@ -99,12 +99,18 @@ fn beneath_by_steps(dir: BorrowedFd<'_>, name: &Path, write: bool) -> io::Result
 
 /// Opens a lock file directly in a directory, making it (mode 0600) where `create` says so.
 pub fn lock_file(dir: BorrowedFd<'_>, name: &Path, create: bool) -> io::Result<File> {
-    let mut how = flags(create) | OFlag::O_NOFOLLOW;
-    if create {
-        how |= OFlag::O_CREAT;
-    }
-    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-    patiently(|| openat(dir, name, how, mode)).map(File::from)
+    let how = flags(create) | OFlag::O_NOFOLLOW;
+    let found = patiently(|| openat(dir, name, how, Mode::empty()));
+    // First without making it: in a directory that all may write to, the kernel forbids O_CREAT on
+    // another user's file.
+    let opened = match found {
+        Err(e) if create && e.raw_os_error() == Some(libc::ENOENT) => {
+            let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+            patiently(|| openat(dir, name, how | OFlag::O_CREAT, mode))
+        }
+        other => other,
+    };
+    opened.map(File::from)
 }
 
 /// Lets this process open as many files as the host's hard limit allows, and tells how many.

@@ -154,21 +154,39 @@ pub(super) fn snapshot_names(directory: &Path) -> HashMap<Guid, String> {
         .unwrap_or_default()
 }
 
-/// A warning for writing to a single image that belongs to a bundle: the bundle's other files may
-/// depend on it, and ploop sees no lock.
-pub(super) fn member_of_bundle(image: &Path) -> Option<String> {
+/// What a single image is to the bundle around it.
+pub(super) struct Membership {
+    /// In words.
+    pub role: &'static str,
+    /// Other images of its part depend on it or it on them, so that writing to it alone damages the
+    /// disk: a frozen one changes under those above, a top covers what it does not see below.
+    pub entangled: bool,
+}
+
+/// Looks for a descriptor beside an image that was named by itself.
+pub(super) fn membership(image: &Path) -> Option<Membership> {
     let real = fs::canonicalize(image).ok()?;
     let bytes = host::read_optional(real.parent()?, DESCRIPTOR, xml::BYTES_MAX)?;
     let descriptor = Descriptor::parse(&bytes).ok()?;
     let name = real.file_name()?;
     let mut images = descriptor.parts.iter().flat_map(|part| &part.images);
-    let image = images.find(|image| Path::new(&image.file).file_name() == Some(name))?;
-    let role = if image.guid == descriptor.top {
+    let guid = images
+        .find(|image| Path::new(&image.file).file_name() == Some(name))?
+        .guid;
+    if guid != descriptor.top {
+        return Some(Membership {
+            role: "a frozen snapshot",
+            entangled: true,
+        });
+    }
+    let alone = descriptor.chain(guid).is_ok_and(|chain| chain.len() == 1);
+    let role = if alone {
         "the top"
     } else {
-        "a frozen snapshot"
+        "the top, and only part,"
     };
-    Some(format!(
-        "the image is {role} of the bundle around it; name the bundle to use the disk"
-    ))
+    Some(Membership {
+        role,
+        entangled: !alone,
+    })
 }

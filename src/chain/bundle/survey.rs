@@ -23,8 +23,8 @@ pub struct Survey {
     pub descriptor: Option<(PathBuf, Descriptor)>,
     /// True for a bundle, even where its descriptor cannot be read.
     pub is_bundle: bool,
-    /// The parts, with the chain of the selected snapshot; with every image, where no chain leads to
-    /// it.
+    /// The parts, with the chain of the selected snapshot; with every image, where no chain leads
+    /// to it.
     pub parts: Vec<SurveyedPart>,
     /// Frozen snapshots, parents before children.
     pub snapshots: Vec<SnapshotInfo>,
@@ -92,7 +92,13 @@ fn survey_by_hand(top: &Path, selection: &Selection) -> Survey {
         blocksize: None,
         files: files.collect(),
     };
-    let warnings = find::member_of_bundle(top).into_iter().collect();
+    let warnings = match find::membership(top) {
+        Some(member) => vec![format!(
+            "the image is {} of the bundle around it",
+            member.role
+        )],
+        None => Vec::new(),
+    };
     Survey {
         parts: vec![part],
         warnings,

@@ -205,10 +205,9 @@ fn only_the_top_is_open_for_writing_and_all_are_locked() {
     assert_eq!(open(&link, &read()).unwrap_err().kind(), ErrorKind::Locked);
     let lower = house.bundle.join("0.hds");
     assert!(open(&lower, &read()).is_ok());
-    assert_eq!(
-        open(&lower, &write()).unwrap_err().kind(),
-        ErrorKind::Locked
-    );
+    let copy = house.bundle.join("../0.hds");
+    fs::hard_link(&lower, &copy).unwrap();
+    assert_eq!(open(&copy, &write()).unwrap_err().kind(), ErrorKind::Locked);
     let unlocked = Selection {
         no_lock: true,
         ..read()
@@ -327,7 +326,8 @@ fn a_view_of_another_branch_opens_and_locks_its_own_files() {
     assert_eq!(file_names(&images), ["0.hds", "2.hds"]);
     let view = images.open_snapshot(&guid(2)).unwrap();
     assert_eq!(file_names(&view), ["0.hds", "1.hds"]);
-    let member = house.bundle.join("1.hds");
+    let member = house.bundle.join("../1.hds");
+    fs::hard_link(house.bundle.join("1.hds"), &member).unwrap();
     assert_eq!(
         open(&member, &write()).unwrap_err().kind(),
         ErrorKind::Locked
@@ -496,6 +496,31 @@ fn bare_images_and_deltas_by_hand() {
 }
 
 #[test]
+fn one_image_of_a_chain_is_not_written_to_alone() {
+    let house = House::chain(2);
+    for name in ["0.hds", "1.hds"] {
+        let path = house.bundle.join(name);
+        let error = open(&path, &write()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ReadOnly);
+        assert!(error.fix_text().unwrap().contains("bundle"));
+        assert_eq!(open(&path, &read()).unwrap().warnings.len(), 1);
+    }
+    let by_hand = Selection {
+        lower: vec![house.bundle.join("0.hds")],
+        ..write()
+    };
+    assert!(open(&house.bundle.join("1.hds"), &by_hand).is_ok());
+    let single = House::chain(1);
+    assert_eq!(
+        open(&single.bundle.join("0.hds"), &write())
+            .unwrap()
+            .warnings
+            .len(),
+        1
+    );
+}
+
+#[test]
 fn odd_descriptors_are_read_only() {
     let house = House::of(&lines(1), "<Padding>1</Padding>");
     assert_eq!(house.refused(&write()), ErrorKind::Unsupported);
@@ -510,6 +535,57 @@ fn odd_descriptors_are_read_only() {
     assert_eq!(encrypted.refused(&read()), ErrorKind::Descriptor);
     fs::write(encrypted.bundle.join(DESCRIPTOR), vec![b' '; 2 << 20]).unwrap();
     assert_eq!(encrypted.refused(&read()), ErrorKind::Descriptor);
+}
+
+#[test]
+fn split_disks_have_a_chain_a_part() {
+    let house = House::chain(2);
+    let path = house.bundle.join(DESCRIPTOR);
+    let text = fs::read_to_string(&path).unwrap();
+    let (from, to) = (
+        text.find("<Storage>").unwrap(),
+        text.find("</StorageData>").unwrap(),
+    );
+    let first = text[from..to].replace("<End>20480", "<End>8192");
+    let second = text[from..to]
+        .replace("<Start>0", "<Start>8192")
+        .replace(".hds", ".1.hds");
+    for name in ["0.1.hds", "1.1.hds"] {
+        image(&house.bundle.join(name));
+    }
+    fs::write(
+        &path,
+        format!("{}{first}{second}{}", &text[..from], &text[to..]),
+    )
+    .unwrap();
+    let images = house.open(&write()).unwrap();
+    assert_eq!(
+        file_names(&images),
+        ["0.hds", "1.hds", "0.1.hds", "1.1.hds"]
+    );
+    let bounds: Vec<_> = images
+        .parts
+        .iter()
+        .map(|p| (p.start.get(), p.end))
+        .collect();
+    let sectors = |n| Some(SectorCount::new(n));
+    assert_eq!(bounds, [(0, sectors(8192)), (8192, sectors(20480))]);
+    assert_eq!(images.disk_size, sectors(20480));
+    for part in &images.parts {
+        let top = &part.files[1].storage;
+        assert!(
+            part.files[0]
+                .storage
+                .write_at(FileOffset::ZERO, b"x")
+                .is_err()
+        );
+        top.write_at(FileOffset::new(20000), b"x").unwrap();
+    }
+    drop(images);
+    // The same file in two parts.
+    fs::remove_file(house.bundle.join("1.1.hds")).unwrap();
+    fs::hard_link(house.bundle.join("1.hds"), house.bundle.join("1.1.hds")).unwrap();
+    assert_eq!(house.refused(&read()), ErrorKind::Descriptor);
 }
 
 #[test]

@@ -90,7 +90,7 @@ pub enum DescriptorError {
         /// Its line.
         line: usize,
     },
-    /// More than [`IMAGES_MAX`].
+    /// More than [`super::IMAGES_MAX`].
     #[error("more than 4096 {0}")]
     TooMany(&'static str),
     /// A part without images.
