@@ -12,6 +12,7 @@ pub mod file;
 pub mod host;
 pub mod lock;
 pub mod mem;
+mod pace;
 
 use crate::error::Result;
 use crate::units::FileOffset;

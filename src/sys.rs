@@ -7,6 +7,7 @@
 pub mod file;
 pub mod lock;
 pub mod loopdev;
+pub mod memory;
 pub mod mount;
 pub mod open;
 pub mod process;

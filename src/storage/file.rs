@@ -1,5 +1,6 @@
 //! A real file of the host, read and written through the page cache.
 
+use super::pace::Pace;
 use super::{FileId, Keep, Storage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file as sys;
@@ -23,6 +24,7 @@ pub struct FileStorage {
     no_zero_range: AtomicBool,
     no_allocate: AtomicBool,
     no_copy: AtomicBool,
+    pace: Pace,
 }
 
 impl FileStorage {
@@ -42,6 +44,7 @@ impl FileStorage {
             no_zero_range: AtomicBool::new(false),
             no_allocate: AtomicBool::new(false),
             no_copy: AtomicBool::new(false),
+            pace: Pace::default(),
         })
     }
 
@@ -92,9 +95,10 @@ impl Storage for FileStorage {
     }
 
     fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()> {
-        self.file
-            .write_all_at(buf, at.get())
-            .map_err(|e| Error::from(e).at_offset(at))
+        let _turn = self.pace.turn();
+        let written = self.file.write_all_at(buf, at.get());
+        self.pace.wrote(&self.file, len_u64(buf.len()));
+        written.map_err(|e| Error::from(e).at_offset(at))
     }
 
     fn sync_data(&self) -> Result<()> {
@@ -147,7 +151,10 @@ impl Storage for FileStorage {
             return Ok(false);
         }
         let (start, end) = (from.start.get(), from.end.get());
-        match sys::copy_range(source_fd, start, end, self.file.as_fd(), at.get()) {
+        let _turn = self.pace.turn();
+        let copied = sys::copy_range(source_fd, start, end, self.file.as_fd(), at.get());
+        self.pace.wrote(&self.file, end.saturating_sub(start));
+        match copied {
             Ok(true) => Ok(true),
             Ok(false) => {
                 self.no_copy.store(true, Ordering::Relaxed);

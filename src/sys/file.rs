@@ -134,6 +134,23 @@ pub fn next_data(fd: BorrowedFd<'_>, from: u64) -> io::Result<Option<Range<u64>>
     Ok(Some(start..end))
 }
 
+/// Starts writing all dirty pages of the file and waits for them. Makes nothing durable.
+pub fn write_back(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    retry_interrupted(|| {
+        // SAFETY: `fd` is borrowed and so open for the whole call; the rest are plain numbers.
+        #[allow(unsafe_code)]
+        let result = unsafe { libc::sync_file_range(fd.as_raw_fd(), 0, 0, flags) };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    })
+}
+
 /// Asks the kernel to drop its clean cached pages of the file.
 pub fn drop_cache(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: `fd` is borrowed and so open for the whole call; the rest are plain numbers.

@@ -1,0 +1,95 @@
+//! Keeps what is written but not on the medium yet within what memory allows.
+//!
+//! Writes go to the host's page cache, which a memory control group counts. Where the group is
+//! small, pages that wait for the medium can fill it, and the host then kills the process: memory
+//! pressure would have become an I/O error for everybody above. So in a small group each file's
+//! writes take turns, and wait for the medium after every window of bytes. Elsewhere nothing
+//! happens but a look at the limit after every few MiB.
+//!
+//! The wait uses a description of the file of its own. Waiting reports a failed write-back once to
+//! each description, and that report belongs to the sync of a flush, on the other one.
+
+use crate::sys::file as sys;
+use crate::sys::memory;
+use parking_lot::{Mutex, MutexGuard};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes written between two looks at the limit.
+const LOOK_AFTER: u64 = 4 << 20;
+/// Groups with at least this much memory are left to the host.
+const ROOMY: u64 = 1 << 30;
+const WINDOW_MIN: u64 = 1 << 20;
+const UNLIMITED: u64 = u64::MAX;
+
+/// Bytes that may be unwritten in one file.
+static WINDOW: AtomicU64 = AtomicU64::new(UNLIMITED);
+static SINCE_LOOK: AtomicU64 = AtomicU64::new(0);
+
+/// The pace of one file.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    turn: Mutex<()>,
+    unwritten: AtomicU64,
+    waiter: OnceLock<Option<File>>,
+}
+
+fn window() -> u64 {
+    WINDOW.load(Ordering::Relaxed)
+}
+
+fn look() {
+    let window = match memory::cgroup_limit() {
+        Some(limit) if limit < ROOMY => (limit / 8).max(WINDOW_MIN),
+        _ => UNLIMITED,
+    };
+    if WINDOW.swap(window, Ordering::Relaxed) != window && window != UNLIMITED {
+        log::info!(
+            "memory is limited: at most {} KiB of a file wait to be written",
+            window >> 10
+        );
+    }
+}
+
+impl Pace {
+    /// Waits for this writer's turn, where writers take turns.
+    pub(super) fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        (window() != UNLIMITED).then(|| self.turn.lock())
+    }
+
+    /// Notes bytes that were written, and waits for the medium where a window is full.
+    pub(super) fn wrote(&self, file: &File, bytes: u64) {
+        if SINCE_LOOK
+            .fetch_add(bytes, Ordering::Relaxed)
+            .saturating_add(bytes)
+            >= LOOK_AFTER
+        {
+            SINCE_LOOK.store(0, Ordering::Relaxed);
+            look();
+        }
+        let window = window();
+        if window == UNLIMITED {
+            return;
+        }
+        let unwritten = self
+            .unwritten
+            .fetch_add(bytes, Ordering::Relaxed)
+            .saturating_add(bytes);
+        if unwritten < window {
+            return;
+        }
+        self.unwritten.store(0, Ordering::Relaxed);
+        let waiter = self
+            .waiter
+            .get_or_init(|| File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok());
+        if let Some(Err(e)) = waiter
+            .as_ref()
+            .map(|waiter| sys::write_back(waiter.as_fd()))
+        {
+            // The flush that covers these bytes meets the same failure, and acts on it.
+            log::warn!("writing back early failed: {e}");
+        }
+    }
+}
