@@ -9,7 +9,9 @@
 
 pub mod args;
 pub mod attach;
+mod child;
 pub mod exit;
+mod filesystem;
 pub mod helper;
 pub mod list;
 pub mod mount;
@@ -76,7 +78,7 @@ fn usage(error: &clap::Error, args: &[OsString]) -> u8 {
 
 fn run(cli: &Cli) -> Result<(), Box<Report>> {
     match &cli.verb {
-        Verb::Mount(args) => mount::run(args),
+        Verb::Mount(args) => mount::run(args, cli.json),
         Verb::Umount(args) => umount::run(args),
         Verb::Attach(args) => attach::attach(args, cli.json),
         Verb::Detach(args) => attach::detach(args),

@@ -272,7 +272,7 @@ impl fmt::Display for Error {
             parts.push(format!("level {level}"));
         }
         if let Some(path) = &place.path {
-            parts.push(path.display().to_string());
+            parts.push(Shown(&path.display().to_string()).to_string());
         }
         if let Some(cluster) = place.cluster {
             parts.push(format!("cluster {cluster}"));
@@ -299,6 +299,24 @@ impl std::error::Error for Error {
     }
 }
 
+/// Text of a file's choosing, made harmless for a terminal: names may hold line breaks and escape
+/// sequences, which are shown as what they are.
+#[derive(Clone, Copy, Debug)]
+pub struct Shown<'a>(pub &'a str);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for character in self.0.chars() {
+            if character.is_control() {
+                write!(f, "{}", character.escape_default())?;
+            } else {
+                fmt::Write::write_char(f, character)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,6 +335,14 @@ mod tests {
             error.to_string(),
             "corrupt image: BAT entry 1041 points past the end of the file \
              (level 2, near.hds, offset 0x10a4)"
+        );
+    }
+
+    #[test]
+    fn names_cannot_write_to_the_terminal() {
+        assert_eq!(
+            Shown("a\nb\u{1b}[31m.hds").to_string(),
+            "a\\nb\\u{1b}[31m.hds"
         );
     }
 

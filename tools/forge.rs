@@ -97,7 +97,9 @@ enum FirstArg {
 
 #[derive(Args)]
 struct ImageArgs {
-    #[arg(long = "format-version", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=2))]
+    /// Version of the format, 1 or 2.
+    #[arg(long = "format-version", default_value_t = 2)]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=2))]
     version: u8,
     /// Cluster size in sectors.
     #[arg(long, default_value_t = 2048)]

@@ -98,12 +98,8 @@ pub fn detach(args: &DetachArgs) -> Result<(), Box<Report>> {
 fn detach_now(target: &Path, registry: &Registry) -> Result<Record> {
     let records = registry.all()?;
     let record = find(target, &records)?;
-    let device = record
-        .device
-        .as_ref()
-        .map(|path| path.0.clone())
-        .unwrap_or_default();
-    if let Some(device) = Attached::find(&device).filter(|_| record.is_alive()) {
+    let device = record.device.as_ref().filter(|_| record.is_attached());
+    if let Some(device) = device.and_then(|path| Attached::find(&path.0)) {
         if let Some(place) = &record.file_system {
             unmount_file_system(&device, &place.0)?;
         }
@@ -114,33 +110,27 @@ fn detach_now(target: &Path, registry: &Registry) -> Result<Record> {
 
 fn find<'a>(target: &Path, records: &'a [Record]) -> Result<&'a Record> {
     let full = fs::canonicalize(target).map_err(|e| Error::from(e).in_file(target))?;
-    let attached = records.iter().filter(|record| record.device.is_some());
     let fits = |record: &&Record| {
-        record.image.0 == full || record.device.as_ref().is_some_and(|path| path.0 == full)
+        let device = record.device.as_ref();
+        device.is_some_and(|path| record.image.0 == full || path.0 == full)
     };
-    // The newest: an older record of the same device was left by a daemon that failed.
-    match attached.clone().filter(fits).collect::<Vec<_>>().as_slice() {
-        [] => Err(
-            Error::why(ErrorKind::Usage, "it was not attached by ploopfs")
-                .fix("ploopfs list shows what was; other loop devices: losetup -d"),
-        ),
-        [one] => Ok(one),
-        [.., last] => match attached
-            .clone()
-            .filter(fits)
-            .filter(|record| record.is_alive())
-            .count()
-        {
-            0 | 1 => Ok(attached
-                .clone()
-                .filter(fits)
-                .find(|r| r.is_alive())
-                .unwrap_or(last)),
-            _ => Err(
-                Error::why(ErrorKind::Usage, "the image is attached more than once")
-                    .fix("name the device; ploopfs list shows them"),
-            ),
-        },
+    let named: Vec<&Record> = records.iter().filter(fits).collect();
+    let living: Vec<&Record> = named
+        .iter()
+        .copied()
+        .filter(|record| record.is_alive())
+        .collect();
+    match (living.as_slice(), named.as_slice()) {
+        ([record], _) | ([], [.., record]) => Ok(record),
+        ([], []) => {
+            let why = "it was not attached by ploopfs";
+            let fix = "ploopfs list shows what was; other loop devices: losetup -d";
+            Err(Error::why(ErrorKind::Usage, why).fix(fix))
+        }
+        _ => {
+            let why = "the image is attached more than once";
+            Err(Error::why(ErrorKind::Usage, why).fix("name the device; ploopfs list shows them"))
+        }
     }
 }
 

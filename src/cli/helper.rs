@@ -154,7 +154,7 @@ fn run_mount(request: &Request) -> Result<(), Box<Report>> {
     if request.fake {
         return Ok(());
     }
-    mount::run(&args)
+    mount::run(&args, false)
 }
 
 fn run_umount(request: &Request) -> Result<(), Box<Report>> {

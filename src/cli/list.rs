@@ -49,10 +49,11 @@ fn list(json: bool) -> Result<String> {
 }
 
 fn state(record: &Record) -> &'static str {
-    if record.error.is_some() {
-        "failed"
-    } else {
-        "served"
+    match record {
+        record if record.error.is_some() => "failed",
+        record if !record.is_alive() => "dead",
+        record if record.mountpoint.is_some() && !record.has_mount() => "draining",
+        _ => "served",
     }
 }
 
@@ -69,8 +70,9 @@ fn table(records: &[Record]) -> String {
             .flatten()
             .map(|path| show(&path.0))
             .collect();
-        if record.error.is_some() {
-            at.push("(failed to close)".into());
+        match state(record) {
+            "served" => {}
+            state => at.push(format!("({state})")),
         }
         let mode = if record.read_only { "ro" } else { "rw" };
         rows.push([

@@ -12,7 +12,7 @@ use std::io::IsTerminal;
 use std::path::Path;
 
 /// Runs the command.
-pub fn run(args: &MountArgs) -> Result<(), Box<Report>> {
+pub fn run(args: &MountArgs, json: bool) -> Result<(), Box<Report>> {
     let what = format!("cannot mount {}", args.image.display());
     let settings = args
         .serve
@@ -21,7 +21,18 @@ pub fn run(args: &MountArgs) -> Result<(), Box<Report>> {
     let plan = plan(args, settings).map_err(|e| Report::refused(&what, &e))?;
     let served = launch(&plan)?;
     if let (Some(served), Target::Mountpoint(mountpoint, shape)) = (&served, &plan.target) {
-        if !args.quiet && std::io::stdout().is_terminal() {
+        if json {
+            let text = serde_json::json!({
+                "schema_version": 1,
+                "image": plan.shown,
+                "mountpoint": mountpoint.to_string_lossy(),
+                "size": served.size,
+                "read_only": served.read_only,
+                "partitions": served.partitions,
+                "snapshots": served.snapshots,
+            });
+            print(&format!("{text}\n"));
+        } else if !args.quiet && std::io::stdout().is_terminal() {
             print(&hints(&plan.shown, mountpoint, *shape, served));
         }
     }

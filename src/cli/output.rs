@@ -4,7 +4,7 @@
 //! Never: panics because the reader has gone (`ploopfs list | head -1`).
 
 use super::exit;
-use crate::error::{Error, ErrorKind, Place};
+use crate::error::{Error, ErrorKind, Place, Shown};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
 
@@ -68,7 +68,7 @@ impl Report {
     /// The text for people.
     #[must_use]
     pub fn text(&self) -> String {
-        let mut text = format!("ploopfs: {}\n", self.what);
+        let mut text = format!("ploopfs: {}\n", Shown(&self.what));
         let parts = [
             ("why ", &self.why),
             ("fix ", &self.hint),
@@ -76,8 +76,8 @@ impl Report {
         ];
         for (name, part) in parts {
             if let Some(part) = part {
-                let part = part.replace('\n', "\n         ");
-                text.push_str(&format!("  {name}: {part}\n"));
+                let lines: Vec<_> = part.lines().map(|line| Shown(line).to_string()).collect();
+                text.push_str(&format!("  {name}: {}\n", lines.join("\n         ")));
             }
         }
         text

@@ -10,8 +10,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::holders;
 use crate::fuse::mount::{absolute, is_ours, shell_word, unmount_any, visible_mount};
 use crate::fuse::registry::{Record, Registry, wait_closed};
+use crate::sys::mount::{MountEntry, mount_table};
+use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long a mount may be in use before that is an error.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Runs the command.
 pub fn run(args: &UmountArgs) -> Result<(), Box<Report>> {
@@ -41,9 +46,9 @@ pub fn unmount(target: &Path, lazy: bool, timeout: Option<Duration>) -> Result<(
 fn unmount_now(target: &Path, lazy: bool, registry: Option<&Registry>) -> Result<Option<Record>> {
     let records = registry.map_or_else(|| Ok(Vec::new()), Registry::all)?;
     let (mountpoint, record) = find(target, &records)?;
-    let dead = record.is_none_or(|record| !record.is_alive());
-    if visible_mount(&mountpoint)?.is_some() {
-        match unmount_any(&mountpoint, lazy) {
+    if let Some(mountpoint) = mountpoint {
+        let dead = record.is_none_or(|record| !record.is_alive());
+        match unmount_patiently(&mountpoint, lazy) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) && dead => {
                 // Nobody serves it any more, so those who hold it only get errors.
                 unmount_any(&mountpoint, true)?;
@@ -55,59 +60,89 @@ fn unmount_now(target: &Path, lazy: bool, registry: Option<&Registry>) -> Result
     Ok(record.cloned())
 }
 
-fn find<'a>(target: &Path, records: &'a [Record]) -> Result<(PathBuf, Option<&'a Record>)> {
+/// Tries for a moment while somebody uses the mount: those who only look (indexers, probes of new
+/// devices, a program that is just being started) are gone at once.
+fn unmount_patiently(mountpoint: &Path, lazy: bool) -> io::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match unmount_any(mountpoint, lazy) {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                std::thread::sleep(PATIENCE / 40);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// What to unmount, and the daemon to wait for. Nothing to unmount where the mount has gone from
+/// sight already and its daemon is still draining, or has left an error.
+fn find<'a>(target: &Path, records: &'a [Record]) -> Result<(Option<PathBuf>, Option<&'a Record>)> {
     let full = absolute(target).map_err(|e| Error::from(e).in_file(target))?;
-    let at = |place: &Path| {
-        let mut here = records.iter().rev().filter(|record| {
-            record
-                .mountpoint
-                .as_ref()
-                .is_some_and(|mountpoint| mountpoint.0 == place)
-        });
-        // The newest comes first; older ones at the place are detached and still draining.
-        here.clone()
-            .find(|record| record.is_alive())
-            .or_else(|| here.next())
+    let here = |record: &&Record| {
+        record
+            .mountpoint
+            .as_ref()
+            .is_some_and(|path| path.0 == full)
     };
     let visible = visible_mount(&full)?;
     if let Some(entry) = &visible {
-        let record = at(&full);
-        if is_ours(entry) || (record.is_some() && entry.fs_type.starts_with("fuse")) {
-            return Ok((full, record));
+        let is_it = |record: &&Record| record.mount_device.as_ref() == Some(&entry.device);
+        let record = records.iter().rev().filter(here).find(is_it);
+        if record.is_some() || is_ours(entry) {
+            return Ok((Some(full), record));
         }
     }
-    let of_image: Vec<&Record> = records
+    let of_image = |record: &&Record| record.image.0 == full && record.mountpoint.is_some();
+    let named: Vec<&Record> = records.iter().filter(|r| of_image(r) || here(r)).collect();
+    let living: Vec<&Record> = named
         .iter()
-        .filter(|record| record.image.0 == full && record.mountpoint.is_some())
+        .copied()
+        .filter(|record| record.is_alive())
         .collect();
-    match of_image.as_slice() {
-        [record] => {
-            let mountpoint = record.mountpoint.as_ref().map(|path| path.0.clone());
-            Ok((mountpoint.unwrap_or_default(), Some(record)))
-        }
-        [] => match at(&full) {
-            Some(record) => Ok((full, Some(record))),
-            None => {
-                let why = match visible {
-                    Some(entry) => format!("what is mounted there is of type {}", entry.fs_type),
-                    None => "nothing of ours is mounted there".to_owned(),
-                };
-                Err(Error::why(ErrorKind::Mountpoint, why).fix("ploopfs list shows what is"))
+    match (living.as_slice(), named.as_slice()) {
+        ([record], _) | ([], [.., record]) => {
+            if let (Some(entry), true) = (covering(record)?, record.is_alive()) {
+                let word = shell_word(&entry.mountpoint);
+                let why = format!("another file system ({}) is mounted over it", entry.fs_type);
+                let fix = format!("umount {word}      first, then this");
+                return Err(Error::why(ErrorKind::Mountpoint, why).fix(fix));
             }
-        },
-        many => {
+            let place = record.mountpoint.as_ref().filter(|_| record.is_mounted());
+            Ok((place.map(|path| path.0.clone()), Some(record)))
+        }
+        ([], []) => {
+            let why = match visible {
+                Some(entry) => format!("what is mounted there is of type {}", entry.fs_type),
+                None => "nothing of ours is mounted there".to_owned(),
+            };
+            Err(Error::why(ErrorKind::Mountpoint, why).fix("ploopfs list shows what is"))
+        }
+        (many, _) => {
             let places = many.iter().filter_map(|record| record.mountpoint.as_ref());
-            let places = places
-                .map(|path| shell_word(&path.0))
-                .collect::<Vec<_>>()
-                .join(", ");
-            Err(Error::why(
-                ErrorKind::Usage,
-                format!("it is mounted more than once: {places}"),
-            )
-            .fix("name the mountpoint"))
+            let places: Vec<String> = places.map(|path| shell_word(&path.0)).collect();
+            let why = format!("it is mounted more than once: {}", places.join(", "));
+            Err(Error::why(ErrorKind::Usage, why).fix("name the mountpoint"))
         }
     }
+}
+
+/// What hides a mount that is still there.
+fn covering(record: &Record) -> Result<Option<MountEntry>> {
+    let table = mount_table()?;
+    let own = table
+        .iter()
+        .any(|entry| Some(&entry.device) == record.mount_device.as_ref());
+    let Some(place) = record
+        .mountpoint
+        .as_ref()
+        .filter(|_| own && !record.is_mounted())
+    else {
+        return Ok(None);
+    };
+    Ok(table
+        .into_iter()
+        .rev()
+        .find(|entry| entry.mountpoint == place.0))
 }
 
 fn busy(mountpoint: &Path) -> Error {

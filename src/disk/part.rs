@@ -13,7 +13,7 @@ use crate::delta::alloc::Allocator;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::layout::PageIndex;
 use crate::plan::Stop;
-use crate::storage::SharedStorage;
+use crate::storage::{Keep, SharedStorage};
 use crate::units::{DiskCluster, FileOffset};
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
@@ -171,7 +171,9 @@ impl Part {
     /// 2. reserve blocks and lengthen the file, by a step where there is room for one;
     /// 3. only then are the clusters free. Entries that name them are written after a sync, which
     ///    makes the length durable first: an entry past the end would make the image unusable.
-    pub fn grow(&self, count: u64) -> Result<Option<Wait>> {
+    ///
+    /// With [`Keep::Nothing`] the new clusters are a hole without blocks of their own, for masks.
+    pub fn grow(&self, count: u64, blocks: Keep) -> Result<Option<Wait>> {
         let _length = self.grow.lock();
         let (free, file_end, growable, waiting) = {
             let table = self.table.lock();
@@ -205,11 +207,11 @@ impl Part {
             storage.set_len(place(file_end))?;
         }
         let wanted = missing.max(self.grow_clusters).min(growable);
-        let result = self.extend(file_end, wanted).or_else(|error| {
+        let result = self.extend(file_end, wanted, blocks).or_else(|error| {
             if !error.is_no_space() || wanted == missing {
                 return Err(error);
             }
-            self.extend(file_end, missing)
+            self.extend(file_end, missing, blocks)
         });
         self.note_data();
         match result {
@@ -228,12 +230,16 @@ impl Part {
     }
 
     /// Lengthens the file from `file_end` clusters by `count`; on failure it has the old length.
-    fn extend(&self, file_end: u64, count: u64) -> Result<u64> {
+    fn extend(&self, file_end: u64, count: u64, blocks: Keep) -> Result<u64> {
         let cluster = self.chain.geometry().cluster;
         let place = |number| cluster.file_start(crate::units::FileCluster::new(number));
         let storage = self.top_storage();
         let new_end = file_end.saturating_add(count);
-        match storage.allocate(place(file_end)..place(new_end)) {
+        let extended = match blocks {
+            Keep::Blocks => storage.allocate(place(file_end)..place(new_end)),
+            Keep::Nothing => storage.set_len(place(new_end)),
+        };
+        match extended {
             Ok(()) => Ok(new_end),
             Err(error) => {
                 // A failed fallocate may leave the file longer by any amount.

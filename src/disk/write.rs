@@ -149,8 +149,8 @@ impl Drop for Reservation<'_> {
 pub enum Refused {
     /// The plan stopped.
     Stop(Stop),
-    /// This many clusters must be free inside the file.
-    Grow(u64),
+    /// This many clusters must be free inside the file, with blocks of their own or without.
+    Grow(u64, Keep),
     /// Something must happen first.
     Wait(Wait),
     /// All clusters turned out to be mapped by now.
@@ -239,7 +239,7 @@ impl Part {
         match refused {
             Refused::NotNeeded => Ok(None),
             Refused::Wait(wait) => Ok(Some(wait)),
-            Refused::Grow(count) => self.grow(count),
+            Refused::Grow(count, blocks) => self.grow(count, blocks),
             Refused::Stop(stop) => self.after_stop(stop, counters),
         }
     }
@@ -302,10 +302,10 @@ impl Part {
             .as_ref()
             .is_none_or(|alloc| alloc.free() < len_u64(fresh))
         {
-            return Err(Refused::Grow(len_u64(fresh)));
+            return Err(Refused::Grow(len_u64(fresh), Keep::Blocks));
         }
         for cluster in clusters {
-            self.take_one(&mut table, &page, cluster, list)?;
+            self.take_one(&mut table, &page, cluster, Keep::Blocks, list)?;
         }
         let reservation = Reservation::new(self, &page, std::mem::take(list));
         drop(table);
@@ -318,13 +318,14 @@ impl Part {
         table: &mut Table,
         page: &MapPage,
         cluster: DiskCluster,
+        blocks: Keep,
         list: &mut TakenList,
     ) -> std::result::Result<(), Refused> {
         let (Some(alloc), Some(layout)) = (table.alloc.as_mut(), self.chain.top().layout()) else {
-            return Err(Refused::Grow(1));
+            return Err(Refused::Grow(1, blocks));
         };
         let Some(place) = alloc.reserve() else {
-            return Err(Refused::Grow(1));
+            return Err(Refused::Grow(1, blocks));
         };
         let entry = layout
             .entry_for(place.cluster)

@@ -140,7 +140,7 @@ impl Part {
                 }
                 Ok(Unmapping::MaskWithZeros) if cover.len() == COLLECTED => Ok(false),
                 Ok(Unmapping::MaskWithZeros) => self
-                    .take_one(&mut table, &page, cluster, &mut cover)
+                    .take_one(&mut table, &page, cluster, Keep::Nothing, &mut cover)
                     .map(|()| true),
                 Err(stop) => Err(Refused::Stop(stop)),
             };

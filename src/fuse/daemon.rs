@@ -21,6 +21,7 @@ use crate::sys::process::{self, Fork};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -119,8 +120,12 @@ impl Waiter {
             Ok((tag, payload))
         });
         let Ok((tag, payload)) = frame else {
-            let status = nix::sys::wait::waitpid(Pid::from_raw(self.pid), None);
-            let how = status.map_or_else(|e| e.to_string(), |status| format!("{status:?}"));
+            let how = match nix::sys::wait::waitpid(Pid::from_raw(self.pid), None) {
+                Ok(WaitStatus::Exited(_, status)) => format!("exit status {status}"),
+                Ok(WaitStatus::Signaled(_, signal, _)) => format!("killed by {signal}"),
+                Ok(other) => format!("{other:?}"),
+                Err(errno) => errno.to_string(),
+            };
             let why = format!("the daemon ended before it was ready ({how})");
             return Err(Error::why(ErrorKind::Host, why).fix("see why with: ploopfs mount -f -d"));
         };

@@ -3,8 +3,10 @@
 //! Imports: nothing of this crate.
 //! Never: looks into the mount itself; only at the host's tables, as far as this user may.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Names are for people, so a long list helps nobody.
@@ -22,29 +24,59 @@ pub fn loops(mountpoint: &Path) -> Vec<PathBuf> {
     };
     let over = |entry: fs::DirEntry| {
         let backing = fs::read(entry.path().join("loop/backing_file")).ok()?;
-        let backing = Path::new(std::ffi::OsStr::from_bytes(backing.trim_ascii_end()));
+        let backing = Path::new(OsStr::from_bytes(backing.trim_ascii_end()));
         below(backing, mountpoint).then(|| Path::new("/dev").join(entry.file_name()))
     };
     devices.flatten().filter_map(over).collect()
 }
 
-fn processes(mountpoint: &Path) -> Vec<String> {
+/// The other processes of the host, with their directories in `/proc`.
+fn others() -> impl Iterator<Item = (i32, PathBuf)> {
     let own = std::process::id().to_string();
-    let Ok(entries) = fs::read_dir("/proc") else {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(move |entry| {
+        let name = entry.file_name();
+        let name = name.to_str().filter(|name| *name != own)?;
+        Some((name.parse().ok()?, entry.path()))
+    })
+}
+
+fn name_of(process: &Path) -> String {
+    let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+    name.trim_end().to_owned()
+}
+
+fn processes(mountpoint: &Path) -> Vec<String> {
+    others()
+        .filter(|(_, process)| uses(process, mountpoint))
+        .map(|(pid, process)| format!("{} (pid {pid})", name_of(&process)))
+        .collect()
+}
+
+/// Process ids and names of those who have this very file open, by whatever path.
+#[must_use]
+pub fn of_file(path: &Path) -> Vec<(i32, String)> {
+    let Ok(wanted) = fs::metadata(path) else {
         return Vec::new();
     };
-    let mut found = Vec::new();
-    for entry in entries.flatten() {
-        let pid = entry.file_name().to_string_lossy().into_owned();
-        if pid == own || !pid.bytes().all(|byte| byte.is_ascii_digit()) {
-            continue;
-        }
-        if uses(&entry.path(), mountpoint) {
-            let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-            found.push(format!("{} (pid {pid})", name.trim_end()));
-        }
-    }
-    found
+    let is_it = |process: &Path, number: &OsStr| {
+        // Looking at a file of a stuck mount would hang, so ask the kernel for the inode first.
+        let info = fs::read_to_string(process.join("fdinfo").join(number)).unwrap_or_default();
+        inode_in(&info).is_some_and(|inode| inode == wanted.ino())
+            && fs::metadata(process.join("fd").join(number))
+                .is_ok_and(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()))
+    };
+    let has_it = |process: &Path| {
+        let mut files = fs::read_dir(process.join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        files.any(|file| is_it(process, &file.file_name()))
+    };
+    others()
+        .filter(|(_, process)| has_it(process))
+        .map(|(pid, process)| (pid, name_of(&process)))
+        .collect()
 }
 
 fn uses(process: &Path, mountpoint: &Path) -> bool {
@@ -59,6 +91,15 @@ fn uses(process: &Path, mountpoint: &Path) -> bool {
         return false;
     };
     files.flatten().any(|file| leads_in(&file.path()))
+}
+
+/// The inode of an open file, as kernels from 5.14 on tell it.
+fn inode_in(info: &str) -> Option<u64> {
+    info.lines()
+        .find_map(|line| line.strip_prefix("ino:"))?
+        .trim()
+        .parse()
+        .ok()
 }
 
 /// All who are known to use the mount, for a sentence; empty when nobody could be found.
@@ -81,6 +122,21 @@ pub fn describe(mountpoint: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_is_known_by_its_inode() {
+        assert_eq!(
+            inode_in("pos:\t0\nflags:\t02\nmnt_id:\t9\nino:\t1063\n"),
+            Some(1063)
+        );
+        assert_eq!(inode_in("pos:\t0\n"), None);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(
+            of_file(file.path()).is_empty(),
+            "this process itself does not count"
+        );
+        assert!(of_file(Path::new("/nonexistent")).is_empty());
+    }
 
     #[test]
     fn a_process_with_an_open_file_is_named() {

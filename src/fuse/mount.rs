@@ -117,12 +117,16 @@ pub fn shell_word(path: &Path) -> String {
 /// The path of a mountpoint without links, as the mount table has it. Works for a dead mount too,
 /// which nothing can look into.
 pub fn absolute(mountpoint: &Path) -> io::Result<PathBuf> {
+    let full = std::path::absolute(mountpoint)?;
+    // Even looking at a mount whose daemon hangs would hang; the table tells without looking.
+    if visible_mount(&full)?.is_some() {
+        return Ok(full);
+    }
     match fs::canonicalize(mountpoint) {
         Ok(path) => return Ok(path),
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTCONN | libc::EACCES)) => {}
         Err(e) => return Err(e),
     }
-    let full = std::path::absolute(mountpoint)?;
     match (full.parent(), full.file_name()) {
         (Some(parent), Some(name)) => Ok(fs::canonicalize(parent)?.join(name)),
         _ => Ok(full),
@@ -462,6 +466,12 @@ impl Mounted {
     #[must_use]
     pub fn mountpoint(&self) -> &Path {
         &self.mountpoint
+    }
+
+    /// `major:minor`, where the mount table has it.
+    #[must_use]
+    pub fn device(&self) -> Option<&str> {
+        self.device.as_deref()
     }
 
     /// True while the mount that is visible at the place is the one made here.

@@ -10,10 +10,11 @@
 //! the `umount` that waits for it.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::mount::mount_table;
 use crate::sys::process;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -69,6 +70,8 @@ pub struct Record {
     pub image: RecordedPath,
     /// Where it is mounted; nothing for `attach`.
     pub mountpoint: Option<RecordedPath>,
+    /// `major:minor` of the mount, which tells it from later ones at the same place.
+    pub mount_device: Option<String>,
     /// The loop device that `attach` made.
     pub device: Option<RecordedPath>,
     /// Where `attach -m` mounted a file system of the disk.
@@ -95,6 +98,7 @@ impl Record {
             start: process::start_time(pid)?,
             image: RecordedPath(image.to_owned()),
             mountpoint: None,
+            mount_device: None,
             device: None,
             file_system: None,
             read_only,
@@ -107,6 +111,39 @@ impl Record {
     #[must_use]
     pub fn is_alive(&self) -> bool {
         process::start_time(self.pid).is_ok_and(|start| start == self.start)
+    }
+
+    /// True while the mount that this record is about is the visible one at its place.
+    #[must_use]
+    pub fn is_mounted(&self) -> bool {
+        let Some(place) = &self.mountpoint else {
+            return false;
+        };
+        let table = mount_table().unwrap_or_default();
+        let visible = table.iter().rev().find(|entry| entry.mountpoint == place.0);
+        visible.is_some_and(|entry| Some(&entry.device) == self.mount_device.as_ref())
+    }
+
+    /// True while the mount exists at all, visible or under another one.
+    #[must_use]
+    pub fn has_mount(&self) -> bool {
+        let table = mount_table().unwrap_or_default();
+        table
+            .iter()
+            .any(|entry| Some(&entry.device) == self.mount_device.as_ref())
+    }
+
+    /// True while the loop device that this record is about has the image's file.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        let name = self.device.as_ref().and_then(|device| device.0.file_name());
+        let Some(name) = name else { return false };
+        let shown = Path::new("/sys/block").join(name).join("loop/backing_file");
+        let Ok(backing) = fs::read(shown) else {
+            return false;
+        };
+        let backing = Path::new(OsStr::from_bytes(backing.trim_ascii_end()));
+        backing.file_name() == self.image.0.file_name()
     }
 
     fn file_in(&self, directory: &Path) -> PathBuf {
@@ -194,8 +231,8 @@ impl Registry {
         (now.start == record.start).then_some(now)
     }
 
-    /// The records of living daemons, oldest first, and of those that left an error. Records of
-    /// daemons that died without a word are removed.
+    /// The records of living daemons, oldest first, of those that left an error, and of those that
+    /// died and left a mount or a device behind. The records of others are removed.
     pub fn all(&self) -> Result<Vec<Record>> {
         let mut records = Vec::new();
         for entry in fs::read_dir(&self.directory)?.flatten() {
@@ -203,10 +240,15 @@ impl Registry {
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            match self.read(&path) {
-                Some(record) if record.is_alive() || record.error.is_some() => records.push(record),
-                Some(record) => self.remove(&record),
-                None => log::debug!("cannot read {}", path.display()),
+            let Some(record) = self.read(&path) else {
+                log::debug!("cannot read {}", path.display());
+                continue;
+            };
+            let left = || record.error.is_some() || record.is_mounted() || record.is_attached();
+            if record.is_alive() || left() {
+                records.push(record);
+            } else {
+                self.remove(&record);
             }
         }
         records.sort_by_key(|record| (record.since, record.pid));
@@ -251,6 +293,8 @@ pub fn wait_closed(
         Some(error) => Err(Error::why(ErrorKind::Io(libc::EIO), error)
             .in_file(&left.image.0)
             .fix("ploopfs mount examines the image and mends what is safe to mend")),
+        // Nothing was written, so nothing is left half done.
+        None if left.read_only => Ok(()),
         None => Err(Error::why(
             ErrorKind::InUse,
             "the daemon died before it closed the image",

@@ -15,10 +15,13 @@ use std::io;
 use std::sync::Arc;
 
 type Action = Box<dyn Fn() + Send>;
+/// True when newcomers can no longer reach the mount; false when nothing could be done.
+type DrainAction = Box<dyn Fn() -> bool + Send>;
 
 enum Stage {
     Starting,
-    Serving { drain: Action },
+    Serving { drain: DrainAction },
+    Draining,
     Ending,
 }
 
@@ -71,7 +74,10 @@ impl Signals {
 
     /// Makes the mount; from then on signals drain it by the action that comes with it. No signal
     /// can come between the two.
-    pub fn serving<T, E>(&self, make: impl FnOnce() -> Result<(T, Action), E>) -> Result<T, E> {
+    pub fn serving<T, E>(
+        &self,
+        make: impl FnOnce() -> Result<(T, DrainAction), E>,
+    ) -> Result<T, E> {
         let mut stage = self.stage.lock();
         let (made, drain) = make()?;
         *stage = Stage::Serving { drain };
@@ -103,7 +109,7 @@ impl Signals {
 
     fn stop(&self, signal: Signal) {
         let mut stage = self.stage.lock();
-        match std::mem::replace(&mut *stage, Stage::Ending) {
+        match std::mem::replace(&mut *stage, Stage::Draining) {
             Stage::Starting => {
                 log::warn!("stopped by {signal} before there was a mount");
                 #[allow(clippy::as_conversions)]
@@ -114,9 +120,16 @@ impl Signals {
                 // so that a session that ends meanwhile can say so.
                 drop(stage);
                 log::info!("{signal}: draining");
-                drain();
+                let drained = drain();
+                let mut stage = self.stage.lock();
+                if !drained && matches!(*stage, Stage::Draining) {
+                    *stage = Stage::Serving { drain };
+                }
             }
-            Stage::Ending => log::info!("{signal}: ending already, goes on"),
+            before @ (Stage::Draining | Stage::Ending) => {
+                *stage = before;
+                log::info!("{signal}: ending already, goes on");
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Damaged images: mended where that is safe, refused unchanged where it is not, never guessed.
 
+use crate::forge::bundle::{BundleSpec, Style};
 use crate::forge::content::Model;
 use crate::forge::corrupt;
 use crate::forge::extension::BitmapSpec;
@@ -18,6 +19,16 @@ use std::path::{Path, PathBuf};
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial("safe_damage_is_mended", &[Fuse], safe_damage_is_mended),
+        trial(
+            "cut_last_cluster_is_extended",
+            &[Fuse],
+            cut_last_cluster_is_extended,
+        ),
+        trial(
+            "odd_descriptors_are_understood",
+            &[Fuse],
+            odd_descriptors_are_understood,
+        ),
         trial("worse_damage_is_refused", &[Fuse], worse_damage_is_refused),
         trial(
             "bad_entries_are_eio_and_nothing_else",
@@ -50,9 +61,11 @@ pub(crate) fn trials() -> Vec<Trial> {
 
 const SECTORS: u64 = 12_803;
 
-/// Half of the clusters mapped; the table takes more than one cluster, so entries can point into it.
+/// Half of the clusters mapped; data starts late, so that entries can point into the table.
 fn spec(version: u8) -> ImageSpec {
-    let mut spec = ImageSpec::new(version, 64, SECTORS).mapping(Mapped::Percent(50));
+    let mut spec = ImageSpec::new(version, 64, SECTORS);
+    // Cluster 0 is a hole, so that what is broken first has neighbours on both sides.
+    spec.mapped = Mapped::Every { step: 2, phase: 1 };
     spec.first_block = FirstBlock::Extra(2);
     spec
 }
@@ -105,6 +118,39 @@ fn safe_damage_is_mended() -> Outcome {
     Ok(())
 }
 
+/// A crash while the file was growing: the entry is there, half of its cluster is not. What was
+/// never written reads as zeros, and the user is told.
+fn cut_last_cluster_is_extended() -> Outcome {
+    let dir = scratch()?;
+    for version in [1, 2] {
+        let path = broken(dir.path(), version, &["t-straddle", "h-in-use"])?;
+        let last = spec(version).slots().last().context("nothing is mapped")?.0;
+        let model = Model::of(&spec(version));
+        let total = usize::try_from(model.bytes())?;
+        let mut want = model.read(0, total);
+        let lost = usize::try_from(last)? * 64 * 512 + 32 * 512;
+        let end = total.min(lost + 32 * 512);
+        want[lost.min(end)..end].fill(0);
+        let at = dir.path().join("mnt");
+        fs::create_dir_all(&at)?;
+        // Looking only: what is not all there is an error, not a guess.
+        let mounted = Mounted::at(&at, &path, &["-r"])?;
+        expect_one_bad(&mounted.disk(), &model, last)?;
+        mounted.umount()?;
+        let (mounted, said) = Mounted::telling(&at, &path, &[])?;
+        ensure!(
+            !said.stderr.trim().is_empty(),
+            "nothing was told about the lost tail"
+        );
+        let found = support::read_at(&mounted.disk(), 0, total)?;
+        mounted.umount()?;
+        let difference = crate::forge::content::first_difference(0, &want, &found);
+        ensure!(difference.is_none(), "{}", difference.unwrap_or_default());
+        support::expect_clean(&path)?;
+    }
+    Ok(())
+}
+
 fn worse_damage_is_refused() -> Outcome {
     let dir = scratch()?;
     for version in [1, 2] {
@@ -114,7 +160,6 @@ fn worse_damage_is_refused() -> Outcome {
             "t-far",
             "t-all-ones",
             "t-duplicate",
-            "t-straddle",
         ] {
             let path = broken(dir.path(), version, &[name, "h-in-use"])?;
             let before = support::fingerprint(&path)?;
@@ -201,6 +246,38 @@ fn bad_entries_are_eio() -> Outcome {
                 context()
             );
         }
+    }
+    Ok(())
+}
+
+fn odd_descriptors_are_understood() -> Outcome {
+    let dir = scratch()?;
+    let like = ImageSpec::new(1, 64, 6403).mapping(Mapped::Percent(40));
+    let bundle = BundleSpec::chain(Style::Ploop, &like, 3, |_, _| {});
+    for name in [
+        "x-root",
+        "x-no-top",
+        "x-two-roots",
+        "x-upper-guid",
+        "x-bare-guid",
+        "x-no-blocksize",
+        "x-left-tmp",
+        "x-image-without-shot",
+        "x-key-id",
+        "x-lower-in-use",
+        "x-plain-type",
+    ] {
+        let path = dir.path().join(format!("{name}.hdd"));
+        bundle.write(&path)?;
+        corrupt::apply(name, &path)?;
+        let before = support::fingerprint(&path)?;
+        let mounted = Mounted::new(dir.path(), &path, &["-r"]).context(name)?;
+        expect_flat(&mounted.disk(), &bundle.model()).context(name)?;
+        mounted.umount()?;
+        ensure!(
+            before == support::fingerprint(&path)?,
+            "{name}: -r changed the bundle"
+        );
     }
     Ok(())
 }
@@ -322,6 +399,7 @@ fn no_damage_brings_the_daemon_down() -> Outcome {
                 for at in (0..size.min(64 << 20)).step_by(100_000) {
                     let _ = file.read_at(&mut piece, at);
                 }
+                drop(file);
                 mounted.umount().with_context(|| name.to_string())?;
             }
             Err(error) => {

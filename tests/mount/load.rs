@@ -4,7 +4,7 @@ use super::tree::small_tree;
 use crate::forge::image::ImageSpec;
 use crate::support::command::Finished;
 use crate::support::guards::{FsMount, Loop, Mounted, is_gone};
-use crate::support::harness::{skip, trial};
+use crate::support::harness::trial;
 use crate::support::probe::Need::{self, E2fsprogs, Fio, Fuse};
 use crate::support::{self, MIB, Outcome, command, scratch};
 use anyhow::{Context, Result, bail, ensure};
@@ -31,15 +31,17 @@ pub(crate) fn trials() -> Vec<Trial> {
 /// Size of the disk: the first GiB is verified, discards happen after it.
 const SECTORS: u64 = 3 << 20;
 
-/// Four jobs with their own ranges write and verify; a fifth discards and writes elsewhere until
-/// they are done.
+/// Four jobs with their own ranges write and verify; two more discard and write elsewhere
+/// meanwhile, so that clusters are freed and taken again all the time.
 fn fio(dir: &Path, device: &Path, mib_a_job: u64, seconds: u64) -> Result<Finished> {
     let job = format!(
         "[global]\nfilename={}\nioengine=libaio\ndirect=1\nthread=1\nrandrepeat=1\n\
          [verified]\nrw=randwrite\nbsrange=4k-1m\niodepth=32\nnumjobs=4\noffset_increment=256m\n\
          size={mib_a_job}m\nverify=crc32c\nverify_fatal=1\nverify_state_save=0\ndo_verify=1\n\
-         [discards]\nrw=randtrimwrite\nbsrange=64k-4m\niodepth=8\noffset=1g\nsize=500m\n\
-         time_based=1\nruntime={seconds}\n",
+         [discards]\nrw=randtrim\nbsrange=64k-4m\niodepth=8\noffset=1g\nsize=500m\n\
+         time_based=1\nruntime={seconds}\n\
+         [refills]\nrw=randwrite\nbsrange=4k-1m\niodepth=8\noffset=1g\nsize=500m\n\
+         rate=100m\ntime_based=1\nruntime={seconds}\n",
         device.display()
     );
     let path = dir.join("job.fio");
@@ -214,11 +216,7 @@ fn fio_verify_with_little_memory() -> Outcome {
     let mounted = Mounted::new(dir.path(), &image, &["-r"])?;
     command::ok(command::new("e2fsck").arg("-fn").arg(mounted.disk()))?;
     mounted.umount()?;
-    if matches!(limit, Limit::AddressSpace) && std::env::var("PLOOPFS_REQUIRE").is_err() {
-        eprintln!(
-            "fio_verify_with_little_memory: {}",
-            skip("no memory cgroup could be made")
-        );
-    }
+    // Which limit it was matters to whoever reads the log.
+    eprintln!("fio_verify_with_little_memory: {told}");
     Ok(())
 }

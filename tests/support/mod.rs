@@ -3,8 +3,8 @@
 //! Imports: std, `anyhow`, `libtest-mimic`, `nix`, `tempfile`; nothing of ploopfs.
 //! Never: passes a test that could not run; it is ignored with its reason, or fails where CI asks.
 //!
-//! Every guard ([`guards::Mounted`], [`guards::Loop`], [`guards::FsMount`]) undoes its own work when
-//! dropped, and [`harness::main`] fails the run if anything of ours is left over.
+//! Every guard ([`guards::Mounted`], [`guards::Loop`], [`guards::FsMount`]) undoes its own work
+//! when dropped, and [`harness::main`] fails the run if anything of ours is left over.
 
 // Each test that includes this uses a part of it.
 #![allow(dead_code)]

@@ -74,7 +74,7 @@ pub(crate) fn describe(bytes: &[u8]) -> String {
                 .fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte));
             format!("forged sector {at} of level {level}, seed {seed}")
         }
-        _ => format!("{:02x?}", &bytes[..bytes.len().min(16)]),
+        _ => "other bytes".to_string(),
     }
 }
 
@@ -195,16 +195,17 @@ pub(crate) fn first_difference(at: u64, expected: &[u8], found: &[u8]) -> Option
             expected.len()
         ));
     }
-    let pairs = expected.chunks(512).zip(found.chunks(512)).enumerate();
-    pairs
-        .filter(|(_, (want, have))| want != have)
-        .map(|(i, (want, have))| {
-            let sector = at / SECTOR + i as u64;
-            format!(
-                "disk sector {sector}: expected {}, found {}",
-                describe(want),
-                describe(have)
-            )
-        })
-        .next()
+    let mut pairs = expected.iter().zip(found).enumerate();
+    let (first, _) = pairs.find(|(_, (want, have))| want != have)?;
+    let start = first.saturating_sub((at as usize + first) % 512);
+    let sector = |bytes: &[u8]| {
+        let whole = &bytes[start..bytes.len().min(start + 512)];
+        let near = &bytes[first..bytes.len().min(first + 8)];
+        format!("{} ({near:02x?} there)", describe(whole))
+    };
+    let (number, byte) = ((at + start as u64) / SECTOR, first - start);
+    let (want, have) = (sector(expected), sector(found));
+    Some(format!(
+        "disk sector {number}, byte {byte}: expected {want}, found {have}"
+    ))
 }

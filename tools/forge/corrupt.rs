@@ -258,7 +258,12 @@ pub(crate) const ALL: &[Corruption] = &[
         xml.replacen("</Snapshots>", &format!("{shot}</Snapshots>"), 1)
     }),
     text("x-bare-guid", 60, |xml| {
-        xml.replace(">{", ">").replace("}<", "<")
+        ["GUID", "ParentGUID", "TopGUID"]
+            .iter()
+            .fold(xml.to_string(), |xml, tag| {
+                let open = xml.replace(&format!("<{tag}>{{"), &format!("<{tag}>"));
+                open.replace(&format!("}}</{tag}>"), &format!("</{tag}>"))
+            })
     }),
     text("x-upper-guid", 60, |xml| {
         xml.replace(TOP, &TOP.to_uppercase())

@@ -91,7 +91,7 @@ fn seal(bytes: &mut [u8]) {
     bytes[8..24].copy_from_slice(&sum);
 }
 
-/// Changes the extension cluster of a closed image and, where asked, makes its checksum right again.
+/// Changes the extension cluster of a closed image and, where asked, mends its checksum.
 pub(crate) fn rewrite(
     file: &File,
     seal_again: bool,

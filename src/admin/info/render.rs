@@ -1,6 +1,7 @@
 //! The text of `info`: one screen, whatever the disk.
 
 use super::{DiskInfo, FileInfo};
+use crate::error::Shown;
 use crate::units::SECTOR;
 use std::fmt::Write;
 
@@ -34,7 +35,7 @@ pub fn render(info: &DiskInfo) -> String {
 }
 
 fn write_all(info: &DiskInfo, out: &mut String) -> std::fmt::Result {
-    writeln!(out, "{} ({})", info.image, info.kind)?;
+    writeln!(out, "{} ({})", Shown(&info.image), info.kind)?;
     match info.size_bytes {
         Some(bytes) => writeln!(out, "  disk       {} ({bytes} bytes)", size(bytes))?,
         None => writeln!(out, "  disk       unknown size")?,
@@ -82,7 +83,7 @@ fn write_all(info: &DiskInfo, out: &mut String) -> std::fmt::Result {
     write_snapshots(info, out)?;
     for (title, lines) in [("warning", &info.warnings), ("problem", &info.problems)] {
         for line in lines.iter().take(SHOWN) {
-            writeln!(out, "{title}: {line}")?;
+            writeln!(out, "{title}: {}", Shown(line))?;
         }
         more(lines.len(), title, out)?;
     }
@@ -97,7 +98,7 @@ fn more(count: usize, what: &str, out: &mut String) -> std::fmt::Result {
 }
 
 fn write_file(level: usize, file: &FileInfo, out: &mut String) -> std::fmt::Result {
-    writeln!(out, "  {level:>3} {}", file.path)?;
+    writeln!(out, "  {level:>3} {}", Shown(&file.path))?;
     let mut facts = Vec::new();
     match (file.version, file.format) {
         (Some(version), _) => facts.push(format!("version {version}")),
