@@ -1,8 +1,8 @@
 //! What went wrong, and where: the one error type of every floor above the parsers.
 //!
 //! Imports: `units`.
-//! Never: is matched by its text; `kind` alone drives the errno that the kernel is told and the exit
-//! status of the program.
+//! Never: is matched by its text; `kind` alone drives the errno that the kernel is told and the
+//! exit status of the program.
 //!
 //! An [`Error`] is a stable [`ErrorKind`], a [`Place`] (path, level, offset, cluster) that callers
 //! fill in as the error passes them, and the cause below it. It shows as one line for people.

@@ -133,7 +133,7 @@ pub struct ClusterSize {
 }
 
 impl ClusterSize {
-    /// Largest number of sectors in a cluster that any known reader accepts (QEMU: `i32::MAX / 513`).
+    /// Most sectors in a cluster that any known reader accepts (QEMU: `i32::MAX / 513`).
     pub const SECTORS_MAX: u32 = 4_186_127;
 
     /// A cluster of this many sectors, or `None` for 0 and for more than [`Self::SECTORS_MAX`].

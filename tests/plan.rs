@@ -100,7 +100,8 @@ prop_compose! {
                 (cluster, if neighbours { (cluster + 7) * bytes } else { at * bytes })
             };
             let map = map.into_iter().filter(|(cluster, _)| *cluster < clusters).map(place);
-            let end = if number + 1 == count { disk_len } else { (end * bytes + end % 512).min(disk_len) };
+            let lower_end = (end * bytes + end % 512).min(disk_len);
+            let end = if number + 1 == count { disk_len } else { lower_end };
             (map.collect(), end)
         });
         FakeChain {

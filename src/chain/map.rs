@@ -135,7 +135,10 @@ impl PageMap {
             let Some((index, page)) = resident.pages.pop_lru() else {
                 return false;
             };
-            if page.is_held() || page.take_touch() {
+            // Beside the list and the directory, only a request that has just loaded the page and
+            // plans with it holds on to it.
+            let is_planned_with = Arc::strong_count(&page) > 2;
+            if page.is_held() || is_planned_with || page.take_touch() {
                 resident.pages.put(index, page);
                 continue;
             }

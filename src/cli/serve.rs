@@ -4,7 +4,7 @@
 //! Never: opens an image, takes a lock or starts a thread before the fork.
 //!
 //! [`launch`] forks; what runs in the child (or, with `-f`, in the only process there is) is
-//! [`super::child`]. The parent gets one frame from it: what is served now, or the report of what
+//! `cli/child.rs`. The parent gets one frame from it: what is served now, or the report of what
 //! went wrong.
 
 use super::child::{Answer, Daemon};

@@ -3,7 +3,7 @@
 //! A request pins the current epoch before it looks anything up, and unpins after its last byte has
 //! moved. Whoever frees clusters removes them from the map first and then ends the epoch; when
 //! nobody of that epoch is left, nobody can hold a place that the map no longer gives out. Pins of
-//! earlier epochs are gone by then, because an epoch is ended only after the one before has drained.
+//! earlier epochs are gone by then: an epoch is ended only after the one before has drained.
 //!
 //! The order that all of this rests on is sequential consistency: count then look up on one side,
 //! remove then end the epoch then read the count on the other.

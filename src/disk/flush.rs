@@ -7,8 +7,8 @@
 //!    as durably dropped although its page was copied before the drop;
 //! 2. clear the note of unsynced data. After 4, the note of bytes written meanwhile would be lost;
 //! 3. copy the dirty pages (entries of lower levels as 0, never past the table's end);
-//! 4. sync the data. After 5, an entry could be durable before the bytes it names: after a power cut
-//!    the disk would show what another cluster left there;
+//! 4. sync the data. After 5, an entry could be durable before the bytes it names: after a power
+//!    cut the disk would show what another cluster left there;
 //! 5. write the copies, not the live pages: an entry published after 4 names bytes that 4 did not
 //!    cover;
 //! 6. sync again: what the caller is told is durable must be;
@@ -115,15 +115,23 @@ impl Disk {
 
     /// One flush round over all parts. Returns when it is durable, or latches the disk.
     pub fn flush_now(&self) -> Result<()> {
-        let mut state = self.flush.lock();
-        let result = self.round(&mut state);
-        self.release_drained(&mut state);
-        drop(state);
-        self.wake_waiters();
+        let result = self.run_round();
+        self.after_round();
         result
     }
 
-    /// Steps 1 to 7. A disk that is read-only has nothing to flush.
+    /// Steps 1 to 7.
+    pub(super) fn run_round(&self) -> Result<()> {
+        self.round(&mut self.flush.lock())
+    }
+
+    /// Step 9, and those go on who waited for a flush.
+    pub(super) fn after_round(&self) {
+        self.release_drained(&mut self.flush.lock());
+        self.wake_waiters();
+    }
+
+    /// A disk that is read-only has nothing to flush.
     pub(super) fn round(&self, guard: &mut MutexGuard<'_, Option<FlushState>>) -> Result<()> {
         let Some(state) = guard.as_mut() else {
             return Ok(());
@@ -229,8 +237,8 @@ impl Disk {
     /// 2. wait for the last readers, punch what is free inside the file, cut what is free at its
     ///    end. Before 1, an entry in the file could still name a cluster that is cut away;
     /// 3. sync: the cut must not become durable after 4;
-    /// 4. clear the marks, each with a sync of its own. Of a split disk none before 3 is through for
-    ///    all parts.
+    /// 4. clear the marks, each with a sync of its own. Of a split disk none before 3 is through
+    ///    for all parts.
     ///
     /// On any failure the marks stay, and so does what is durable.
     pub(super) fn close_files(&self) -> Result<()> {
@@ -357,6 +365,7 @@ fn release_sealed(part: &Part) {
 
 /// Gives the host back what is free: holes inside the file, and its tail.
 fn trim(part: &Part) -> Result<()> {
+    let _length = part.grow.lock();
     let cluster = part.chain.geometry().cluster;
     let place = |number| cluster.file_start(FileCluster::new(number));
     let storage = part.top_storage();

@@ -108,7 +108,7 @@ impl Flusher {
                 next_timer = interval.map(|interval| Instant::now() + interval);
             }
             if callers.is_some() || requested || (timer && disk.has_unflushed()) {
-                let guarded = || disk.flush_now();
+                let guarded = || disk.run_round();
                 let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(guarded));
                 let mut result = caught.unwrap_or_else(|_| {
                     disk.health.latch("the flusher panicked");
@@ -123,6 +123,7 @@ impl Flusher {
                     (caller.done)(answer);
                     callers = caller.next;
                 }
+                disk.after_round();
             }
             disk.tick();
             if stop {

@@ -56,6 +56,16 @@ pub enum Progress {
     Wait(Wait),
 }
 
+/// What comes after a step that could not be planned or made.
+#[derive(Debug)]
+pub enum Next {
+    /// Plan again. A page that was loaded for it comes along: as long as it is held, it stays in
+    /// memory, so that requests cannot take each other's pages away for ever.
+    Again(Option<Arc<MapPage>>),
+    /// Wait, holding nothing.
+    Wait(Wait),
+}
+
 impl Part {
     /// A part over a chain. `alloc` is there where the top has a table and is writable.
     pub fn new(
@@ -147,11 +157,11 @@ impl Part {
         Ok(self.map.insert(&mut self.table.lock().resident, page))
     }
 
-    /// Does what a stopped plan asks for. `Ok(None)`: plan again.
-    pub fn after_stop(&self, stop: Stop, counters: &Counters) -> Result<Option<Wait>> {
+    /// Does what a stopped plan asks for.
+    pub fn after_stop(&self, stop: Stop, counters: &Counters) -> Result<Next> {
         match stop {
-            Stop::Missing(page) => self.load(page, counters).map(|_| None),
-            Stop::Pending(cluster) => Ok(Some(Wait::Pending(cluster))),
+            Stop::Missing(page) => Ok(Next::Again(Some(self.load(page, counters)?))),
+            Stop::Pending(cluster) => Ok(Next::Wait(Wait::Pending(cluster))),
             Stop::Bad(cluster) => Err(self.bad_entry(cluster)),
         }
     }
@@ -173,7 +183,7 @@ impl Part {
     ///    makes the length durable first: an entry past the end would make the image unusable.
     ///
     /// With [`Keep::Nothing`] the new clusters are a hole without blocks of their own, for masks.
-    pub fn grow(&self, count: u64, blocks: Keep) -> Result<Option<Wait>> {
+    pub fn grow(&self, count: u64, blocks: Keep) -> Result<Next> {
         let _length = self.grow.lock();
         let (free, file_end, growable, waiting) = {
             let table = self.table.lock();
@@ -188,14 +198,14 @@ impl Part {
             )
         };
         if free >= count {
-            return Ok(None);
+            return Ok(Next::Again(None));
         }
         let missing = count - free;
         if growable < missing {
             // The disk needs no more than its entries: what is missing is in quarantine.
             let quarantined = waiting > 0;
             return if quarantined {
-                Ok(Some(Wait::Flush))
+                Ok(Next::Wait(Wait::Flush))
             } else {
                 Err(Error::errno(libc::ENOSPC).in_file(self.chain.top().path()))
             };
@@ -220,11 +230,11 @@ impl Part {
                 if let Some(alloc) = table.alloc.as_mut() {
                     alloc.extended(new_end);
                 }
-                Ok(None)
+                Ok(Next::Again(None))
             }
             // What is in quarantine goes back to the host with the next flush.
-            Err(error) if error.is_no_space() && waiting > 0 => Ok(Some(Wait::Flush)),
-            Err(error) if error.is_no_space() => Ok(Some(Wait::Space)),
+            Err(error) if error.is_no_space() && waiting > 0 => Ok(Next::Wait(Wait::Flush)),
+            Err(error) if error.is_no_space() => Ok(Next::Wait(Wait::Space)),
             Err(error) => Err(error),
         }
     }

@@ -37,6 +37,8 @@ impl Part {
         let view = self.view();
         let geometry = self.chain.geometry();
         let mut segments = Segments::inline();
+        // The page that was loaded last stays in memory while it is held.
+        let mut held = None;
         let mut at = at;
         let mut rest = buf;
         while !rest.is_empty() {
@@ -46,10 +48,11 @@ impl Part {
                 Ok(covered) => covered,
                 Err(Stop::Missing(_)) if load == Load::No => return Ok(false),
                 Err(stop) => {
-                    self.after_stop(stop, counters)?;
+                    held = Some(self.after_stop(stop, counters)?);
                     continue;
                 }
             };
+            drop(held.take());
             let (now, later) = rest.split_at_mut(len_usize(covered).unwrap_or(0));
             self.carry_out(&segments, now)?;
             rest = later;

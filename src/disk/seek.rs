@@ -73,7 +73,8 @@ impl Disk {
                         end,
                     });
                 }
-                part.load(page, &self.counters)?;
+                // Held, so that it is still there when it is looked at.
+                let _page = part.load(page, &self.counters)?;
                 self.extent(part, from)
             }
         }

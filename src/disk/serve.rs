@@ -137,7 +137,7 @@ impl Disk {
         self.change_blocking(at, Change::Zero(len))
     }
 
-    /// Reads pieces that lie in one part each. `false` when a page is missing and may not be loaded.
+    /// Reads pieces that lie in one part each. `false`: a page is missing and may not be loaded.
     fn read_pieces(&self, at: DiskOffset, buf: &mut [u8], load: Load) -> Result<bool> {
         let parts = self.parts();
         let mut done = 0;

@@ -15,7 +15,7 @@
 //! The entry reaches the file only in a later flush, behind a sync of the data (see `flush`).
 //! A reservation that is dropped before 4 gives its clusters back, and the map never changed.
 
-use super::part::{Part, Progress};
+use super::part::{Next, Part, Progress};
 use super::stats::{Counters, bump};
 use super::table::{Table, Wait};
 use crate::chain::page::{MapPage, Word};
@@ -198,6 +198,8 @@ impl Part {
             list.inline_size()
         };
         let mut segments = Segments::with_room(room);
+        // The page that was loaded last, kept in memory until the step is done.
+        let mut held = None;
         loop {
             let _pin = self.epochs.pin();
             segments.clear();
@@ -206,8 +208,11 @@ impl Part {
             let covered = match plan_write(&self.view(), geometry, at, len, zero, &mut segments) {
                 Ok(covered) => covered,
                 Err(stop) => match self.after_stop(stop, counters)? {
-                    Some(wait) => return Ok(Progress::Wait(wait)),
-                    None => continue,
+                    Next::Wait(wait) => return Ok(Progress::Wait(wait)),
+                    Next::Again(page) => {
+                        held = page;
+                        continue;
+                    }
                 },
             };
             if segments.as_slice().iter().all(|segment| !is_fresh(segment)) {
@@ -217,8 +222,11 @@ impl Part {
             let (covered, reservation) = match self.reserve(at, data, &mut segments, &mut list) {
                 Ok(reserved) => reserved,
                 Err(refused) => match self.after_refusal(refused, counters)? {
-                    Some(wait) => return Ok(Progress::Wait(wait)),
-                    None => continue,
+                    Next::Wait(wait) => return Ok(Progress::Wait(wait)),
+                    Next::Again(page) => {
+                        held = page.or(held);
+                        continue;
+                    }
                 },
             };
             let written = self
@@ -234,11 +242,11 @@ impl Part {
         }
     }
 
-    /// `Ok(None)`: plan again.
-    pub fn after_refusal(&self, refused: Refused, counters: &Counters) -> Result<Option<Wait>> {
+    /// Does what a refused reservation asks for.
+    pub fn after_refusal(&self, refused: Refused, counters: &Counters) -> Result<Next> {
         match refused {
-            Refused::NotNeeded => Ok(None),
-            Refused::Wait(wait) => Ok(Some(wait)),
+            Refused::NotNeeded => Ok(Next::Again(None)),
+            Refused::Wait(wait) => Ok(Next::Wait(wait)),
             Refused::Grow(count, blocks) => self.grow(count, blocks),
             Refused::Stop(stop) => self.after_stop(stop, counters),
         }

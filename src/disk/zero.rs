@@ -14,7 +14,7 @@
 //! 3. a cluster that only a lower level maps gets a file cluster of its own, punched before it is
 //!    published, so that it takes a number and no blocks.
 
-use super::part::{Part, Progress};
+use super::part::{Next, Part, Progress};
 use super::stats::{Counters, bump};
 use super::table::Wait;
 use super::write::{Refused, Reservation, TakenList};
@@ -70,13 +70,17 @@ impl Part {
             let piece = &ZEROS[..len_usize(piece).unwrap_or(0)];
             return self.write_step(at, piece, counters);
         }
+        let mut held = None;
         loop {
             let _pin = self.epochs.pin();
             let collected = match self.collect(cluster, len) {
                 Ok(collected) => collected,
                 Err(refused) => match self.after_refusal(refused, counters)? {
-                    Some(wait) => return Ok(Progress::Wait(wait)),
-                    None => continue,
+                    Next::Wait(wait) => return Ok(Progress::Wait(wait)),
+                    Next::Again(page) => {
+                        held = page.or(held);
+                        continue;
+                    }
                 },
             };
             bump(&counters.clusters_unmapped, collected.unmapped);

@@ -11,8 +11,9 @@ const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 /// The part of the disk that a `fallocate` zeroes, as start and length.
 ///
 /// Punching and zeroing both make the range read as zeros: loop's write-zeroes may arrive as
-/// either. Both keep the size, so what lies past the end is cut off, as every file system does. All else
-/// is EOPNOTSUPP and never ENOSYS, after which the kernel would not ask again, not even to punch.
+/// either. Both keep the size, so what lies past the end is cut off, as every file system does. All
+/// else is EOPNOTSUPP and never ENOSYS, after which the kernel would not ask again, not even to
+/// punch.
 pub(crate) fn fallocate(
     mode: i32,
     at: u64,

@@ -5,9 +5,10 @@
 //!
 //! What may take long is behind [`Views::is_ready`]: while that says no, the caller moves its
 //! request to the thread of `fuse/aside.rs` and asks there (only when the last writer closes in
-//! between are the few KiB of a partition table read at once). A snapshot's disk is opened once, at the first
-//! look at its `disk.img`, and kept; the partition list is kept until the last writer of `disk.img`
-//! has closed it. An open file keeps the bytes that it was opened on, whatever the list says later.
+//! between are the few KiB of a partition table read at once). A snapshot's disk is opened once, at
+//! the first look at its `disk.img`, and kept; the partition list is kept until the last writer of
+//! `disk.img` has closed it. An open file keeps the bytes that it was opened on, whatever the list
+//! says later.
 
 use super::nodes::{Node, Shape, Sort, Tree};
 use super::partitions::{self, Partition};

@@ -65,7 +65,8 @@ impl Merge for Target {
 
 /// Plans a write of `len` bytes at `at`, both within the disk, as far as `segments` has room.
 /// `is_zero` tells whether a range of the payload (start, length) is all zeros; it is asked only
-/// where that would save a cluster. Returns the bytes covered, at least one piece unless `len` is 0.
+/// where that would save a cluster. Returns the bytes covered: at least one piece, unless `len` is
+/// 0.
 #[inline]
 pub fn plan_write(
     map: &impl Lookup,

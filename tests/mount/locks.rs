@@ -95,8 +95,11 @@ fn lower_files_are_locked_too() -> Outcome {
     let dir = scratch()?;
     let (spec, path) = bundle(dir.path(), 3)?;
     let mounted = Mounted::new(dir.path(), &path, &[])?;
-    for file in spec.files(&path, 0) {
-        Mounted::refused(dir.path(), &file, &[])?.expect_words(&["lock"])?;
+    for (level, file) in spec.files(&path, 0).iter().enumerate() {
+        // By a name outside of the bundle, so that nothing but the lock can refuse it.
+        let other = dir.path().join(format!("level{level}.hds"));
+        fs::hard_link(file, &other)?;
+        Mounted::refused(dir.path(), &other, &[])?.expect_words(&["lock"])?;
     }
     mounted.umount()
 }

@@ -1,3 +1,5 @@
+//! What is told of good disks, odd ones and broken ones.
+
 use super::*;
 use crate::format::header::{MAGIC_V1, MAGIC_V2, TYPE};
 use std::fs;

@@ -1,3 +1,4 @@
+//! Bundles and images of every kind, opened and refused.
 use super::*;
 use crate::format::header::{FLAG_EMPTY, MAGIC_V2, RawHeader, TYPE};
 use crate::storage::Storage;
@@ -26,9 +27,8 @@ fn image(path: &Path) {
         flags: FLAG_EMPTY,
         extension: 0,
     };
-    let mut bytes = vec![0; 32768];
-    bytes[..64].copy_from_slice(&raw.encode());
-    fs::write(path, bytes).unwrap();
+    let rest = vec![0; 32768 - 64];
+    fs::write(path, [&raw.encode()[..], &rest].concat()).unwrap();
 }
 
 /// What a descriptor says of one image.

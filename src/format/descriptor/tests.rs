@@ -1,3 +1,5 @@
+//! A good descriptor, changed in one place at a time.
+
 use super::*;
 use crate::format::xml::XmlError;
 

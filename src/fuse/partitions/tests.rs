@@ -1,3 +1,5 @@
+//! Partition tables made by the crates, by hand, and by nobody.
+
 use super::*;
 use gpt::GptConfig;
 use gpt::mbr::ProtectiveMBR;
