@@ -46,7 +46,7 @@
 //!    or none; if the file is too short it grows first.
 //! 3. It fills what the write does not cover from the lower level, writes the payload, and only
 //!    then publishes the new words in the map. The reply goes out.
-//! 4. Until the next flush, the entry is in memory only. [`disk::flush`] makes it durable: first the
+//! 4. Until the next flush the entry is in memory only. [`disk::flush`] makes it durable: first the
 //!    data, then the table, each with a sync, in an order that no power cut can turn against the
 //!    disk.
 //!
