@@ -41,7 +41,7 @@ impl Disk {
         bump(&self.counters.reads, 1);
         bump(&self.counters.read_bytes, len_u64(len));
         if RequestOrder::of(len) < self.inline_order {
-            match self.read_pieces(at, &mut buf[..len], Load::No) {
+            match self.guarded(|| self.read_pieces(at, &mut buf[..len], Load::No)) {
                 Ok(true) => {
                     bump(&self.counters.inline_requests, 1);
                     return reply.done(Ok(&buf[..len]));
@@ -72,7 +72,7 @@ impl Disk {
             return reply.done(Err(error));
         }
         if RequestOrder::of(data.len()) < self.inline_order {
-            match self.write_pieces_in_place(at, data) {
+            match self.guarded(|| self.write_pieces_in_place(at, data)) {
                 Ok(true) => {
                     bump(&self.counters.inline_requests, 1);
                     self.count_change(Change::Write(data));
