@@ -130,6 +130,8 @@ struct Look {
 
 #[derive(Default)]
 struct Log {
+    /// When the last flush began that was answered.
+    flushed: u64,
     changes: Vec<Change>,
     looks: Vec<Look>,
 }
@@ -259,6 +261,7 @@ impl Stress<'_> {
             let what = match splitmix(&mut dice) % 100 {
                 0 => {
                     flush(&self.disk).expect("flushes succeed");
+                    log.flushed = begun;
                     continue;
                 }
                 1..30 => {
@@ -286,6 +289,32 @@ impl Stress<'_> {
             });
         }
         log
+    }
+
+    /// Lets `threads` of them work and collects what they say.
+    fn work(&self, threads: u64, first: u64, steps: u64, log: &mut Log) {
+        let logs: Vec<Log> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (first..first + threads)
+                .map(|thread| scope.spawn(move || self.worker(thread, steps)))
+                .collect();
+            let joined = workers.into_iter().map(|worker| worker.join());
+            joined.map(|log| log.expect("a worker")).collect()
+        });
+        for mut more in logs {
+            log.flushed = log.flushed.max(more.flushed);
+            log.changes.append(&mut more.changes);
+            log.looks.append(&mut more.looks);
+        }
+    }
+
+    /// Leaves the disk as a killed process does.
+    fn abandon(&mut self) {
+        let disk = std::mem::replace(&mut self.disk, open_other());
+        let gone = Arc::downgrade(&disk);
+        drop(disk);
+        while gone.strong_count() > 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Every look must have seen a change that may have been the last one at that time.
@@ -362,12 +391,9 @@ fn check_files(name: &str, spec: &BundleSpec, dir: &Path) {
     }
 }
 
-fn run(name: &str, spec: &BundleSpec, options: &DiskOptions, threads: u64, steps: u64) {
-    let begun = Instant::now();
-    let steps = steps * number("PLOOPFS_TIMES").unwrap_or(1);
-    let home = fast_dir();
-    let dir = home.path().join("disk.hdd");
-    spec.write(&dir).expect("the bundle is forged");
+/// A forged disk, opened, with the places that are fought for.
+fn prepare<'a>(name: &'a str, spec: &BundleSpec, dir: &Path, options: &DiskOptions) -> Stress<'a> {
+    spec.write(dir).expect("the bundle is forged");
     let forged = spec.model();
     let initial = forged.read(0, forged.bytes() as usize);
     let size = initial.len() as u64 / SECTOR;
@@ -392,38 +418,31 @@ fn run(name: &str, spec: &BundleSpec, options: &DiskOptions, threads: u64, steps
     let Some(Level::Image(top)) = spec.parts[0].levels.last() else {
         panic!("a top with a table");
     };
-    let mut stress = Stress {
+    Stress {
         name,
-        disk: open(&dir, options),
+        disk: open(dir, options),
         initial,
         hot,
         cluster: u64::from(top.cluster_sectors),
         clock: AtomicU64::new(1),
-    };
+    }
+}
+
+fn run(name: &str, spec: &BundleSpec, options: &DiskOptions, threads: u64, steps: u64) {
+    let begun = Instant::now();
+    let steps = steps * number("PLOOPFS_TIMES").unwrap_or(1);
+    let home = fast_dir();
+    let dir = home.path().join("disk.hdd");
+    let mut stress = prepare(name, spec, &dir, options);
+    let size = stress.initial.len() as u64 / SECTOR;
     let mut log = Log::default();
     for round in 0..2 {
-        let logs: Vec<Log> = std::thread::scope(|scope| {
-            let stress = &stress;
-            let workers: Vec<_> = (0..threads)
-                .map(|thread| scope.spawn(move || stress.worker(thread + 100 * round, steps)))
-                .collect();
-            let joined = workers.into_iter().map(|worker| worker.join());
-            joined.map(|log| log.expect("a worker")).collect()
-        });
-        for mut more in logs {
-            log.changes.append(&mut more.changes);
-            log.looks.append(&mut more.looks);
-        }
+        stress.work(threads, 100 * round, steps, &mut log);
         let before = read_all(&stress.disk);
         if round == 0 {
             // Left without a close after a flush: nothing of it may be missing.
             flush(&stress.disk).expect("the flush succeeds");
-            let disk = std::mem::replace(&mut stress.disk, open_other());
-            let gone = Arc::downgrade(&disk);
-            drop(disk);
-            while gone.strong_count() > 0 {
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            stress.abandon();
         } else {
             let disk = std::mem::replace(&mut stress.disk, open_other());
             disk.close().expect("the disk closes");
@@ -449,6 +468,53 @@ fn run(name: &str, spec: &BundleSpec, options: &DiskOptions, threads: u64, steps
         log.looks.len(),
         begun.elapsed()
     );
+}
+
+/// A disk that is left in the middle of everything: each sector must hold what it held at the last
+/// flush that was answered, or something later.
+fn run_abandoned(name: &str, spec: &BundleSpec, options: &DiskOptions) {
+    for round in 0..12 * number("PLOOPFS_TIMES").unwrap_or(1) {
+        let home = fast_dir();
+        let dir = home.path().join("disk.hdd");
+        let mut stress = prepare(name, spec, &dir, options);
+        let mut log = Log::default();
+        stress.work(4, 10 * round, 150, &mut log);
+        stress.judge(&log);
+        stress.abandon();
+        stress.disk = open(&dir, options);
+        let bytes = read_all(&stress.disk);
+        let time = (log.flushed, stress.now());
+        let looks = (0..).zip(bytes.chunks_exact(512));
+        log.looks = looks
+            .map(|(s, bytes)| stress.look_of(s, bytes, time))
+            .collect();
+        assert!(
+            log.looks.iter().all(|look| look.bytes.is_none()),
+            "{name}: foreign bytes"
+        );
+        stress.judge(&log);
+        let disk = std::mem::replace(&mut stress.disk, open_other());
+        disk.close().expect("the disk closes");
+        check_files(name, spec, &dir);
+    }
+}
+
+#[test]
+fn an_abandoned_disk_has_what_was_flushed() {
+    let options = DiskOptions {
+        flush_interval_ms: 0,
+        ..tiny(2, 6)
+    };
+    run_abandoned("chain", &chain(), &options);
+    run_abandoned("split", &split(), &options);
+    let full = BundleSpec::new(Style::Parallels, vec![image(1, 8, 803, 100)]);
+    run_abandoned("full", &full, &options);
+    let roomy = DiskOptions {
+        bat_cache: 1 << 20,
+        ..options
+    };
+    let one = BundleSpec::new(Style::Ploop, vec![image(2, 8, 18_001, 20)]);
+    run_abandoned("one", &one, &roomy);
 }
 
 /// What is told to be a hole must be zeros.
