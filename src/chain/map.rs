@@ -38,6 +38,7 @@ pub struct PageMap {
 pub struct Resident {
     pages: LruCache<PageIndex, Arc<MapPage>>,
     budget: usize,
+    dirty_max: usize,
 }
 
 impl Resident {
@@ -45,19 +46,22 @@ impl Resident {
     #[must_use]
     pub fn new(bytes: u64, page_count: u32) -> Self {
         let page_bytes = len_u64(BAT_PAGE_SLOTS) * 8;
-        let budget = (bytes / page_bytes).clamp(1, u64::from(page_count.max(1)));
-        let budget = usize::try_from(budget).unwrap_or(1);
+        let at_most_all =
+            |pages: u64| usize::try_from(pages.clamp(1, u64::from(page_count.max(1)))).unwrap_or(1);
+        let budget = at_most_all(bytes / page_bytes);
         let room = NonZeroUsize::MIN.saturating_add(budget.saturating_add(OVERSHOOT));
         Self {
             pages: LruCache::new(room),
             budget,
+            dirty_max: at_most_all(bytes / page_bytes / 2),
         }
     }
 
-    /// Pages that are meant to be in memory at most.
+    /// Pages that may have unwritten changes: half of the memory, not half of the table, of which a
+    /// small disk has a page or two that must not take turns.
     #[must_use]
-    pub fn budget(&self) -> usize {
-        self.budget
+    pub fn dirty_max(&self) -> usize {
+        self.dirty_max
     }
 
     /// Pages in memory.
@@ -279,5 +283,30 @@ impl Lookup for View<'_> {
     #[inline]
     fn readable_end(&self, level: Level) -> u64 {
         self.chain.readable_end(level)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_of_the_memory_may_be_dirty_and_all_of_a_small_table() {
+        let page = 8 * 1024;
+        for (pages_of_memory, page_count, dirty) in [
+            (0, 100, 1),
+            (1, 100, 1),
+            (10, 100, 5),
+            (8192, 2, 2),
+            (8192, 65, 65),
+            (100, 65, 50),
+        ] {
+            let resident = Resident::new(pages_of_memory * page, page_count);
+            assert_eq!(
+                resident.dirty_max(),
+                dirty,
+                "{pages_of_memory} {page_count}"
+            );
+        }
     }
 }

@@ -104,8 +104,11 @@ impl Disk {
         self.health.check()?;
         if let Some(mark) = state.parts[index].mark.as_mut() {
             mark.set(part.top_storage().as_ref()).map_err(|e| {
-                self.health
-                    .latch(&format!("the in-use mark could not be set: {e}"));
+                // Nothing else has been written yet, so the mark can be tried again as a whole.
+                if !e.is_no_space() {
+                    self.health
+                        .latch(&format!("the in-use mark could not be set: {e}"));
+                }
                 e.in_file(part.chain.top().path())
             })?;
         }

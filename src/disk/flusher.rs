@@ -93,10 +93,12 @@ impl Flusher {
 
     fn run(&self, disk: &Weak<Disk>, interval: Option<Duration>) {
         let mut next_timer = interval.map(|interval| Instant::now() + interval);
+        let mut next_tick = Instant::now() + TICK;
         loop {
             let mut state = self.state.lock();
             if state.callers.is_none() && !state.requested && !state.stop {
-                self.wake.wait_for(&mut state, TICK);
+                let until = next_timer.map_or(next_tick, |timer| timer.min(next_tick));
+                self.wake.wait_until(&mut state, until);
             }
             let mut callers = state.callers.take();
             let requested = std::mem::take(&mut state.requested);
@@ -125,7 +127,12 @@ impl Flusher {
                 }
                 disk.after_round();
             }
-            disk.tick();
+            // Not after every round: who waits for space asks for one each time it has to wait
+            // again, and would otherwise try as fast as the host can refuse.
+            if stop || next_tick <= Instant::now() {
+                next_tick = Instant::now() + TICK;
+                disk.tick();
+            }
             if stop {
                 return;
             }

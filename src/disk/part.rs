@@ -218,7 +218,8 @@ impl Part {
         }
         let wanted = missing.max(self.grow_clusters).min(growable);
         let result = self.extend(file_end, wanted, blocks).or_else(|error| {
-            if !error.is_no_space() || wanted == missing {
+            // Whatever it was (a limit on the length is no lack of space), less may still do.
+            if wanted == missing {
                 return Err(error);
             }
             self.extend(file_end, missing, blocks)

@@ -10,6 +10,9 @@ use crate::format::layout::{BAT_PAGE_LEN, Layout, PageIndex};
 use crate::plan::{Lookup, State};
 use crate::units::{DiskCluster, DiskOffset, FileOffset, Level, len_u64};
 
+/// Pages of a hole in the table that are passed over at a time.
+const HOLE_PAGES: u32 = 4096;
+
 /// What is at a position, and up to where the same holds at least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Extent {
@@ -105,8 +108,17 @@ fn plain_extent(part: &Part, level: Level, from: u64, end: u64) -> Result<Extent
 
 /// The end of the disk range of a page that no level's file has any blocks for, so that it holds
 /// no entry: a fresh table of millions of pages is passed over without reading it.
+///
+/// Which pages are in memory is looked at before the files are. The other way round, a page with
+/// changes could be written and leave memory in between, and its data would be passed over.
 fn hole_without_loading(part: &Part, page: PageIndex) -> Result<Option<u64>> {
     let start = u64::from(page.0) * len_u64(BAT_PAGE_LEN);
+    let count = u32::try_from(part.map.page_count()).unwrap_or(u32::MAX);
+    let last = count.min(page.0.saturating_add(HOLE_PAGES));
+    let absent = (page.0.saturating_add(1)..last)
+        .take_while(|next| part.map.get(PageIndex(*next)).is_none())
+        .last()
+        .unwrap_or(page.0);
     let mut hole_end = u64::MAX;
     for image in part.chain.levels() {
         let Some(layout) = image.layout() else {
@@ -122,15 +134,11 @@ fn hole_without_loading(part: &Part, page: PageIndex) -> Result<Option<u64>> {
         }
     }
     let pages = u32::try_from(hole_end / len_u64(BAT_PAGE_LEN)).unwrap_or(u32::MAX);
-    // A change in memory that no flush has written yet is in a page that is in memory.
-    let mut last = page.0;
-    while last + 1 < pages && part.map.get(PageIndex(last + 1)).is_none() {
-        last += 1;
-        if usize::try_from(last).unwrap_or(usize::MAX) >= part.map.page_count() {
-            break;
-        }
-    }
-    let next = Layout::cluster_of(PageIndex(last + 1), 0);
+    let end = absent
+        .saturating_add(1)
+        .min(pages)
+        .max(page.0.saturating_add(1));
+    let next = Layout::cluster_of(PageIndex(end), 0);
     let cluster = part.chain.geometry().cluster;
     Ok(next.map(|next| cluster.disk_start(next).get()))
 }

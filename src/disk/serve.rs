@@ -185,7 +185,10 @@ impl Disk {
         let parts = self.parts();
         let (index, within) = Self::locate(&parts, at);
         let part: &Part = &parts[index];
-        self.ensure_marked(index)?;
+        match self.ensure_marked(index) {
+            Err(error) if error.is_no_space() => return Ok((index, Progress::Wait(Wait::Space))),
+            marked => marked?,
+        }
         let left = part.disk_len() - within.get();
         let progress = match change {
             Change::Write(data) => {

@@ -101,7 +101,7 @@ pub struct Table {
 impl Table {
     /// A table with room for the dirty pages that the budget of `resident` allows.
     pub fn new(resident: Resident, alloc: Option<Allocator>) -> Result<Self> {
-        let dirty_max = (resident.budget() / 2).max(1);
+        let dirty_max = resident.dirty_max();
         let mut dirty = Vec::new();
         if alloc.is_some() {
             dirty
