@@ -47,7 +47,11 @@ impl Resident {
         let page_bytes = len_u64(BAT_PAGE_SLOTS) * 8;
         let budget = (bytes / page_bytes).clamp(1, u64::from(page_count.max(1)));
         let budget = usize::try_from(budget).unwrap_or(1);
-        let room = NonZeroUsize::MIN.saturating_add(budget.saturating_add(OVERSHOOT));
+        // Twice the room that is needed. A table of hashes that is more than half full grows when
+        // removed entries have used it up, and it takes what the heap may not have; one that is
+        // less full cleans itself in place.
+        let most = budget.saturating_add(OVERSHOOT);
+        let room = NonZeroUsize::MIN.saturating_add(most.saturating_mul(2));
         Self {
             pages: LruCache::new(room),
             budget,
