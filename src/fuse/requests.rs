@@ -28,6 +28,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+/// Most bytes of one answer to READDIR, which fuser collects on the heap.
+const LISTING_MAX: usize = 4096;
+/// What the kernel's `fuse_dirent` has before the name.
+const DIRENT_HEAD: usize = 24;
+
 impl Filesystem for PloopFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let mut add = |flag| config.add_capabilities(flag).is_ok();
@@ -272,22 +277,29 @@ impl Filesystem for PloopFs {
             Err(errno) => return reply.error(errno),
         };
         self.about(dir, move |views| {
-            let parts = if dir == Node::Root {
-                views.partitions()
-            } else {
-                Arc::default()
+            let parts = match dir {
+                Node::Root => views.partitions(),
+                _ => Ok(Arc::default()),
+            };
+            let parts = match parts {
+                Ok(parts) => parts,
+                Err(errno) => return reply.error(errno),
             };
             let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-            let list = views.tree.list(dir, &parts).unwrap_or_default();
+            let list = views.tree.list(dir, &parts).into_iter().flatten();
+            let mut room = LISTING_MAX;
             for (next, (node, name)) in (1..).zip(list).skip(skip) {
                 let kind = match node.sort() {
                     Sort::Directory => FileType::Directory,
                     Sort::File => FileType::RegularFile,
                     Sort::Link => FileType::Symlink,
                 };
-                if reply.add(INodeNo(views.tree.ino(node)), next, kind, name) {
+                let size = (DIRENT_HEAD + name.len()).next_multiple_of(8);
+                // The kernel asks again for what did not fit.
+                if size > room || reply.add(INodeNo(views.tree.ino(node)), next, kind, name) {
                     break;
                 }
+                room -= size;
             }
             reply.ok();
         });
