@@ -1,9 +1,9 @@
-//! Every allocation over 4 KiB fails, on all threads, while ext4 on the loop is busy: every request
+//! Every allocation over 4 KiB fails, on all threads, while ext4 on the loop is busy: each request
 //! is served all the same, and all that was written is there.
 //!
 //! The daemon is this program in the foreground. It is armed from outside, after the first 64
-//! requests, by a file for which a thread of it looks; that thread has every signal blocked, so that
-//! none is lost to it.
+//! requests, by a file for which a thread of it looks; that thread has every signal blocked, so
+//! that none is lost to it.
 
 use crate::forge::bundle::{BundleSpec, Style};
 use crate::forge::content::{self, Level};
@@ -21,6 +21,7 @@ use gpt::partition_types::LINUX_FS;
 use libtest_mimic::Trial;
 use nix::sys::signal::SigSet;
 use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitCode};
@@ -339,8 +340,14 @@ fn no_memory_for_the_curious() -> Outcome {
     let mut daemon = Daemon::start(dir.path(), &bundle, &[])?;
     let root = daemon.at.clone();
     partition(&root.join("disk.img"))?;
+    let names =
+        || -> Result<usize> { Ok(fs::read_dir(&root)?.collect::<io::Result<Vec<_>>>()?.len()) };
+    ensure!(names()? == 99 + 4, "{} names", names()?);
     daemon.arm()?;
-    daemon.while_armed(|_| {
+    daemon.while_armed(|disk| {
+        ensure!(names()? == 99 + 4, "{} names", names()?);
+        // After this the partitions must be read anew.
+        drop(OpenOptions::new().write(true).open(disk)?);
         let script = "ls -lR \"$1\"; stat -f \"$1\"; cat \"$1/info.json\" \"$1/stats.json\"
                       cat \"$1\"/part1.img \"$1\"/part99.img
                       for file in \"$1\"/snapshots/*/disk.img; do head -c 1M \"$file\"; done
@@ -355,7 +362,8 @@ fn no_memory_for_the_curious() -> Outcome {
             let text = fs::read(root.join(name)).with_context(|| name.to_string())?;
             serde_json::from_slice::<serde_json::Value>(&text)?;
         }
-        ensure!(root.join("part99.img").exists(), "no partitions");
+        let snapshots = fs::read_dir(root.join("snapshots"))?.count();
+        ensure!(snapshots == 59 + 1, "{snapshots} snapshots");
         Ok(())
     })?;
     daemon.umount()?;

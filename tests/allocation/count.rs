@@ -55,12 +55,12 @@ const CASES: [Case; 8] = [
     (
         "reads_of_a_chain_of_four",
         || parent("reads_of_a_chain_of_four"),
-        |dir| reads(dir, &chain(Mapped::Percent(30))),
+        |dir| reads(dir, &chain(&Mapped::Percent(30))),
     ),
     (
         "reads_of_a_split_disk",
         || parent("reads_of_a_split_disk"),
-        |dir| reads(dir, &split(Mapped::Percent(50))),
+        |dir| reads(dir, &split(&Mapped::Percent(50))),
     ),
     (
         "writes_to_one_image",
@@ -74,8 +74,8 @@ const CASES: [Case; 8] = [
         "writes_to_a_chain_and_a_split_disk",
         || parent("writes_to_a_chain_and_a_split_disk"),
         |dir| {
-            writes(&dir.join("a"), &chain(Mapped::All))?;
-            writes(&dir.join("b"), &split(Mapped::All))
+            writes(&dir.join("a"), &chain(&Mapped::All))?;
+            writes(&dir.join("b"), &split(&Mapped::All))
         },
     ),
 ];
@@ -119,7 +119,7 @@ fn one(mapped: Mapped, version: u8, cluster: u32) -> BundleSpec {
 }
 
 /// Four deltas over one another; the top maps what is given.
-fn chain(top: Mapped) -> BundleSpec {
+fn chain(top: &Mapped) -> BundleSpec {
     let like = ImageSpec::new(2, 128, 8 * 2048).mapping(Mapped::Percent(30));
     BundleSpec::chain(Style::Parallels, &like, 4, |number, image| {
         image.seed = number as u64;
@@ -130,7 +130,7 @@ fn chain(top: Mapped) -> BundleSpec {
 }
 
 /// Three parts of different clusters.
-fn split(mapped: Mapped) -> BundleSpec {
+fn split(mapped: &Mapped) -> BundleSpec {
     let image = |version, cluster, sectors| {
         vec![Level::Image(
             ImageSpec::new(version, cluster, sectors).mapping(mapped.clone()),
