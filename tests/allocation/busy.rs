@@ -191,8 +191,8 @@ fn plant(root: &Path) -> Outcome {
     Ok(())
 }
 
-/// Four jobs write and verify ranges of their own; a fifth trims and writes elsewhere until they are
-/// done. The device begins where the file system's ends.
+/// Four jobs write and verify ranges of their own; a fifth trims and writes elsewhere until they
+/// are done. The device begins where the file system's ends.
 fn fio(dir: &Path, device: &Path) -> Result<Finished> {
     let job = format!(
         "[global]\nfilename={}\nioengine=libaio\ndirect=1\nthread=1\nrandrepeat=1\n\
