@@ -14,7 +14,7 @@ use super::reply::{EmptyAnswer, NoAnswer, WriteAnswer, answer_empty};
 use super::views::{Opened, View};
 use super::{
     BACKGROUND_MAX, LIVE, PloopFs, SOURCE_XATTR, WRITE_MAX, answer_attr, answer_seek, answer_xattr,
-    believe, is_for_writing, look_for, rules,
+    believe, is_for_writing, locks, look_for, rules,
 };
 use crate::units::len_u64;
 use fuser::{
@@ -28,6 +28,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+/// More threads than there are beside those of the session: the disk's pool and flusher, signals...
+const OTHER_THREADS: usize = 24;
 /// Most bytes of one answer to READDIR, which fuser collects on the heap.
 const LISTING_MAX: usize = 4096;
 /// What the kernel's `fuse_dirent` has before the name.
@@ -47,7 +49,11 @@ impl Filesystem for PloopFs {
         let _ = config.set_max_write(WRITE_MAX);
         let _ = config.set_max_background(BACKGROUND_MAX);
         let _ = config.set_congestion_threshold(BACKGROUND_MAX);
-        self.buffers = Buffers::new(self.views.settings.threads);
+        let threads = self.views.settings.threads;
+        if let Err(e) = locks::prepare(threads.saturating_add(OTHER_THREADS)) {
+            log::warn!("locks may need memory later: {e}");
+        }
+        self.buffers = Buffers::new(threads);
         self.aside = Some(Aside::start()?);
         Ok(())
     }
