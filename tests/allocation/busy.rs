@@ -300,7 +300,16 @@ fn no_memory_for_ext4_on_a_chain_with_a_tiny_cache() -> Outcome {
     let image = dir.path().join("top.hds");
     ImageSpec::new(2, 2048, SECTORS).write(&image)?;
     let lower = text(&base);
-    let options = ["--format", "raw", "--lower", lower, "--bat-cache", "4K"];
+    let options = [
+        "--format",
+        "raw",
+        "--lower",
+        lower,
+        "--bat-cache",
+        "4K",
+        "--threads",
+        "24",
+    ];
     no_memory(dir.path(), &image, &options)
 }
 
