@@ -34,6 +34,7 @@ mod buffer;
 pub mod daemon;
 pub mod errno;
 pub mod holders;
+mod locks;
 pub mod logging;
 pub mod mount;
 mod nodes;

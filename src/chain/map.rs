@@ -49,7 +49,11 @@ impl Resident {
         let at_most_all =
             |pages: u64| usize::try_from(pages.clamp(1, u64::from(page_count.max(1)))).unwrap_or(1);
         let budget = at_most_all(bytes / page_bytes);
-        let room = NonZeroUsize::MIN.saturating_add(budget.saturating_add(OVERSHOOT));
+        // Twice the room that is needed. A table of hashes that is more than half full grows when
+        // removed entries have used it up, and it takes what the heap may not have; one that is
+        // less full cleans itself in place.
+        let most = budget.saturating_add(OVERSHOOT);
+        let room = NonZeroUsize::MIN.saturating_add(most.saturating_mul(2));
         Self {
             pages: LruCache::new(room),
             budget,

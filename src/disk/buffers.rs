@@ -98,6 +98,16 @@ impl Buffers {
     }
 }
 
+/// Fails unless the heap has `len` bytes to give now. For what may fail and calls libraries that
+/// end the program when they get no memory.
+pub fn ensure_heap(len: usize) -> Result<()> {
+    let mut memory = Vec::<u8>::new();
+    let reserved = memory.try_reserve_exact(len);
+    // Else the compiler may see that nothing is done with it, and not ask at all.
+    std::hint::black_box(&mut memory);
+    reserved.map_err(|_| Error::errno(libc::ENOMEM))
+}
+
 impl Deref for Buffer {
     type Target = [u8];
 

@@ -50,6 +50,9 @@ pub(crate) enum Node {
     SnapshotDisk(usize),
 }
 
+/// The nodes of a directory with their names.
+pub(crate) type Listing<'a> = Box<dyn Iterator<Item = (Node, String)> + 'a>;
+
 /// What `readdir` says a node is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sort {
@@ -184,37 +187,42 @@ impl Tree {
         }
     }
 
-    /// What a directory holds, in a fixed order, `.` and `..` first; `None` for what is none.
+    /// What a directory holds, in a fixed order, `.` and `..` first; `None` for what is none. Names
+    /// are made one by one: a list of all of them may be more than the heap gives.
     #[must_use]
-    pub(crate) fn list(&self, node: Node, parts: &[Partition]) -> Option<Vec<(Node, String)>> {
+    pub(crate) fn list<'a>(&'a self, node: Node, parts: &'a [Partition]) -> Option<Listing<'a>> {
         if node.sort() != Sort::Directory {
             return None;
         }
-        let mut list = vec![(node, ".".to_owned()), (self.parent(node), "..".to_owned())];
-        match node {
+        let dots = [(node, ".".to_owned()), (self.parent(node), "..".to_owned())];
+        let inside: Listing<'a> = match node {
             Node::Root => {
-                list.push((Node::Disk, self.disk_name.clone()));
-                list.extend(
-                    parts
-                        .iter()
-                        .map(|p| (Node::Part(p.number), part_name(p.number))),
-                );
-                list.push((Node::Info, "info.json".to_owned()));
-                list.push((Node::Stats, "stats.json".to_owned()));
-                list.push((Node::Snapshots, "snapshots".to_owned()));
+                let parts = parts.iter().map(|p| p.number);
+                Box::new(
+                    std::iter::once((Node::Disk, self.disk_name.clone()))
+                        .chain(parts.map(|number| (Node::Part(number), part_name(number))))
+                        .chain([
+                            (Node::Info, "info.json".to_owned()),
+                            (Node::Stats, "stats.json".to_owned()),
+                            (Node::Snapshots, "snapshots".to_owned()),
+                        ]),
+                )
             }
             Node::Snapshots => {
                 let shown = (0..self.snapshots.len()).filter_map(|i| {
                     self.snapshot_name(i)
                         .map(|name| (Node::Snapshot(i), name.to_owned()))
                 });
-                list.extend(shown);
-                list.extend(self.newest().map(|_| (Node::Latest, "latest".to_owned())));
+                let latest = self.newest().map(|_| (Node::Latest, "latest".to_owned()));
+                Box::new(shown.chain(latest))
             }
-            Node::Snapshot(i) => list.push((Node::SnapshotDisk(i), "disk.img".to_owned())),
-            _ => {}
-        }
-        Some(list)
+            Node::Snapshot(i) => Box::new(std::iter::once((
+                Node::SnapshotDisk(i),
+                "disk.img".to_owned(),
+            ))),
+            _ => Box::new(std::iter::empty()),
+        };
+        Some(Box::new(dots.into_iter().chain(inside)))
     }
 
     /// Links to a node: a directory has its name, its `.`, and the `..` of each one in it.
@@ -343,7 +351,7 @@ mod tests {
         let tree = Tree::new(Shape::Directory, "disk.img".to_owned(), Vec::new(), None);
         assert_eq!(tree.child(Node::Snapshots, OsStr::new("latest")), None);
         assert_eq!(tree.node(6), None);
-        assert_eq!(tree.list(Node::Snapshots, &[]).unwrap().len(), 2);
+        assert_eq!(tree.list(Node::Snapshots, &[]).unwrap().count(), 2);
     }
 
     #[test]
@@ -375,6 +383,6 @@ mod tests {
         for ino in [0, 2, 3, 257, 65536] {
             assert_eq!(tree.node(ino), None);
         }
-        assert_eq!(tree.list(Node::Disk, &[]), None);
+        assert!(tree.list(Node::Disk, &[]).is_none());
     }
 }

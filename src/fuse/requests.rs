@@ -14,7 +14,7 @@ use super::reply::{EmptyAnswer, NoAnswer, WriteAnswer, answer_empty};
 use super::views::{Opened, View};
 use super::{
     BACKGROUND_MAX, LIVE, PloopFs, SOURCE_XATTR, WRITE_MAX, answer_attr, answer_seek, answer_xattr,
-    believe, is_for_writing, look_for, rules,
+    believe, is_for_writing, locks, look_for, rules,
 };
 use crate::units::len_u64;
 use fuser::{
@@ -27,6 +27,13 @@ use std::ffi::OsStr;
 use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
+
+/// More threads than there are beside those of the session: the disk's pool and flusher, signals...
+const OTHER_THREADS: usize = 24;
+/// Most bytes of one answer to READDIR, which fuser collects on the heap.
+const LISTING_MAX: usize = 4096;
+/// What the kernel's `fuse_dirent` has before the name.
+const DIRENT_HEAD: usize = 24;
 
 impl Filesystem for PloopFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
@@ -42,7 +49,11 @@ impl Filesystem for PloopFs {
         let _ = config.set_max_write(WRITE_MAX);
         let _ = config.set_max_background(BACKGROUND_MAX);
         let _ = config.set_congestion_threshold(BACKGROUND_MAX);
-        self.buffers = Buffers::new(self.views.settings.threads);
+        let threads = self.views.settings.threads;
+        if let Err(e) = locks::prepare(threads.saturating_add(OTHER_THREADS)) {
+            log::warn!("locks may need memory later: {e}");
+        }
+        self.buffers = Buffers::new(threads);
         self.aside = Some(Aside::start()?);
         Ok(())
     }
@@ -272,22 +283,29 @@ impl Filesystem for PloopFs {
             Err(errno) => return reply.error(errno),
         };
         self.about(dir, move |views| {
-            let parts = if dir == Node::Root {
-                views.partitions()
-            } else {
-                Arc::default()
+            let parts = match dir {
+                Node::Root => views.partitions(),
+                _ => Ok(Arc::default()),
+            };
+            let parts = match parts {
+                Ok(parts) => parts,
+                Err(errno) => return reply.error(errno),
             };
             let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-            let list = views.tree.list(dir, &parts).unwrap_or_default();
+            let list = views.tree.list(dir, &parts).into_iter().flatten();
+            let mut room = LISTING_MAX;
             for (next, (node, name)) in (1..).zip(list).skip(skip) {
                 let kind = match node.sort() {
                     Sort::Directory => FileType::Directory,
                     Sort::File => FileType::RegularFile,
                     Sort::Link => FileType::Symlink,
                 };
-                if reply.add(INodeNo(views.tree.ino(node)), next, kind, name) {
+                let size = (DIRENT_HEAD + name.len()).next_multiple_of(8);
+                // The kernel asks again for what did not fit.
+                if size > room || reply.add(INodeNo(views.tree.ino(node)), next, kind, name) {
                     break;
                 }
+                room -= size;
             }
             reply.ok();
         });

@@ -15,6 +15,7 @@ use super::partitions::{self, Partition};
 use super::rules::Present;
 use super::{Settings, errno};
 use crate::disk::Disk;
+use crate::disk::buffers::ensure_heap;
 use crate::error::Result;
 use crate::units::{DiskOffset, len_u64};
 use fuser::{Errno, FileAttr, FileType, INodeNo};
@@ -24,6 +25,9 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// More than opening a snapshot, or reading a partition table, takes from the heap.
+const OPENING_MAX: usize = 1 << 20;
 
 /// Opens the disk of the snapshot with this GUID, read-only.
 pub type Opener = Box<dyn Fn(&str) -> Result<Arc<Disk>> + Send + Sync>;
@@ -93,7 +97,7 @@ impl Frozen {
         if let Some(disk) = self.disk.get() {
             return Ok(Arc::clone(disk));
         }
-        match opener(&self.guid) {
+        match ensure_heap(OPENING_MAX).and_then(|()| opener(&self.guid)) {
             Ok(disk) => Ok(Arc::clone(self.disk.get_or_init(|| disk))),
             Err(e) => {
                 if !self.told.swap(true, Ordering::Relaxed) {
@@ -193,18 +197,19 @@ impl Views {
         }
     }
 
-    /// The partitions of the live disk; may read them.
-    pub(crate) fn partitions(&self) -> Arc<[Partition]> {
+    /// The partitions of the live disk; may read them. Fails only for lack of memory.
+    pub(crate) fn partitions(&self) -> Result<Arc<[Partition]>, Errno> {
         let epoch = {
             let parts = self.parts.lock();
             if let Some(list) = &parts.list {
-                return Arc::clone(list);
+                return Ok(Arc::clone(list));
             }
             parts.epoch
         };
         if !self.settings.partitions {
-            return Arc::default();
+            return Ok(Arc::default());
         }
+        ensure_heap(OPENING_MAX).map_err(|_| Errno::ENOMEM)?;
         let list: Arc<[Partition]> = match partitions::list(&self.live.disk) {
             Ok(list) => list.into(),
             Err(e) => {
@@ -216,7 +221,7 @@ impl Views {
         if parts.epoch == epoch {
             parts.list = Some(Arc::clone(&list));
         }
-        list
+        Ok(list)
     }
 
     /// The range of a disk behind a node; may open or read it first.
@@ -228,7 +233,7 @@ impl Views {
                 frozen.open(&self.opener).map(View::whole)
             }
             Node::Part(number) => {
-                let parts = self.partitions();
+                let parts = self.partitions()?;
                 let part = parts
                     .iter()
                     .find(|p| p.number == number)
@@ -359,6 +364,7 @@ impl Views {
             _ => Opened::View(self.view(node)?),
         };
         let mut handles = self.handles.lock();
+        handles.open.try_reserve(1).map_err(|_| Errno::ENOMEM)?;
         handles.last = handles.last.saturating_add(1);
         let fh = handles.last;
         handles.open.insert(fh, opened);

@@ -1,18 +1,37 @@
 //! How much memory the host lets this process have.
+//!
+//! Looked at from the path of writes, so nothing here uses the heap.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// Where the two versions of control groups are found, and what they call the limit.
-const V1: (&str, &str) = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes");
-const V2: (&str, &str) = ("/sys/fs/cgroup", "memory.max");
+const V1: (&str, &str) = ("/sys/fs/cgroup/memory", "/memory.limit_in_bytes");
+const V2: (&str, &str) = ("/sys/fs/cgroup", "/memory.max");
 
 /// The least memory limit, in bytes, of the control groups that this process is in; `None` where
 /// there is none or it cannot be read. Read anew at each call: limits change, and processes move.
 #[must_use]
 pub fn cgroup_limit() -> Option<u64> {
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let mut text = [0; 4096];
+    let groups = read_text(Path::new("/proc/self/cgroup"), &mut text)?;
     groups.lines().filter_map(limit_of_line).min()
+}
+
+/// Reads a small file; what does not fit is cut off.
+fn read_text<'a>(path: &Path, text: &'a mut [u8]) -> Option<&'a str> {
+    let mut file = File::open(path).ok()?;
+    let mut len = 0;
+    while len < text.len() {
+        match file.read(&mut text[len..]).ok()? {
+            0 => break,
+            more => len += more,
+        }
+    }
+    std::str::from_utf8(&text[..len]).ok()
 }
 
 /// A line is `number:controllers:path`; version 2 has number 0 and no controllers.
@@ -26,21 +45,32 @@ fn limit_of_line(line: &str) -> Option<u64> {
     } else {
         return None;
     };
-    let mut least = None;
-    let mut group = PathBuf::from(path.trim_start_matches('/'));
+    let mut least: Option<u64> = None;
+    let mut group = path.trim_end_matches('/');
     loop {
         // In a container the path may be told from outside; what does not exist has no limit here.
-        if let Some(limit) = read_limit(&Path::new(root).join(&group).join(file)) {
-            least = Some(least.map_or(limit, |least: u64| least.min(limit)));
+        if let Some(limit) = read_limit(root, group, file) {
+            least = Some(least.map_or(limit, |least| least.min(limit)));
         }
-        if !group.pop() {
-            return least;
+        match group.rfind('/') {
+            Some(parent) => group = &group[..parent],
+            None => return least,
         }
     }
 }
 
-fn read_limit(path: &Path) -> Option<u64> {
+fn read_limit(root: &str, group: &str, file: &str) -> Option<u64> {
+    // Longer paths would not fit what the standard library opens without the heap either.
+    let mut place = [0; 380];
+    let mut rest = &mut place[..];
+    write!(rest, "{root}{group}{file}").ok()?;
+    let unused = rest.len();
+    let path = OsStr::from_bytes(&place[..380 - unused]);
+    let mut text = [0; 32];
     // "max", and numbers near the end of the number space, mean that there is no limit.
-    let limit = fs::read_to_string(path).ok()?.trim().parse::<u64>().ok()?;
+    let limit = read_text(Path::new(path), &mut text)?
+        .trim()
+        .parse::<u64>()
+        .ok()?;
     (limit < 1 << 60).then_some(limit)
 }
