@@ -188,6 +188,10 @@ impl Daemon {
     fn umount(mut self) -> Result<u64> {
         let mut umount = command::ploopfs(&["umount"]);
         command::run(umount.arg(&self.at))?.expect_code(0)?;
+        eventually(Duration::from_secs(60), || {
+            ensure!(self.has_ended(), "the daemon does not end: {}", self.said());
+            Ok(())
+        })?;
         let status = self.child.wait()?;
         ensure!(status.success(), "{status}: {}", self.said());
         Ok(fs::read_to_string(told(&self.arm, "refused"))?.parse()?)
