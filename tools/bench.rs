@@ -42,7 +42,8 @@ struct Cli {
     /// Run only these jobs (repeatable)
     #[arg(long, value_name = "NAME", value_parser = Job::names())]
     job: Vec<String>,
-    /// MiB of each disk; so much is needed for the raw file and for each subject
+    /// MiB of each disk, of which there is one more than subjects. On a real disk, what is read
+    /// twice in a sample comes from the page cache the second time, but not for the raw loop
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     size: u64,
     /// Sectors of a cluster

@@ -13,7 +13,7 @@ use crate::support::command::{Finished, eventually};
 use crate::support::guards::{FsMount, Loop, is_mounted, text};
 use crate::support::harness::trial;
 use crate::support::probe::Need::{self, E2fsprogs, Fio, Fuse, Qemu};
-use crate::support::{self, MIB, Outcome, command, scratch};
+use crate::support::{self, MIB, Outcome, command, scratch, scratch_tmpfs};
 use anyhow::{Context, Result, bail, ensure};
 use gpt::GptConfig;
 use gpt::mbr::ProtectiveMBR;
@@ -46,6 +46,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             no_memory_for_ext4_on_a_chain_with_a_tiny_cache,
         ),
         trial(
+            "requests_through_the_kernel_allocate_nothing",
+            &[Fuse, Need::Root],
+            requests_through_the_kernel_allocate_nothing,
+        ),
+        trial(
             "no_memory_for_the_curious",
             NEEDS,
             no_memory_for_the_curious,
@@ -68,11 +73,25 @@ pub(crate) fn child() -> Option<ExitCode> {
         while !watch.exists() {
             thread::sleep(Duration::from_millis(10));
         }
+        // Not before each session thread has made its buffers.
+        let mut before = None;
+        while before != Some(heap::Counts::now().all) {
+            before = Some(heap::Counts::now().all);
+            thread::sleep(Duration::from_millis(100));
+        }
         heap::arm();
         let too_much = Vec::<u8>::new().try_reserve_exact(heap::MOST + 1);
         let enough = Vec::<u8>::new().try_reserve_exact(heap::MOST);
         let said = format!("{} {}", too_much.is_err(), enough.is_ok());
         fs::write(told(&watch, "armed"), said).expect("the daemon tells that it is armed");
+        let (ask, count) = (told(&watch, "ask"), told(&watch, "count"));
+        loop {
+            if fs::remove_file(&ask).is_ok() {
+                let all = heap::Counts::now().all;
+                fs::write(&count, all.to_string()).expect("the daemon tells its count");
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
     });
     usual.thread_set_mask().ok()?;
     let status = ploopfs::cli::main();
@@ -150,6 +169,16 @@ impl Daemon {
         done.with_context(|| self.said())
     }
 
+    /// Allocations of all threads of the daemon so far.
+    fn allocations(&self) -> Result<u64> {
+        let count = told(&self.arm, "count");
+        let _ = fs::remove_file(&count);
+        fs::write(told(&self.arm, "ask"), "")?;
+        eventually(Duration::from_secs(60), || {
+            Ok(fs::read_to_string(&count)?.parse()?)
+        })
+    }
+
     fn stats(&self) -> Result<serde_json::Value> {
         let text = fs::read_to_string(self.at.join("stats.json"))?;
         Ok(serde_json::from_str(&text)?)
@@ -159,6 +188,10 @@ impl Daemon {
     fn umount(mut self) -> Result<u64> {
         let mut umount = command::ploopfs(&["umount"]);
         command::run(umount.arg(&self.at))?.expect_code(0)?;
+        eventually(Duration::from_secs(60), || {
+            ensure!(self.has_ended(), "the daemon does not end: {}", self.said());
+            Ok(())
+        })?;
         let status = self.child.wait()?;
         ensure!(status.success(), "{status}: {}", self.said());
         Ok(fs::read_to_string(told(&self.arm, "refused"))?.parse()?)
@@ -215,7 +248,7 @@ fn fio(dir: &Path, device: &Path) -> Result<Finished> {
 /// The first requests, after which the daemon is as it will be.
 fn first_requests(device: &Path) -> Outcome {
     let script = "dd if=\"$1\" of=/dev/null bs=4k count=32 iflag=direct
-                  dd if=/dev/zero of=\"$1\" bs=4k count=32 oflag=direct";
+                  dd if=/dev/zero of=\"$1\" bs=4k count=32 oflag=direct conv=notrunc";
     command::ok(&mut command::sh(script, &[text(device)]))?;
     Ok(())
 }
@@ -246,8 +279,8 @@ fn work(dir: &Path, system_dev: &Path, fio_dev: &Path) -> Outcome {
 }
 
 /// Mounts, arms, works, unmounts, and has others judge what is left.
-fn no_memory(dir: &Path, image: &Path, options: &[&str]) -> Outcome {
-    let mut daemon = Daemon::start(dir, image, options)?;
+fn no_memory(dir: &Path, image: &Path, below: &[&str], options: &[&str]) -> Outcome {
+    let mut daemon = Daemon::start(dir, image, &[below, options].concat())?;
     let disk = daemon.at.join("disk.img");
     let device = Loop::with(&disk, &["--sizelimit", "1GiB"])?;
     let other = Loop::with(&disk, &["--offset", "1GiB"])?;
@@ -256,6 +289,11 @@ fn no_memory(dir: &Path, image: &Path, options: &[&str]) -> Outcome {
     daemon.while_armed(|_| work(dir, device.dev(), other.dev()))?;
     let stats = daemon.stats()?;
     ensure!(stats["latched"].is_null(), "a request failed: {stats}");
+    let said = daemon.said();
+    ensure!(
+        !said.contains("ploopfs: error:"),
+        "a request failed: {said}"
+    );
     device.detach()?;
     other.detach()?;
     let refused = daemon.umount()?;
@@ -267,16 +305,14 @@ fn no_memory(dir: &Path, image: &Path, options: &[&str]) -> Outcome {
     support::expect_clean(image)?;
     let mut check = command::new("qemu-img");
     command::ok(check.args(["check", "-q", "-f", "parallels"]).arg(image))?;
-    e2fsck(dir, image, options)
+    e2fsck(dir, image, below)
 }
 
 /// Asks e2fsck through a mount without any limit.
-fn e2fsck(dir: &Path, image: &Path, options: &[&str]) -> Outcome {
-    let mut all = vec!["-r"];
-    all.extend(options);
+fn e2fsck(dir: &Path, image: &Path, below: &[&str]) -> Outcome {
     let again = dir.join("again");
     fs::create_dir(&again)?;
-    let mounted = support::guards::Mounted::new(&again, image, &all)?;
+    let mounted = support::guards::Mounted::new(&again, image, &[&["-r"], below].concat())?;
     command::ok(command::new("e2fsck").arg("-fn").arg(mounted.disk()))?;
     mounted.umount()
 }
@@ -285,32 +321,25 @@ fn no_memory_for_ext4() -> Outcome {
     let dir = scratch()?;
     let image = dir.path().join("a.hds");
     ImageSpec::new(2, 2048, SECTORS).write(&image)?;
-    no_memory(dir.path(), &image, &[])
+    no_memory(dir.path(), &image, &[], &[])
 }
 
-/// The cache holds one page of the map's three, and most writes copy from below first.
+/// The cache holds one page of the map's three, and most writes copy from below first: from another
+/// file system where there is one, so that the host cannot do it.
 fn no_memory_for_ext4_on_a_chain_with_a_tiny_cache() -> Outcome {
     let dir = scratch()?;
-    let base = dir.path().join("base.raw");
+    let memory = scratch_tmpfs().ok();
+    let base = memory.as_ref().unwrap_or(&dir).path().join("base.raw");
     let file = File::create_new(&base)?;
     file.set_len(SECTORS * 512)?;
-    for mib in 0..512 {
-        file.write_all_at(&[0x77; MIB as usize], mib * 4 * MIB)?;
+    for mib in 0..256 {
+        file.write_all_at(&[0x77; MIB as usize], mib * 8 * MIB)?;
     }
     let image = dir.path().join("top.hds");
     ImageSpec::new(2, 2048, SECTORS).write(&image)?;
-    let lower = text(&base);
-    let options = [
-        "--format",
-        "raw",
-        "--lower",
-        lower,
-        "--bat-cache",
-        "4K",
-        "--threads",
-        "24",
-    ];
-    no_memory(dir.path(), &image, &options)
+    let below = ["--format", "raw", "--lower", text(&base)];
+    let small = ["--bat-cache", "4K", "--threads", "24"];
+    no_memory(dir.path(), &image, &below, &small)
 }
 
 /// Writes a table of 99 partitions.
@@ -326,6 +355,49 @@ fn partition(disk: &Path) -> Outcome {
         table.add_partition(&name, MIB, LINUX_FS, 0, None)?;
     }
     table.write()?.sync_all()?;
+    Ok(())
+}
+
+/// The transport adds nothing to what a request asks of the heap: far fewer allocations than
+/// requests, by all threads together.
+fn requests_through_the_kernel_allocate_nothing() -> Outcome {
+    const REQUESTS: u64 = 2000;
+    let dir = scratch()?;
+    let image = dir.path().join("a.hds");
+    ImageSpec::new(2, 2048, 20 * 2048)
+        .mapping(Mapped::All)
+        .write(&image)?;
+    let daemon = Daemon::start(dir.path(), &image, &[])?;
+    let disk = daemon.at.join("disk.img");
+    first_requests(&disk)?;
+    daemon.arm()?;
+    let [path, count] = [text(&disk), &format!("count={REQUESTS}")];
+    for [from, to, flag] in [
+        [path, "/dev/null", "iflag=direct"],
+        ["/dev/zero", path, "oflag=direct"],
+    ] {
+        let dd = || {
+            let files = [format!("if={from}"), format!("of={to}")];
+            let mut dd = command::new("dd");
+            dd.args(files).args(["bs=4k", "conv=notrunc", count, flag]);
+            command::ok(&mut dd)
+        };
+        // The first time the page of the map is loaded and the in-use mark set.
+        dd()?;
+        let before = daemon.allocations()?;
+        dd()?;
+        let found = daemon.allocations()? - before;
+        ensure!(
+            found < REQUESTS / 10,
+            "{found} allocations for {REQUESTS} requests from {from} to {to}"
+        );
+    }
+    let stats = daemon.stats()?;
+    ensure!(
+        stats["inline_requests"].as_u64() > Some(3 * REQUESTS),
+        "not served where they arrive: {stats}"
+    );
+    daemon.umount()?;
     Ok(())
 }
 

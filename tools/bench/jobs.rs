@@ -56,10 +56,10 @@ pub(crate) const ALL: [Job; 8] = [
         numbers: &[
             (more("4k randread QD1", "IOPS"), 0, "read", "/iops"),
             (
-                less("4k randread QD1 latency", "us"),
+                less("4k randread QD1 p50", "us"),
                 0,
                 "read",
-                "/clat_ns/mean",
+                "/clat_ns/percentile/50.000000",
             ),
         ],
     },
@@ -100,13 +100,13 @@ pub(crate) const ALL: [Job; 8] = [
             (more("mixed: 1M read QD4", "MiB/s"), 0, "read", "/bw_bytes"),
             (more("mixed: 4k randread QD1", "IOPS"), 1, "read", "/iops"),
             (
-                less("mixed: 4k latency mean", "us"),
+                less("mixed: 4k p50", "us"),
                 1,
                 "read",
-                "/clat_ns/mean",
+                "/clat_ns/percentile/50.000000",
             ),
             (
-                less("mixed: 4k latency p99", "us"),
+                less("mixed: 4k p99", "us"),
                 1,
                 "read",
                 "/clat_ns/percentile/99.000000",
