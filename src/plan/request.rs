@@ -9,7 +9,8 @@
 /// 4 KiB << 6 = 256 KiB, the order that dm-ploop starts from.
 pub const INLINE_ORDER_DEFAULT: RequestOrder = RequestOrder(6);
 
-/// log2 of the 4 KiB pages that a request's bytes need, rounded up: 0 up to 4 KiB, 8 at 1 MiB.
+/// log2 of the whole 4 KiB pages in a request, rounded down: 0 below 8 KiB, 8 from 1 MiB on. A
+/// request is below the threshold N exactly when it is shorter than 4 KiB << N.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestOrder(pub u32);
 
@@ -18,9 +19,7 @@ impl RequestOrder {
     #[must_use]
     #[inline]
     pub fn of(len: usize) -> Self {
-        let pages = len.div_ceil(4096).max(1);
-        // `next_power_of_two` of at most usize::MAX / 4096 cannot overflow.
-        Self(pages.next_power_of_two().trailing_zeros())
+        Self(len.div_euclid(4096).max(1).ilog2())
     }
 }
 
@@ -29,20 +28,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn orders_round_up() {
-        for (len, order) in [
-            (0, 0),
-            (1, 0),
-            (4096, 0),
-            (4097, 1),
-            (8192, 1),
-            (8193, 2),
-            (128 << 10, 5),
-            ((128 << 10) + 1, 6),
-            (256 << 10, 6),
-            (1 << 20, 8),
-        ] {
-            assert_eq!(RequestOrder::of(len), RequestOrder(order), "{len}");
+    fn a_request_is_below_a_threshold_when_it_is_shorter() {
+        for len in [0, 1, 4096, 8191, 8192, 8193, 131_072, 262_143, 262_144, 1 << 20, 5 << 20] {
+            for order in 1..12 {
+                let below = RequestOrder::of(len) < RequestOrder(order);
+                assert_eq!(below, len < 4096 << order, "{len} {order}");
+            }
+            assert!(RequestOrder::of(len) >= RequestOrder(0), "0 keeps nothing inline");
         }
     }
 }
