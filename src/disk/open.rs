@@ -95,6 +95,7 @@ fn open_with(
             pool,
         )?;
         if is_marked {
+            part.reserve_table();
             part.marked.store(true, Ordering::Release);
         }
         parts.push(part);

@@ -239,3 +239,33 @@ fn limited_child() {
     check_filled(&read_all(&disk), count);
     disk.close().expect("the disk closes");
 }
+
+#[test]
+fn entries_find_space_in_a_sparse_table_on_a_full_host() {
+    let Some(small) = Small::mount(16 << 20) else {
+        return;
+    };
+    // A table of many pages, of which the file has only the first.
+    let path = small.0.path().join("disk.hds");
+    ImageSpec::new(2, 8, 128 << 11)
+        .write(&path)
+        .expect("an image");
+    let options = DiskOptions {
+        enospc: EnospcPolicy::Fail,
+        flush_interval_ms: 0,
+        grow_step: 4 << 20,
+        ..DiskOptions::default()
+    };
+    let disk = open(&path, &options);
+    let data = vec![7; 4096];
+    write(&disk, 0, &data).expect("there is space");
+    let ballast = std::fs::write(small.0.path().join("ballast"), vec![1; 16 << 20]);
+    assert!(ballast.is_err(), "the host is full now");
+    // Clusters that the file has already, entries in pages that it has not.
+    for number in 1..20_u64 {
+        write(&disk, number * (4 << 20), &data).expect("the file has free clusters");
+    }
+    flush(&disk).expect("the table has its space");
+    disk.close().expect("the disk closes");
+    assert_eq!(reader::check(&path).expect("runs"), Vec::<String>::new());
+}
