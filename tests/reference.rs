@@ -99,7 +99,7 @@ fn deep() -> BundleSpec {
 fn cases() -> Vec<Case> {
     let usual = DiskOptions {
         pool_threads: 2,
-        flush_interval_ms: 3,
+        flush_interval_ms: 100,
         ..DiskOptions::default()
     };
     let tiny = DiskOptions {

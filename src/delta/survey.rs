@@ -55,7 +55,8 @@ pub struct Survey {
     pub faults: Vec<(DiskCluster, Fault)>,
     /// Number of all faults.
     pub fault_count: u64,
-    /// Slots after the last entry that are not 0; harmless, and zeroed before the table is used.
+    /// Slots after the last entry that are not 0. They mean nothing and are never read as entries;
+    /// a mend clears them, and whatever makes the table longer has to.
     pub stray_slots: u64,
     /// Bytes after the last whole cluster of the file.
     pub tail_len: u64,

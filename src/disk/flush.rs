@@ -112,6 +112,7 @@ impl Disk {
                 e.in_file(part.chain.top().path())
             })?;
         }
+        part.reserve_table();
         part.marked.store(true, Ordering::Release);
         Ok(())
     }

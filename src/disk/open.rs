@@ -95,6 +95,7 @@ fn open_with(
             pool,
         )?;
         if is_marked {
+            part.reserve_table();
             part.marked.store(true, Ordering::Release);
         }
         parts.push(part);
@@ -181,7 +182,10 @@ fn open_for_writing(
     storage.sync_data().map_err(|e| e.in_file(&top.path))?;
     let mut chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
     if chain.top().header().is_some_and(Header::is_in_use) {
-        storage.drop_cache().map_err(|e| e.in_file(&top.path))?;
+        if let Err(error) = storage.drop_cache() {
+            // Best effort: not every host can, and then what is cached is all there is.
+            log::warn!("{}: the host's cache stays: {error}", top.path.display());
+        }
     }
     chain = crate::chain::open::chain(opened, true, notes)?;
     let Some(header) = chain.top().header().copied() else {

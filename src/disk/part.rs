@@ -20,6 +20,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+/// Bytes of the table for which blocks are reserved: what a disk of 16 TiB with clusters of 1 MiB
+/// has.
+const TABLE_RESERVE_MAX: u64 = 64 << 20;
+
 /// One part of the disk.
 #[derive(Debug)]
 pub struct Part {
@@ -172,6 +176,20 @@ impl Part {
         Error::why(ErrorKind::Corrupt, "the entry of the cluster is invalid")
             .in_file(self.chain.top().path())
             .at_cluster(cluster)
+    }
+
+    /// Reserves the host's blocks for the table, which may be a hole of the file, so that a full host
+    /// fails the writes that need clusters and not the flush of those that had some. The file's
+    /// mark is set when this is called.
+    pub fn reserve_table(&self) {
+        let Some(layout) = self.chain.top().layout() else {
+            return;
+        };
+        let end = layout.table_end().min(FileOffset::new(TABLE_RESERVE_MAX));
+        if let Err(error) = self.top_storage().allocate(FileOffset::ZERO..end) {
+            let path = self.chain.top().path().display();
+            log::warn!("{path}: no blocks could be reserved for the table: {error}");
+        }
     }
 
     /// Makes at least `count` clusters free inside the file, by lengthening it.

@@ -53,7 +53,7 @@ fn is_fresh(segment: &Segment<Target>) -> bool {
 }
 
 /// A lack of space is waited for; everything else is the request's answer.
-fn wait_for_space(result: Result<u64>) -> Result<Progress> {
+pub fn wait_for_space(result: Result<u64>) -> Result<Progress> {
     match result {
         Ok(done) => Ok(Progress::Done(done)),
         Err(error) if error.is_no_space() => Ok(Progress::Wait(Wait::Space)),

@@ -17,7 +17,7 @@
 use super::part::{Next, Part, Progress};
 use super::stats::{Counters, bump};
 use super::table::Wait;
-use super::write::{Refused, Reservation, TakenList};
+use super::write::{Refused, Reservation, TakenList, wait_for_space};
 use crate::error::Result;
 use crate::format::layout::{BAT_PAGE_SLOTS, Layout};
 use crate::plan::{Stop, Unmapping, plan_discard};
@@ -90,11 +90,7 @@ impl Part {
                     cover.publish(counters);
                 }
             }
-            return match done {
-                Ok(()) => Ok(Progress::Done(collected.len)),
-                Err(error) if error.is_no_space() => Ok(Progress::Wait(Wait::Space)),
-                Err(error) => Err(error),
-            };
+            return wait_for_space(done.map(|()| collected.len));
         }
     }
 
@@ -104,8 +100,8 @@ impl Part {
             .top_storage()
             .zero(start..start.saturating_add(len), Keep::Nothing);
         self.note_data();
-        zeroed.map_err(|e| e.in_file(self.chain.top().path()))?;
-        Ok(Progress::Done(len))
+        let zeroed = zeroed.map_err(|e| e.in_file(self.chain.top().path()));
+        wait_for_space(zeroed.map(|()| len))
     }
 
     /// Settles whole clusters from `first` on, under the lock, as far as one page of the map and

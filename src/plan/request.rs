@@ -29,12 +29,27 @@ mod tests {
 
     #[test]
     fn a_request_is_below_a_threshold_when_it_is_shorter() {
-        for len in [0, 1, 4096, 8191, 8192, 8193, 131_072, 262_143, 262_144, 1 << 20, 5 << 20] {
+        for len in [
+            0,
+            1,
+            4096,
+            8191,
+            8192,
+            8193,
+            131_072,
+            262_143,
+            262_144,
+            1 << 20,
+            5 << 20,
+        ] {
             for order in 1..12 {
                 let below = RequestOrder::of(len) < RequestOrder(order);
                 assert_eq!(below, len < 4096 << order, "{len} {order}");
             }
-            assert!(RequestOrder::of(len) >= RequestOrder(0), "0 keeps nothing inline");
+            assert!(
+                RequestOrder::of(len) >= RequestOrder(0),
+                "0 keeps nothing inline"
+            );
         }
     }
 }
