@@ -102,11 +102,8 @@ fn open_with(
         marks.push(mark);
     }
     let size = total_size(&parts)?;
-    let flush = if options.read_only {
-        None
-    } else {
-        Some(FlushState::new(marks, &parts)?)
-    };
+    let is_writable = !options.read_only;
+    let flush = is_writable.then(|| FlushState::new(marks, &parts));
     let disk = Arc::new(Disk {
         parts: ArcSwap::from_pointee(parts),
         size,
@@ -117,7 +114,7 @@ fn open_with(
         pool,
         health: Health::default(),
         counters: Counters::default(),
-        flush: Mutex::new(flush),
+        flush: Mutex::new(flush.transpose()?),
         flusher: Flusher::new(),
         in_flight: Mutex::new(0),
         idle: Condvar::new(),
@@ -126,7 +123,7 @@ fn open_with(
         closing: AtomicBool::new(false),
         _images: images,
     });
-    if !options.read_only {
+    if is_writable {
         let interval = (options.flush_interval_ms > 0)
             .then(|| Duration::from_millis(options.flush_interval_ms));
         disk.flusher.start(&disk, interval)?;

@@ -178,9 +178,9 @@ impl Part {
             .at_cluster(cluster)
     }
 
-    /// Reserves the host's blocks for the table, which may be a hole of the file, so that a full host
-    /// fails the writes that need clusters and not the flush of those that had some. The file's
-    /// mark is set when this is called.
+    /// Reserves the host's blocks for the table, which may be a hole of the file, so that a full
+    /// host fails the writes that need clusters and not the flush of those that had some. The
+    /// file's mark is set when this is called.
     pub fn reserve_table(&self) {
         let Some(layout) = self.chain.top().layout() else {
             return;
