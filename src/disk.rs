@@ -80,11 +80,11 @@ impl Default for DiskOptions {
         Self {
             read_only: false,
             inline_order: INLINE_ORDER_DEFAULT.0,
-            bat_cache: 64 << 20,
+            bat_cache: 32 << 20,
             grow_step: 16 << 20,
             enospc: EnospcPolicy::Seconds(60),
             drop_bitmaps: false,
-            pool_threads: 8,
+            pool_threads: 4,
             flush_interval_ms: 5000,
         }
     }

@@ -131,12 +131,15 @@ pub struct ServeArgs {
     /// Memory for allocation tables (32M)
     #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Tuning")]
     pub bat_cache: Option<u64>,
-    /// Requests below 4 KiB << N are served where they arrive (6)
+    /// Requests below 4 KiB << N are served where they arrive (7)
     #[arg(long, value_name = "N", value_parser = parse_order, help_heading = "Tuning")]
     pub inline_order: Option<u32>,
     /// Threads that take requests (8)
     #[arg(long, value_name = "N", value_parser = parse_threads, help_heading = "Tuning")]
     pub threads: Option<usize>,
+    /// Threads that serve what does not stay where it arrives (4)
+    #[arg(long, value_name = "N", value_parser = parse_threads, help_heading = "Tuning")]
+    pub pool_threads: Option<usize>,
     /// Which disk.
     #[command(flatten)]
     pub select: SelectArgs,
@@ -160,6 +163,7 @@ impl ServeArgs {
         disk.flush_interval_ms = self.flush_interval.unwrap_or(disk.flush_interval_ms);
         disk.bat_cache = self.bat_cache.unwrap_or(disk.bat_cache);
         disk.inline_order = self.inline_order.unwrap_or(disk.inline_order);
+        disk.pool_threads = self.pool_threads.unwrap_or(disk.pool_threads);
         settings.threads = self.threads.unwrap_or(settings.threads);
         // A snapshot is frozen; nobody asked to write to it.
         if settings.selection.snapshot.is_some() {

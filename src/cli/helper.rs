@@ -127,6 +127,7 @@ fn run_mount(request: &Request) -> Result<(), Box<Report>> {
             flush_interval: None,
             bat_cache: None,
             inline_order: None,
+            pool_threads: None,
             threads: None,
             select: SelectArgs {
                 snapshot: None,

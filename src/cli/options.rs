@@ -59,7 +59,7 @@ const FLAGS: [&str; 12] = [
 ];
 
 /// Words with a value.
-const VALUES: [&str; 18] = [
+const VALUES: [&str; 19] = [
     "fsname",
     "subtype",
     "max_read",
@@ -70,6 +70,7 @@ const VALUES: [&str; 18] = [
     "dmask",
     "snapshot",
     "threads",
+    "pool_threads",
     "cache",
     "inline_order",
     "enospc",
@@ -114,19 +115,9 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        let cpus = std::thread::available_parallelism().map_or(2, usize::from);
         Self {
             mount: MountOptions::default(),
-            disk: DiskOptions {
-                read_only: false,
-                inline_order: 6,
-                bat_cache: 32 << 20,
-                grow_step: 16 << 20,
-                enospc: EnospcPolicy::Seconds(60),
-                drop_bitmaps: false,
-                pool_threads: cpus.clamp(2, 8),
-                flush_interval_ms: 5000,
-            },
+            disk: DiskOptions::default(),
             selection: Selection {
                 write: true,
                 ..Selection::default()
@@ -292,6 +283,7 @@ impl Settings {
             "dmask" => self.ownership.dir_mask = mask(name, text)?,
             "snapshot" => self.selection.snapshot = Some(text.to_owned()),
             "threads" => self.threads = parse_threads(text).map_err(told)?,
+            "pool_threads" => self.disk.pool_threads = parse_threads(text).map_err(told)?,
             "cache" => self.disk.bat_cache = parse_size(text).map_err(told)?,
             "inline_order" => self.disk.inline_order = parse_order(text).map_err(told)?,
             "enospc" => self.disk.enospc = parse_enospc(text).map_err(told)?,

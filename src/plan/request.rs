@@ -5,9 +5,13 @@
     clippy::indexing_slicing
 )]
 
-/// Requests of this order and above go to the pool unless `--inline-order` says otherwise:
-/// 4 KiB << 6 = 256 KiB, the order that dm-ploop starts from.
-pub const INLINE_ORDER_DEFAULT: RequestOrder = RequestOrder(6);
+/// Requests of this order and above go to the pool unless `--inline-order` says otherwise.
+///
+/// 7 is 512 KiB, what a loop device makes of a large read or write. With 6 (256 KiB, where dm-ploop
+/// starts) reads of 256 KiB lose a fifth of their speed; with 8 and more, large reads are a little
+/// faster alone, but small requests beside them wait several times as long, because all session
+/// threads are busy copying. `cargo run --release --example bench` measures it.
+pub const INLINE_ORDER_DEFAULT: RequestOrder = RequestOrder(7);
 
 /// log2 of the whole 4 KiB pages in a request, rounded down: 0 below 8 KiB, 8 from 1 MiB on. A
 /// request is below the threshold N exactly when it is shorter than 4 KiB << N.

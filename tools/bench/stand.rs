@@ -125,7 +125,7 @@ impl Stand {
             let mut spec = ImageSpec::new(2, cluster, bytes / 512).mapping(Mapped::All);
             spec.no_data = true;
             spec.write(&image)?;
-            fill(&image, spec.data_start(), fs::metadata(&image)?.len())?;
+            fill(&image, spec.data_start() * 512, fs::metadata(&image)?.len())?;
             stand.subjects.push(attach(name, image, options)?);
         }
         Ok(stand)
