@@ -36,19 +36,17 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{INLINE_ORDER_DEFAULT, RequestOrder};
 use crate::units::DiskOffset;
 use arc_swap::{ArcSwap, Guard};
-use buffers::Buffers;
 use flush::FlushState;
 use flusher::Flusher;
 use health::Health;
 use parking_lot::{Condvar, Mutex};
 use part::Part;
-use pool::Spawn;
 use stats::{Counters, DiskStats, bump};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-pub use open::{open, open_view};
+pub use open::{Resources, open, open_view, open_with};
 
 /// Requests that may wait for space at a time; the rest fail at once. Well below what the kernel
 /// keeps in flight, so that other requests always get through.
@@ -134,8 +132,7 @@ pub struct Disk {
     read_only: bool,
     inline_order: RequestOrder,
     enospc: EnospcPolicy,
-    buffers: Arc<Buffers>,
-    pool: Arc<dyn Spawn>,
+    resources: Resources,
     health: Health,
     counters: Counters,
     /// Held for a flush round; `None` where nothing is writable.

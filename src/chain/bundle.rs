@@ -21,7 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::{Descriptor, DescriptorError, Encryption, ImageType, Part, Shot};
 use crate::format::guid::Guid;
 use crate::format::xml;
-use crate::storage::file::FileStorage;
+use crate::storage::SharedStorage;
 use crate::storage::host::{self, Roots};
 use crate::storage::lock;
 use crate::sys::open as sys;
@@ -102,7 +102,7 @@ pub struct OpenedFile {
     /// Where it is, as it is shown to people.
     pub path: PathBuf,
     /// The open file; its locks end when the last clone is dropped.
-    pub storage: Arc<FileStorage>,
+    pub storage: SharedStorage,
     /// Whether it is a plain image.
     pub plain: Plain,
     /// The snapshot that it belongs to, as `{...}`, where the image is a bundle.
@@ -496,6 +496,20 @@ fn snapshot_infos(descriptor: &Descriptor, names: &HashMap<Guid, String>) -> Vec
 }
 
 impl OpenedImages {
+    /// A disk over storages that the caller has, whatever they are; nothing is locked.
+    #[must_use]
+    pub fn from_parts(named: PathBuf, parts: Vec<OpenedPart>) -> Self {
+        Self {
+            named,
+            parts,
+            snapshots: Vec::new(),
+            selected: None,
+            disk_size: None,
+            warnings: Vec::new(),
+            bundle: None,
+        }
+    }
+
     /// The same disk as of a snapshot (GUID, name or `latest`), read-only, sharing the files that
     /// are open already as long as their storages live; the others are opened and locked.
     pub fn open_snapshot(&self, snapshot: &str) -> Result<OpenedImages> {

@@ -5,7 +5,6 @@ use super::bundle::{OpenedFile, OpenedPart, Plain};
 use crate::delta::image::{Image, Kind, version_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::Geometry;
-use crate::storage::SharedStorage;
 use crate::units::{ClusterSize, Level, SECTOR, SectorCount};
 use std::sync::Arc;
 
@@ -53,7 +52,7 @@ fn open_level(
     write: bool,
     warnings: &mut Vec<String>,
 ) -> Result<Image> {
-    let storage: SharedStorage = Arc::clone(&file.storage) as SharedStorage;
+    let storage = Arc::clone(&file.storage);
     if file.plain == Plain::No {
         return Image::expanding(&file.path, storage);
     }

@@ -22,6 +22,9 @@
 //! More dirty pages than the copy area holds take steps 3 to 5 again for each areaful; entries do
 //! not depend on each other, because a cluster never changes hands within a round.
 //!
+//! `tests/crash.rs` cuts the power at every operation of this on simulated files, and fails if one
+//! of the syncs is left out.
+//!
 //! The first failure latches the disk: nothing after it is ever reported as durable again.
 
 use super::Disk;

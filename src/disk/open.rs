@@ -43,14 +43,30 @@ use std::time::Duration;
 /// Bytes of map pages for a frozen view: people look into one, they do not work on it.
 const VIEW_CACHE: u64 = 4 << 20;
 
-/// Opens the flat disk over the files of a bundle or image, with a pool of its own. The strings
-/// are what the user should be told.
-pub fn open(images: Arc<OpenedImages>, options: &DiskOptions) -> Result<(Arc<Disk>, Vec<String>)> {
-    let pool = pool::start(options.pool_threads)?;
-    open_with(images, options, pool, Buffers::new()?)
+/// Threads and memory that several disks can share: a disk and its frozen views do.
+#[derive(Clone, Debug)]
+pub struct Resources {
+    pub(super) pool: Arc<dyn Spawn>,
+    pub(super) buffers: Arc<Buffers>,
 }
 
-/// Opens a frozen state of a disk, which shares its threads and buffers.
+impl Resources {
+    /// Starts this many threads and sets all buffers aside.
+    pub fn new(pool_threads: usize) -> Result<Self> {
+        Ok(Self {
+            pool: pool::start(pool_threads)?,
+            buffers: Buffers::new()?,
+        })
+    }
+}
+
+/// Opens the flat disk over the files of a bundle or image, with resources of its own. The strings
+/// are what the user should be told.
+pub fn open(images: Arc<OpenedImages>, options: &DiskOptions) -> Result<(Arc<Disk>, Vec<String>)> {
+    open_with(images, options, Resources::new(options.pool_threads)?)
+}
+
+/// Opens a frozen state of a disk, which shares its resources.
 pub fn open_view(disk: &Disk, images: OpenedImages) -> Result<Arc<Disk>> {
     let options = DiskOptions {
         read_only: true,
@@ -58,15 +74,15 @@ pub fn open_view(disk: &Disk, images: OpenedImages) -> Result<Arc<Disk>> {
         bat_cache: VIEW_CACHE,
         ..DiskOptions::default()
     };
-    let (pool, buffers) = (Arc::clone(&disk.pool), Arc::clone(&disk.buffers));
-    open_with(Arc::new(images), &options, pool, buffers).map(|(disk, _)| disk)
+    let resources = disk.resources.clone();
+    open_with(Arc::new(images), &options, resources).map(|(disk, _)| disk)
 }
 
-fn open_with(
+/// Opens a disk with resources that the caller has.
+pub fn open_with(
     images: Arc<OpenedImages>,
     options: &DiskOptions,
-    pool: Arc<dyn Spawn>,
-    buffers: Arc<Buffers>,
+    resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
     let mut notes = images.warnings.clone();
     let mut parts = Vec::with_capacity(images.parts.len());
@@ -85,14 +101,13 @@ fn open_with(
             .start
             .bytes()
             .ok_or_else(|| Error::errno(libc::EFBIG))?;
-        let pool = Arc::clone(&pool);
         let part = Part::new(
             start,
             chain,
             alloc,
             options.bat_cache,
             options.grow_step,
-            pool,
+            Arc::clone(&resources.pool),
         )?;
         if is_marked {
             part.reserve_table();
@@ -110,8 +125,7 @@ fn open_with(
         read_only: options.read_only,
         inline_order: RequestOrder(options.inline_order),
         enospc: options.enospc,
-        buffers,
-        pool,
+        resources,
         health: Health::default(),
         counters: Counters::default(),
         flush: Mutex::new(flush.transpose()?),

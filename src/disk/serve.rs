@@ -50,7 +50,7 @@ impl Disk {
                 Err(error) => return reply.done(Err(error)),
             }
         }
-        match self.buffers.take(len) {
+        match self.resources.buffers.take(len) {
             Some(mut buffer) => {
                 let disk = Arc::clone(self);
                 self.spawn(move || {
@@ -82,7 +82,7 @@ impl Disk {
                 Err(error) => return reply.done(Err(error)),
             }
         }
-        match self.buffers.take(data.len()) {
+        match self.resources.buffers.take(data.len()) {
             Some(mut buffer) => {
                 buffer.copy_from_slice(data);
                 self.spawn_change(at, Op::Write(buffer), reply);
@@ -112,7 +112,7 @@ impl Disk {
     pub fn spawn(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) {
         bump(&self.counters.pooled_requests, 1);
         *self.in_flight.lock() += 1;
-        self.pool.spawn(Box::new(Once {
+        self.resources.pool.spawn(Box::new(Once {
             disk: Arc::clone(self),
             job,
         }));
@@ -272,13 +272,15 @@ impl Disk {
                     done += len_usize(more).unwrap_or(0);
                     Ok(())
                 }
-                Ok((_, Progress::Wait(Wait::Space))) => match self.buffers.take(rest.len()) {
-                    Some(mut buffer) => {
-                        buffer.copy_from_slice(rest);
-                        return self.spawn_change(position, Op::Write(buffer), reply);
+                Ok((_, Progress::Wait(Wait::Space))) => {
+                    match self.resources.buffers.take(rest.len()) {
+                        Some(mut buffer) => {
+                            buffer.copy_from_slice(rest);
+                            return self.spawn_change(position, Op::Write(buffer), reply);
+                        }
+                        None => Err(Error::errno(libc::ENOSPC)),
                     }
-                    None => Err(Error::errno(libc::ENOSPC)),
-                },
+                }
                 Ok((index, Progress::Wait(wait))) => self.wait_here(index, wait, since),
                 Err(error) => Err(error),
             };
@@ -294,7 +296,7 @@ impl Disk {
         bump(&self.counters.pooled_requests, 1);
         *self.in_flight.lock() += 1;
         let disk = Arc::clone(self);
-        self.pool.spawn(Box::new(ChangeJob {
+        self.resources.pool.spawn(Box::new(ChangeJob {
             disk,
             op,
             at,
@@ -399,7 +401,7 @@ impl<R: DoneReply> Job for ChangeJob<R> {
     fn run(mut self: Box<Self>) {
         match self.turn() {
             Turn::Finished(result) => (*self).finish(result),
-            Turn::Yield => Arc::clone(&self.disk).pool.spawn(self),
+            Turn::Yield => Arc::clone(&self.disk).resources.pool.spawn(self),
             Turn::Wait(index, Wait::Space) => self.wait_for_space(index),
             Turn::Wait(index, wait) => self.park(index, wait),
         }
@@ -478,7 +480,7 @@ impl<R: DoneReply> ChangeJob<R> {
         if let Wait::Pending(cluster) = wait {
             if !is_pending(part, cluster) {
                 drop(table);
-                return disk.pool.spawn(self);
+                return disk.resources.pool.spawn(self);
             }
             table.parked.add(wait, self);
             return;

@@ -1,7 +1,6 @@
 //! Bundles and images of every kind, opened and refused.
 use super::*;
 use crate::format::header::{FLAG_EMPTY, MAGIC_V2, RawHeader, TYPE};
-use crate::storage::Storage;
 use crate::units::FileOffset;
 use std::fs;
 use std::os::unix::fs::symlink;
