@@ -475,8 +475,8 @@ impl Mounted {
         self.entry.as_ref().map(|entry| entry.device.as_str())
     }
 
-    /// True while the mount that is visible at the place is the one made here. The device alone does
-    /// not tell: its number is free again, and is the next to be taken, once the mount has gone.
+    /// True while the mount that is visible at the place is the one made here. The device alone
+    /// does not tell: its number is free again, and the next to be taken, once the mount has gone.
     pub fn is_visible(&self) -> bool {
         self.entry.is_some() && visible_mount(&self.mountpoint).is_ok_and(|now| now == self.entry)
     }

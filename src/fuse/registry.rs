@@ -113,8 +113,8 @@ impl Record {
         process::start_time(self.pid).is_ok_and(|start| start == self.start)
     }
 
-    /// True for the mount that this record is about. The number of a device is taken again when it is
-    /// free, perhaps by a file system of another type.
+    /// True for the mount that this record is about. The number of a device is taken again when it
+    /// is free, perhaps by a file system of another type.
     #[must_use]
     pub fn is_about(&self, entry: &MountEntry) -> bool {
         Some(&entry.device) == self.mount_device.as_ref() && entry.fs_type.starts_with("fuse")
