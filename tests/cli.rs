@@ -424,6 +424,13 @@ fn pvm_and_descriptor_name_the_disk() -> Outcome {
     bundle.write(&machine.join("two.hdd"))?;
     let done = say(&["info", text(&machine)])?.expect_code(1)?;
     done.expect_words(&["one.hdd", "two.hdd"])?;
+    // A link was not named by the user, and may lead to somebody else's disk.
+    let other = dir.path().join("other.pvm");
+    fs::create_dir(&other)?;
+    std::os::unix::fs::symlink("../m.pvm/one.hdd", other.join("one.hdd"))?;
+    let done = say(&["info", text(&other)])?.expect_code(1)?;
+    done.expect_words(&["link", "name"])?;
+    ensure!(size(&other.join("one.hdd"))? == want, "by the link itself");
     Ok(())
 }
 

@@ -16,8 +16,10 @@ use crate::fuse::registry::{Record, RecordedPath, Registry};
 use crate::fuse::signals::Signals;
 use crate::fuse::{holders, session};
 use parking_lot::Mutex;
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -61,8 +63,15 @@ impl Answer {
 struct PidFile(PathBuf);
 
 impl PidFile {
+    /// A link is not followed: in a directory that others may write to it would choose the file
+    /// that root overwrites, and what gets removed in the end is the link.
     fn write(path: &Path) -> Result<Self> {
-        fs::write(path, format!("{}\n", std::process::id()))
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true);
+        options
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(path)
+            .and_then(|mut file| writeln!(file, "{}", std::process::id()))
             .map_err(|e| Error::from(e).in_file(path))?;
         Ok(Self(path.to_owned()))
     }
@@ -435,4 +444,21 @@ fn refused(what: &str, error: &Error) -> Box<Report> {
         None => held,
     });
     report
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pid_file_is_no_way_through_a_link() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, other) = (directory.path().join("pid"), directory.path().join("other"));
+        drop(PidFile::write(&path).unwrap());
+        assert!(!path.exists());
+        fs::write(&other, "precious").unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        assert!(PidFile::write(&path).is_err());
+        assert_eq!(fs::read(&other).unwrap(), b"precious");
+    }
 }

@@ -47,7 +47,8 @@ fn unmount_now(target: &Path, lazy: bool, registry: Option<&Registry>) -> Result
     let records = registry.map_or_else(|| Ok(Vec::new()), Registry::all)?;
     let (mountpoint, record) = find(target, &records)?;
     if let Some(mountpoint) = mountpoint {
-        let dead = record.is_none_or(|record| !record.is_alive());
+        // Without a record it may well be served, by another user's daemon for instance.
+        let dead = record.is_some_and(|record| !record.is_alive());
         match unmount_patiently(&mountpoint, lazy) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) && dead => {
                 // Nobody serves it any more, so those who hold it only get errors.
@@ -86,7 +87,7 @@ fn find<'a>(target: &Path, records: &'a [Record]) -> Result<(Option<PathBuf>, Op
     };
     let visible = visible_mount(&full)?;
     if let Some(entry) = &visible {
-        let is_it = |record: &&Record| record.mount_device.as_ref() == Some(&entry.device);
+        let is_it = |record: &&Record| record.is_about(entry);
         let record = records.iter().rev().filter(here).find(is_it);
         if record.is_some() || is_ours(entry) {
             return Ok((Some(full), record));
@@ -129,9 +130,7 @@ fn find<'a>(target: &Path, records: &'a [Record]) -> Result<(Option<PathBuf>, Op
 /// What hides a mount that is still there.
 fn covering(record: &Record) -> Result<Option<MountEntry>> {
     let table = mount_table()?;
-    let own = table
-        .iter()
-        .any(|entry| Some(&entry.device) == record.mount_device.as_ref());
+    let own = table.iter().any(|entry| record.is_about(entry));
     let Some(place) = record
         .mountpoint
         .as_ref()

@@ -13,6 +13,7 @@ use super::partitions::Partition;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::loopdev::{self, Setup, Status};
 use crate::sys::mount::mount_table;
+use crate::sys::process;
 use nix::fcntl::OFlag;
 use nix::mount::MsFlags;
 use nix::sys::stat::Mode;
@@ -298,7 +299,7 @@ fn run_mount(program: &Path, device: &Path, directory: &Path, read_only: bool) -
     if read_only {
         command.arg("-r");
     }
-    let output = command
+    let output = process::with_plain_signals(&mut command)
         .arg("--")
         .args([device, directory])
         .stdin(Stdio::null())

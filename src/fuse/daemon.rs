@@ -240,10 +240,8 @@ fn notify_service_manager(status: &str) -> Result<()> {
 /// Makes the process fit to serve a block device; call it before any thread is started. What the
 /// host does not allow is left out.
 pub fn prepare_process() {
-    for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
-        if let Err(e) = process::ignore_signal(signal) {
-            log::debug!("cannot ignore signal {signal}: {e}");
-        }
+    if let Err(e) = process::ignore_signals() {
+        log::debug!("cannot ignore signals: {e}");
     }
     if let Err(e) = process::set_io_flusher() {
         log::debug!("cannot become an I/O flusher: {e}");

@@ -243,7 +243,8 @@ enum Way {
 #[derive(Debug)]
 pub struct Mounted {
     mountpoint: PathBuf,
-    device: Option<String>,
+    /// What the table said of it when it was new.
+    entry: Option<MountEntry>,
     way: Way,
 }
 
@@ -279,12 +280,12 @@ pub fn mount(
         Some(fd) => (fd, Way::Direct),
         None => mount_by_helper(source, mountpoint, options)?,
     };
-    let device = visible_mount(mountpoint)?.map(|entry| entry.device);
+    let entry = visible_mount(mountpoint)?.filter(|entry| entry.fs_type.starts_with("fuse"));
     Ok((
         fd,
         Mounted {
             mountpoint: mountpoint.to_owned(),
-            device,
+            entry,
             way,
         },
     ))
@@ -471,15 +472,13 @@ impl Mounted {
     /// `major:minor`, where the mount table has it.
     #[must_use]
     pub fn device(&self) -> Option<&str> {
-        self.device.as_deref()
+        self.entry.as_ref().map(|entry| entry.device.as_str())
     }
 
-    /// True while the mount that is visible at the place is the one made here.
+    /// True while the mount that is visible at the place is the one made here. The device alone
+    /// does not tell: its number is free again, and the next to be taken, once the mount has gone.
     pub fn is_visible(&self) -> bool {
-        match visible_mount(&self.mountpoint) {
-            Ok(Some(entry)) => Some(entry.device) == self.device,
-            _ => false,
-        }
+        self.entry.is_some() && visible_mount(&self.mountpoint).is_ok_and(|now| now == self.entry)
     }
 
     /// Unmounts. EINVAL when something else is mounted there by now.

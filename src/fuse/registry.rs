@@ -10,7 +10,7 @@
 //! the `umount` that waits for it.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::mount::mount_table;
+use crate::sys::mount::{MountEntry, mount_table};
 use crate::sys::process;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
@@ -113,6 +113,20 @@ impl Record {
         process::start_time(self.pid).is_ok_and(|start| start == self.start)
     }
 
+    /// True for the mount that this record is about. The number of a device is taken again when it
+    /// is free, perhaps by a file system of another type.
+    #[must_use]
+    pub fn is_about(&self, entry: &MountEntry) -> bool {
+        Some(&entry.device) == self.mount_device.as_ref() && entry.fs_type.starts_with("fuse")
+    }
+
+    /// True if another record has the mount or the loop device that this one had: then this one's
+    /// is gone.
+    fn is_replaced_by(&self, other: &Self) -> bool {
+        let mount = self.mount_device.is_some() && self.mount_device == other.mount_device;
+        mount || (self.device.is_some() && self.device == other.device)
+    }
+
     /// True while the mount that this record is about is the visible one at its place.
     #[must_use]
     pub fn is_mounted(&self) -> bool {
@@ -121,19 +135,18 @@ impl Record {
         };
         let table = mount_table().unwrap_or_default();
         let visible = table.iter().rev().find(|entry| entry.mountpoint == place.0);
-        visible.is_some_and(|entry| Some(&entry.device) == self.mount_device.as_ref())
+        visible.is_some_and(|entry| self.is_about(entry))
     }
 
     /// True while the mount exists at all, visible or under another one.
     #[must_use]
     pub fn has_mount(&self) -> bool {
         let table = mount_table().unwrap_or_default();
-        table
-            .iter()
-            .any(|entry| Some(&entry.device) == self.mount_device.as_ref())
+        table.iter().any(|entry| self.is_about(entry))
     }
 
-    /// True while the loop device that this record is about has the image's file.
+    /// True while the loop device that this record is about has the image's file, which lies at the
+    /// top of a mount without a place. Many images have the same name, but not there.
     #[must_use]
     pub fn is_attached(&self) -> bool {
         let name = self.device.as_ref().and_then(|device| device.0.file_name());
@@ -143,7 +156,8 @@ impl Record {
             return false;
         };
         let backing = Path::new(OsStr::from_bytes(backing.trim_ascii_end()));
-        backing.file_name() == self.image.0.file_name()
+        let at_the_top = backing.parent() == Some(Path::new("/"));
+        at_the_top && backing.file_name() == self.image.0.file_name()
     }
 
     fn file_in(&self, directory: &Path) -> PathBuf {
@@ -163,12 +177,15 @@ impl Registry {
         let uid = nix::unistd::geteuid();
         let fallback = PathBuf::from(format!("/tmp/ploopfs-{uid}"));
         let first = if uid.is_root() {
-            Some(PathBuf::from("/run/ploopfs"))
+            PathBuf::from("/run/ploopfs")
         } else {
-            std::env::var_os("XDG_RUNTIME_DIR").map(|path| PathBuf::from(path).join("ploopfs"))
+            // mount(8) passes no environment; what it mounts is to be found all the same.
+            std::env::var_os("XDG_RUNTIME_DIR")
+                .map_or_else(|| format!("/run/user/{uid}").into(), PathBuf::from)
+                .join("ploopfs")
         };
         let mut last = None;
-        for directory in first.into_iter().chain([fallback]) {
+        for directory in [first, fallback] {
             match Self::at(directory) {
                 Ok(registry) => return Ok(registry),
                 Err(e) => last = Some(e),
@@ -244,13 +261,17 @@ impl Registry {
                 log::debug!("cannot read {}", path.display());
                 continue;
             };
-            let left = || record.error.is_some() || record.is_mounted() || record.is_attached();
-            if record.is_alive() || left() {
-                records.push(record);
-            } else {
-                self.remove(&record);
-            }
+            records.push(record);
         }
+        let (living, dead): (Vec<_>, Vec<_>) = records.into_iter().partition(Record::is_alive);
+        let is_left = |record: &Record| {
+            let replaced = living.iter().any(|other| record.is_replaced_by(other));
+            record.error.is_some() || (!replaced && (record.is_mounted() || record.is_attached()))
+        };
+        let (left, gone): (Vec<_>, Vec<_>) = dead.into_iter().partition(is_left);
+        gone.iter().for_each(|record| self.remove(record));
+        let mut records = living;
+        records.extend(left);
         records.sort_by_key(|record| (record.since, record.pid));
         Ok(records)
     }
@@ -337,6 +358,32 @@ mod tests {
             registry.all().unwrap().is_empty(),
             "stale records are removed"
         );
+    }
+
+    #[test]
+    fn a_dead_daemon_has_no_claim_on_what_a_living_one_has() {
+        let (_directory, registry) = registry();
+        let mut living = Record::of_this_process(Path::new("/a/x"), false).unwrap();
+        living.device = Some(RecordedPath("/dev/loop7".into()));
+        living.mount_device = Some("0:39".into());
+        let mut dead = living.clone();
+        (dead.start, dead.pid) = (0, i32::MAX);
+        assert!(dead.is_replaced_by(&living));
+        (dead.device, dead.mount_device) = (None, None);
+        living.mount_device = None;
+        assert!(!dead.is_replaced_by(&living));
+        registry.write(&dead).unwrap();
+        assert!(registry.all().unwrap().is_empty());
+
+        let entry = |fs_type: &str| MountEntry {
+            device: "0:39".into(),
+            mountpoint: "/mnt".into(),
+            fs_type: fs_type.into(),
+            source: "x".into(),
+        };
+        living.mount_device = Some("0:39".into());
+        assert!(living.is_about(&entry("fuse.ploopfs")));
+        assert!(!living.is_about(&entry("tmpfs")));
     }
 
     #[test]

@@ -19,6 +19,8 @@ const MOUNT_ATTR_RDONLY: libc::c_uint = 1;
 const MOUNT_ATTR_NOSUID: libc::c_uint = 2;
 const MOUNT_ATTR_NODEV: libc::c_uint = 4;
 
+const TABLE: &str = "/proc/self/mountinfo";
+
 /// One argument of [`detached`].
 #[derive(Clone, Copy, Debug)]
 pub enum Setting<'a> {
@@ -135,7 +137,8 @@ pub struct MountEntry {
 /// The mounts that this process sees, in the order they were made: of several at one place, the
 /// last is the visible one.
 pub fn mount_table() -> io::Result<Vec<MountEntry>> {
-    let table = fs::read("/proc/self/mountinfo")?;
+    let table = fs::read(TABLE)
+        .map_err(|e| io::Error::new(e.kind(), format!("cannot read {TABLE}: {e}")))?;
     Ok(table
         .split(|byte| *byte == b'\n')
         .filter_map(parse_line)

@@ -1,8 +1,11 @@
 //! Processes: fork, stray descriptors, signals to ignore, and who is still alive.
 
+use nix::sys::signal::SigSet;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// linux/prctl.h; newer than the `libc` crate's list.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
@@ -71,15 +74,40 @@ pub fn hide_strays() -> io::Result<()> {
     close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)
 }
 
-/// Ignores a signal from now on.
-pub fn ignore_signal(signal: libc::c_int) -> io::Result<()> {
-    // SAFETY: SIG_IGN runs no code of ours.
+/// The signals that a daemon ignores: of a broken pipe or a file that is too large the call that
+/// fails tells enough.
+fn ignored() -> impl Iterator<Item = libc::c_int> {
+    [libc::SIGPIPE, libc::SIGXFSZ].into_iter()
+}
+
+/// Ignores from now on what a daemon ignores.
+pub fn ignore_signals() -> io::Result<()> {
+    ignored().try_for_each(|signal| set_handler(signal, libc::SIG_IGN))
+}
+
+fn set_handler(signal: libc::c_int, handler: libc::sighandler_t) -> io::Result<()> {
+    // SAFETY: the callers pass SIG_IGN or SIG_DFL, which run no code of ours.
     #[allow(unsafe_code)]
-    let old = unsafe { libc::signal(signal, libc::SIG_IGN) };
+    let old = unsafe { libc::signal(signal, handler) };
     if old == libc::SIG_ERR {
         Err(io::Error::last_os_error())
     } else {
         Ok(())
+    }
+}
+
+/// Lets a program start with no signal blocked or ignored: a file system's own daemon, which
+/// mount(8) may start, would otherwise be deaf to SIGTERM for ever.
+pub fn with_plain_signals(command: &mut Command) -> &mut Command {
+    let plain = || {
+        SigSet::empty().thread_set_mask()?;
+        ignored().try_for_each(|signal| set_handler(signal, libc::SIG_DFL))
+    };
+    // SAFETY: between fork and exec this makes system calls that are safe there, on values of its
+    // own; it takes no lock and asks the heap for nothing.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(plain)
     }
 }
 
@@ -174,6 +202,25 @@ mod tests {
         let fd = pidfd_open(pid).unwrap();
         assert!(is_open(fd.as_fd().as_raw_fd()));
         assert!(!is_open(1_000_000));
+    }
+
+    #[test]
+    fn programs_start_with_plain_signals() {
+        // A thread's mask ends with it, and SIGXFSZ means nothing to the other tests.
+        let said = std::thread::spawn(|| {
+            SigSet::all().thread_block().unwrap();
+            set_handler(libc::SIGXFSZ, libc::SIG_IGN).unwrap();
+            let mut command = Command::new("cat");
+            command.arg("/proc/self/status");
+            with_plain_signals(&mut command).output().unwrap().stdout
+        });
+        let said = String::from_utf8(said.join().unwrap()).unwrap();
+        let mask = |name: &str| {
+            let line = said.lines().find_map(|line| line.strip_prefix(name));
+            u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+        };
+        assert_eq!(mask("SigBlk:"), 0);
+        assert_eq!(mask("SigIgn:") & (1 << (libc::SIGXFSZ - 1)), 0);
     }
 
     #[test]

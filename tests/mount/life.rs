@@ -3,13 +3,14 @@
 use super::disks::{expect_shadow, scribble};
 use crate::forge::content::Model;
 use crate::forge::image::{ImageSpec, Mapped};
-use crate::support::guards::{FsMount, Loop, Mounted, is_mounted, text};
+use crate::support::guards::{FsMount, Loop, Mounted, is_gone, is_mounted, text};
 use crate::support::harness::{skip, trial};
 use crate::support::probe::Need::{self, E2fsprogs, Fuse};
 use crate::support::{self, Outcome, PLOOPFS, command, expect_flat, scratch};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
@@ -66,6 +67,16 @@ pub(crate) fn trials() -> Vec<Trial> {
             mount_t_fuse_ploopfs,
         ),
         trial("attach_and_detach", LOOP, attach_and_detach),
+        trial(
+            "foreign_mounts_stay",
+            &[Fuse, Need::Root],
+            foreign_mounts_stay,
+        ),
+        trial(
+            "detach_leaves_other_images_alone",
+            LOOP,
+            detach_leaves_others,
+        ),
         trial("list_shows_mounts", &[Fuse], list_shows_mounts),
         trial("foreground_stays", &[Fuse], foreground_stays),
     ]
@@ -373,6 +384,65 @@ fn attach_and_detach() -> Outcome {
         "mounted {was_mounted}, then still mounted"
     );
     support::expect_clean(&path)
+}
+
+/// What is mounted where one of ours was has the same device number more often than not.
+fn foreign_mounts_stay() -> Outcome {
+    let dir = scratch()?;
+    let (_, path) = image(dir.path())?;
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        let mounted = Mounted::new(dir.path(), &path, &[])?;
+        mounted.signal(signal)?;
+        if signal == Signal::SIGKILL {
+            mounted.gone(Duration::from_secs(5))?;
+        }
+        // The program umount would look at the mount, whose daemon does not answer.
+        nix::mount::umount(mounted.path())?;
+        let tmpfs = ["-t", "tmpfs"];
+        let foreign = FsMount::with(Path::new("foreign"), mounted.path(), &tmpfs)?;
+        if signal == Signal::SIGKILL {
+            command::run(command::ploopfs(&["umount"]).arg(mounted.path()))?;
+        } else {
+            mounted.signal(Signal::SIGCONT)?;
+            mounted.gone(Duration::from_secs(20))?;
+        }
+        ensure!(
+            is_mounted(foreign.path()),
+            "after {signal} the other file system was unmounted"
+        );
+        foreign.umount()?;
+    }
+    Ok(())
+}
+
+/// A killed daemon leaves a record of a device that another image of the same name has by now.
+fn detach_leaves_others() -> Outcome {
+    let dir = scratch()?;
+    let attach = |name: &str| -> Result<(PathBuf, PathBuf, i32)> {
+        let path = dir.path().join(name).join("root.hds");
+        fs::create_dir_all(path.parent().context("no parent")?)?;
+        ImageSpec::new(2, 2048, 1 << 14).write(&path)?;
+        let pid_file = dir.path().join(format!("{name}.pid"));
+        let mut command = command::ploopfs(&["attach", "--pid-file", text(&pid_file)]);
+        let said = command::ok(command.arg(&path))?;
+        let pid = fs::read_to_string(pid_file)?.trim().parse()?;
+        Ok((path, PathBuf::from(said.trim()), pid))
+    };
+    let (dead, device, pid) = attach("dead")?;
+    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    command::eventually(Duration::from_secs(5), || {
+        ensure!(is_gone(pid), "{pid} is still there");
+        Ok(())
+    })?;
+    command::ok(command::new("losetup").arg("-d").arg(&device))?;
+    let (_, other, _) = attach("living")?;
+    command::run(command::ploopfs(&["detach"]).arg(&dead))?;
+    let name = other.file_name().context("no name")?;
+    let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
+    let is_attached = backing.exists();
+    command::run(command::ploopfs(&["detach"]).arg(&other))?.expect_code(0)?;
+    ensure!(is_attached, "the other image was detached");
+    Ok(())
 }
 
 fn list_shows_mounts() -> Outcome {

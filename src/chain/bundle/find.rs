@@ -70,6 +70,14 @@ fn find_in_directory(directory: &Path) -> Result<Found> {
     let disks = entries(directory, "hdd");
     if has_extension(directory, "pvm") {
         return match disks.as_slice() {
+            // The user has not named it, and whoever made the directory may have led it anywhere.
+            [only] if only.is_symlink() => {
+                let why = format!("{} is a symbolic link", only.display());
+                let fix = format!("if it leads where you want: name {} itself", only.display());
+                Err(Error::why(ErrorKind::OutsideBundle, why)
+                    .in_file(directory)
+                    .fix(fix))
+            }
             [only] if only.is_dir() && !has_extension(only, "pvm") => find_in_directory(only),
             // Very old versions have a single file under that name.
             [only] => Ok(Found::Image(only.clone())),
