@@ -62,12 +62,13 @@ fn usage(error: &clap::Error, args: &[OsString]) -> u8 {
         }
         _ if args.iter().any(|word| word == "--json") => {
             let text = error.render().to_string();
-            let why = text
-                .trim_start_matches("error: ")
-                .lines()
-                .next()
-                .unwrap_or_default();
-            Report::usage("cannot understand the command", why).print(true);
+            let said = text.trim_start_matches("error: ").lines();
+            // What is missing is listed on lines of its own.
+            let why: Vec<&str> = said
+                .take_while(|line| !line.is_empty())
+                .map(str::trim)
+                .collect();
+            Report::usage("cannot understand the command", why.join(" ")).print(true);
         }
         _ => {
             let _ = error.print();

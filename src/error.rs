@@ -15,6 +15,10 @@ use std::path::{Path, PathBuf};
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What to do about an image that only its owner may have changed.
+pub const REPAIR_HINT: &str = "read what is intact with `ploopfs mount -r`; to write again it \
+                               needs `ploopfs repair`, which this version does not have yet";
+
 type Source = Box<dyn std::error::Error + Send + Sync + 'static>;
 
 /// The stable class of an error.

@@ -190,6 +190,10 @@ fn json_errors_have_a_kind() -> Outcome {
         error["what"].is_string() && error["why"].is_string(),
         "{json}"
     );
+    let done = say(&["--json", "mount"])?.expect_code(1)?;
+    let json: Value = serde_json::from_str(&done.stderr)?;
+    let why = json["error"]["why"].as_str().unwrap_or_default();
+    ensure!(why.ends_with("<IMAGE> <MOUNTPOINT>"), "{json}");
     Ok(())
 }
 

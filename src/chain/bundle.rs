@@ -13,6 +13,7 @@ mod files;
 mod find;
 mod survey;
 
+pub use find::subject;
 pub use survey::{Survey, SurveyedFile, SurveyedPart};
 
 use crate::chain::bundle::files::{Opening, Registry, Wanted};

@@ -112,7 +112,7 @@ fn find<'a>(target: &Path, records: &'a [Record]) -> Result<&'a Record> {
     let full = fs::canonicalize(target).map_err(|e| Error::from(e).in_file(target))?;
     let fits = |record: &&Record| {
         let device = record.device.as_ref();
-        device.is_some_and(|path| record.image.0 == full || path.0 == full)
+        device.is_some_and(|path| path.0 == full || record.is_of(&full))
     };
     let named: Vec<&Record> = records.iter().filter(fits).collect();
     let living: Vec<&Record> = named

@@ -4,7 +4,7 @@
 //! Never: looks into a mount, which may be dead.
 
 use super::output::{Report, print};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Shown};
 use crate::fuse::registry::{Record, Registry};
 use serde::Serialize;
 use std::path::Path;
@@ -64,7 +64,7 @@ fn table(records: &[Record]) -> String {
     let head = ["IMAGE", "AT", "MODE", "PID", "FOR"].map(str::to_owned);
     let mut rows = vec![head];
     for record in records {
-        let show = |path: &Path| path.display().to_string();
+        let show = |path: &Path| Shown(&path.to_string_lossy()).to_string();
         let mut at: Vec<String> = [&record.mountpoint, &record.device, &record.file_system]
             .into_iter()
             .flatten()
@@ -129,5 +129,13 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0].find("MODE"), lines[1].find("ro"));
         assert_eq!(table(&[]), "");
+    }
+
+    #[test]
+    fn a_name_cannot_break_the_table() {
+        let record = Record::of_this_process(Path::new("/a\n\u{1b}[31mb.hdd"), true).unwrap();
+        let text = table(&[record]);
+        assert_eq!(text.lines().count(), 2);
+        assert!(!text.contains('\u{1b}'), "{text}");
     }
 }

@@ -59,10 +59,10 @@ impl Report {
         report
     }
 
-    /// A report of wrong usage.
+    /// A report of wrong usage, which is found before anything is touched.
     #[must_use]
     pub fn usage(what: &str, why: impl Into<String>) -> Box<Self> {
-        Self::new(what, &Error::why(ErrorKind::Usage, why))
+        Self::refused(what, &Error::why(ErrorKind::Usage, why))
     }
 
     /// The text for people.
@@ -172,5 +172,7 @@ mod tests {
         );
         let io = Report::refused("cannot mount disk.hdd", &Error::errno(libc::EIO));
         assert_eq!(io.data, None, "after an I/O error nothing is promised");
+        let usage = Report::usage("cannot mount disk.hdd", "unknown option 'x' after -o");
+        assert_eq!(usage.data.as_deref(), Some("nothing was changed"));
     }
 }

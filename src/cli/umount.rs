@@ -93,7 +93,7 @@ fn find<'a>(target: &Path, records: &'a [Record]) -> Result<(Option<PathBuf>, Op
             return Ok((Some(full), record));
         }
     }
-    let of_image = |record: &&Record| record.image.0 == full && record.mountpoint.is_some();
+    let of_image = |record: &&Record| record.mountpoint.is_some() && record.is_of(&full);
     let named: Vec<&Record> = records.iter().filter(|r| of_image(r) || here(r)).collect();
     let living: Vec<&Record> = named
         .iter()

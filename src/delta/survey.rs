@@ -6,7 +6,7 @@
 
 use super::bits::BitSet;
 use super::image::Image;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
 use crate::format::bat::EntryError;
 use crate::format::header::Header;
 use crate::format::layout::Layout;
@@ -78,7 +78,7 @@ impl Survey {
                 .in_file(image.path())
                 .at_cluster(*cluster)
                 .at_offset(Layout::entry_offset(*cluster))
-                .fix("run `ploopfs repair` on it, or read what is intact with `ploopfs mount -r`"),
+                .fix(REPAIR_HINT),
         )
     }
 }

@@ -52,6 +52,6 @@ impl Health {
     pub fn error(&self) -> Error {
         let reason = self.reason().unwrap_or_default();
         Error::why(ErrorKind::Latched, reason)
-            .fix("unmount, look at the host's log, then run `ploopfs repair` on the image")
+            .fix("unmount, look at the host's log, and mount again: the image is then examined")
     }
 }

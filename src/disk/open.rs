@@ -27,7 +27,7 @@ use crate::delta::alloc::Allocator;
 use crate::delta::image::Image;
 use crate::delta::in_use::InUseMark;
 use crate::delta::survey::{Fault, Survey, survey};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
 use crate::format::bat::EntryError;
 use crate::format::extension::{self, Extension};
 use crate::format::header::Header;
@@ -294,7 +294,7 @@ fn refuse(image: &Image, found: &Survey, was_in_use: bool) -> Error {
     )
     .because(error)
     .in_file(image.path())
-    .fix("run `ploopfs repair` on it, or read what is intact with `ploopfs mount -r`")
+    .fix(REPAIR_HINT)
 }
 
 /// The repairs that lose nothing. The mark is durable when this runs.

@@ -32,7 +32,8 @@ const TRIES: u32 = 64;
 #[derive(Clone, Debug)]
 pub struct Attached {
     number: u32,
-    status: Status,
+    /// Unknown where the daemon behind the file has died: looking at the file fails then.
+    status: Option<Status>,
 }
 
 /// Where to mount a file system of the disk.
@@ -83,7 +84,7 @@ pub fn attach(mount: &OwnedFd, name: &Path, read_only: bool) -> Result<Attached>
         };
         match loopdev::configure(&device, file.as_fd(), &setup) {
             Ok(()) => {
-                let status = loopdev::status(device.as_fd())?;
+                let status = Some(loopdev::status(device.as_fd())?);
                 return Ok(Attached { number, status });
             }
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
@@ -106,7 +107,11 @@ impl Attached {
         let name = path.file_name()?.to_str()?;
         let number = name.strip_prefix("loop")?.parse().ok()?;
         let device = File::open(loopdev::path(number)).ok()?;
-        let status = loopdev::status(device.as_fd()).ok()?;
+        let status = match loopdev::status(device.as_fd()) {
+            Ok(status) => Some(status),
+            Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => None,
+            Err(_) => return None,
+        };
         Some(Self { number, status })
     }
 
@@ -197,9 +202,11 @@ impl Attached {
 
     /// True while the device has the file that it had when this value was made.
     fn is_same(&self, device: &File) -> bool {
-        loopdev::status(device.as_fd()).is_ok_and(|status| {
-            (status.device, status.inode) == (self.status.device, self.status.inode)
-        })
+        let file = |status: Status| (status.device, status.inode);
+        match loopdev::status(device.as_fd()) {
+            Ok(status) => self.status.map(file) == Some(file(status)),
+            Err(e) => e.raw_os_error() == Some(libc::ENOTCONN),
+        }
     }
 
     /// Takes the file away. With `lazy`, a device that is in use goes with its last user; else that

@@ -1,6 +1,6 @@
 //! One record for each running daemon, so that other commands find it.
 //!
-//! Imports: `error`, `sys`.
+//! Imports: `chain` (names of images), `error`, `sys`.
 //! Never: is trusted about a process: a record counts only while a process with its id *and* start
 //! time lives. Nothing breaks without records but the comfort of waiting.
 //!
@@ -9,6 +9,7 @@
 //! removes it when the image is closed. If the close fails it leaves the reason in the record, for
 //! the `umount` that waits for it.
 
+use crate::chain::bundle::subject;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mount::{MountEntry, mount_table};
 use crate::sys::process;
@@ -125,6 +126,19 @@ impl Record {
     fn is_replaced_by(&self, other: &Self) -> bool {
         let mount = self.mount_device.is_some() && self.mount_device == other.mount_device;
         mount || (self.device.is_some() && self.device == other.device)
+    }
+
+    /// True when `target`, in full, is the image by any of its names: another link to it, the
+    /// descriptor instead of its bundle, the bundle instead of its virtual machine.
+    #[must_use]
+    pub fn is_of(&self, target: &Path) -> bool {
+        let identity = |path: &Path| {
+            let meta = fs::metadata(subject(path).ok()?).ok()?;
+            Some((meta.dev(), meta.ino()))
+        };
+        // Compared as text first: what an image lies on may be gone, or be covered by its mount.
+        self.image.0 == target
+            || identity(target).is_some_and(|found| Some(found) == identity(&self.image.0))
     }
 
     /// True while the mount that this record is about is the visible one at its place.
@@ -345,6 +359,28 @@ mod tests {
         assert_eq!(registry.all().unwrap(), vec![record.clone()]);
         registry.remove(&record);
         assert!(registry.all().unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_image_is_known_by_all_of_its_names() {
+        let (_directory, registry) = registry();
+        let machine = registry.directory.join("vm.pvm");
+        let bundle = machine.join("disk.hdd");
+        let descriptor = bundle.join("DiskDescriptor.xml");
+        let link = machine.join("link");
+        fs::create_dir_all(&bundle).unwrap();
+        fs::write(&descriptor, "").unwrap();
+        fs::write(bundle.join("root.hds"), "").unwrap();
+        fs::hard_link(bundle.join("root.hds"), &link).unwrap();
+        let record = |image: &Path| Record::of_this_process(image, true).unwrap();
+        let names = [&machine, &bundle, &descriptor];
+        for served in names {
+            assert!(names.iter().all(|name| record(served).is_of(name)));
+            assert!(!record(served).is_of(&link));
+        }
+        assert!(record(&bundle.join("root.hds")).is_of(&link));
+        assert!(record(Path::new("/gone")).is_of(Path::new("/gone")));
+        assert!(!record(Path::new("/gone")).is_of(Path::new("/gone too")));
     }
 
     #[test]

@@ -77,6 +77,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             LOOP,
             detach_leaves_others,
         ),
+        trial("detach_after_death", LOOP, detach_after_death),
         trial("list_shows_mounts", &[Fuse], list_shows_mounts),
         trial("foreground_stays", &[Fuse], foreground_stays),
     ]
@@ -442,6 +443,29 @@ fn detach_leaves_others() -> Outcome {
     let is_attached = backing.exists();
     command::run(command::ploopfs(&["detach"]).arg(&other))?.expect_code(0)?;
     ensure!(is_attached, "the other image was detached");
+    Ok(())
+}
+
+fn detach_after_death() -> Outcome {
+    let dir = scratch()?;
+    let path = dir.path().join("dead.hds");
+    ImageSpec::new(2, 2048, 1 << 16).write(&path)?;
+    let pid_file = dir.path().join("pid");
+    let mut attach = command::ploopfs(&["attach", "--pid-file"]);
+    let said = command::ok(attach.arg(&pid_file).arg(&path))?;
+    let pid: i32 = fs::read_to_string(&pid_file)?.trim().parse()?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL)?;
+    // The kernel knows the file's attributes for a while; after that, looking at it fails.
+    std::thread::sleep(Duration::from_secs(3));
+    let done = command::run(command::ploopfs(&["detach"]).arg(&path))?;
+    let name = said.trim().trim_start_matches("/dev/");
+    let shown = fs::read(format!("/sys/block/{name}/loop/backing_file"));
+    let stays = shown.is_ok_and(|shown| shown.starts_with(b"/dead.hds"));
+    if stays {
+        command::run(command::new("losetup").arg("-d").arg(said.trim()))?;
+    }
+    ensure!(!stays, "{name} still has the file: {}", done.story());
+    done.expect_code(1)?.expect_words(&["died"])?;
     Ok(())
 }
 

@@ -59,6 +59,14 @@ pub(super) fn find(image: &Path) -> Result<Found> {
     }
 }
 
+/// The file or the directory that an IMAGE stands for, whichever of its names was given.
+pub fn subject(image: &Path) -> Result<PathBuf> {
+    Ok(match find(image)? {
+        Found::Image(file) => file,
+        Found::Bundle { directory, .. } => directory,
+    })
+}
+
 fn find_in_directory(directory: &Path) -> Result<Found> {
     if directory.join(DESCRIPTOR).symlink_metadata().is_ok() {
         let (directory, descriptor) = (directory.to_owned(), DESCRIPTOR.to_owned());
