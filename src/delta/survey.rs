@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
 use crate::format::bat::EntryError;
 use crate::format::header::Header;
 use crate::format::layout::Layout;
-use crate::units::{ClusterSize, DiskCluster, FileCluster, FileOffset, len_u64};
+use crate::units::{DiskCluster, FileCluster, FileOffset, len_u64};
 use std::fmt;
 
 const PIECE: u64 = 64 * 1024;
@@ -103,7 +103,6 @@ fn limit_of(layout: &Layout) -> u64 {
 
 struct Walk<'a> {
     layout: &'a Layout,
-    cluster: ClusterSize,
     file_len: FileOffset,
     beyond: Vec<u64>,
     survey: Survey,
@@ -185,7 +184,6 @@ pub fn survey(image: &Image, header: &Header) -> Result<Survey> {
     let limit = limit_of(layout);
     let mut walk = Walk {
         layout,
-        cluster: layout.cluster(),
         file_len,
         beyond: Vec::new(),
         survey: Survey {
@@ -200,7 +198,6 @@ pub fn survey(image: &Image, header: &Header) -> Result<Survey> {
             tail_used: false,
         },
     };
-    debug_assert_eq!(walk.cluster, layout.cluster());
     let end = layout.data_start().get().min(file_len.get());
     let mut buffer = vec![0; usize::try_from(PIECE).unwrap_or(usize::MAX)];
     let mut at = 64;

@@ -33,7 +33,7 @@ use crate::format::extension::{self, Extension};
 use crate::format::header::Header;
 use crate::plan::RequestOrder;
 use crate::storage::{Keep, Storage};
-use crate::units::{FileOffset, len_u64, len_usize};
+use crate::units::{FileOffset, len_usize};
 use arc_swap::ArcSwap;
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
@@ -239,12 +239,11 @@ fn prepare(
     let mut found = survey(image, header)?;
     let mut mark = InUseMark::new(*header.raw());
     let was_in_use = header.is_in_use();
+    // Only one cluster can lie across the end: a second such entry would share it.
+    let is_tail = |fault: &Fault| matches!(fault, Fault::Entry(EntryError::CutByEnd(_)));
     let only_tail = found.tail_used
-        && found
-            .faults
-            .iter()
-            .all(|(_, fault)| matches!(fault, Fault::Entry(EntryError::CutByEnd(_))))
-        && found.fault_count == len_u64(found.faults.len());
+        && found.fault_count == 1
+        && found.faults.iter().all(|(_, fault)| is_tail(fault));
     let mendable = found.fault_count == 0 || (was_in_use && only_tail);
     if !mendable {
         return Err(refuse(image, &found, was_in_use));
@@ -407,4 +406,77 @@ fn read_extension(
         )),
         None => Ok(Some(extension)),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::bundle::{OpenedFile, Plain};
+    use crate::format::header::{IN_USE, MAGIC_V2, RawHeader};
+    use crate::storage::mem::MemStorage;
+    use crate::units::SectorCount;
+    use std::path::PathBuf;
+
+    /// Ten clusters of 4 KiB, marked in use; three of them are in the file, the last cut short.
+    fn image(entries: &[(usize, u32)]) -> Arc<MemStorage> {
+        let raw = RawHeader {
+            magic: MAGIC_V2,
+            disk_type: 2,
+            heads: 0,
+            cylinders: 0,
+            cluster_sectors: 8,
+            entry_count: 10,
+            size_in_sectors: 80,
+            in_use: IN_USE,
+            first_block: 8,
+            flags: 0,
+            extension: 0,
+        };
+        let mut bytes = vec![7; 3 * 4096 + 1000];
+        bytes[..4096].fill(0);
+        bytes[..64].copy_from_slice(&raw.encode());
+        for (index, entry) in entries {
+            bytes[64 + 4 * index..68 + 4 * index].copy_from_slice(&entry.to_le_bytes());
+        }
+        Arc::new(MemStorage::new(bytes))
+    }
+
+    fn open_image(storage: &Arc<MemStorage>) -> Result<Arc<Disk>> {
+        let file = OpenedFile {
+            path: PathBuf::from("x.hds"),
+            storage: Arc::clone(storage) as crate::storage::SharedStorage,
+            plain: Plain::No,
+            guid: None,
+        };
+        let part = OpenedPart {
+            start: SectorCount::ZERO,
+            end: None,
+            blocksize: None,
+            files: vec![file],
+        };
+        let images = OpenedImages::from_parts(PathBuf::from("x.hds"), vec![part]);
+        open(Arc::new(images), &DiskOptions::default()).map(|(disk, _)| disk)
+    }
+
+    #[test]
+    fn a_cluster_that_the_end_cuts_is_filled_up_with_zeros() {
+        let storage = image(&[(0, 1), (4, 3)]);
+        let disk = open_image(&storage).unwrap();
+        let mut found = [1; 4096];
+        disk.read_at(crate::units::DiskOffset::new(4 * 4096), &mut found)
+            .unwrap();
+        assert!(found[..1000].iter().all(|byte| *byte == 7));
+        assert!(found[1000..].iter().all(|byte| *byte == 0));
+        disk.close().unwrap();
+        assert_eq!(storage.to_vec().len(), 4 * 4096);
+    }
+
+    #[test]
+    fn two_that_share_it_are_refused_and_left_alone() {
+        let storage = image(&[(0, 1), (4, 3), (5, 3)]);
+        let before = storage.to_vec();
+        let error = open_image(&storage).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse);
+        assert!(storage.to_vec() == before, "a refused open changes nothing");
+    }
 }
