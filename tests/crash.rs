@@ -4,6 +4,8 @@
 //! on them the power is cut, on copies: each un-synced operation is kept or lost at random, writes
 //! torn at 512 bytes. From each such state the disk is opened anew and read as a whole, and every
 //! sector must hold what the last flush that returned made durable, or something issued since.
+//! Now and then several clients work at the same time; then a seed fixes what they do, but not how
+//! they interleave.
 //!
 //! A failing seed repeats with `PLOOPFS_SEED=N`; `PLOOPFS_SEEDS=N` runs that many.
 
@@ -29,7 +31,9 @@ use storage::{Flaw, SimFile, World};
 const STEPS: u64 = 60;
 /// States tried for one cut.
 const STATES: u64 = 3;
-const SEEDS: u64 = 40;
+const SEEDS: u64 = 25;
+/// Clients at work at the same time, where there are several.
+const CLIENTS: u64 = 3;
 
 /// One file of a part: its bytes, and whether it is plain.
 type Level = (Vec<u8>, Plain);
@@ -240,6 +244,58 @@ fn step(disk: &Arc<Disk>, model: &mut Model, dice: &mut u64) {
     }
 }
 
+/// What one of several clients does at the same time as the others.
+#[derive(Clone, Copy, Debug)]
+enum Deed {
+    Write(u64, Stamp),
+    Zero(u64),
+    Flush,
+}
+
+/// Several clients at once. Each has sectors of its own, but they share clusters, so that they meet
+/// wherever a cluster gets a place, is copied up or loses its entry. The model hears of everything
+/// before it begins, and their flushes promise nothing here.
+fn together(disk: &Arc<Disk>, model: &mut Model, dice: &mut u64) {
+    let deeds = |client: u64| {
+        let deed = |_| {
+            let sector = splitmix(dice) % (model.sectors() / CLIENTS) * CLIENTS + client;
+            match splitmix(dice) % 8 {
+                0 => Deed::Flush,
+                1 | 2 => {
+                    model.issue(sector..sector + 1, Stamp::ZERO);
+                    Deed::Zero(sector)
+                }
+                _ => {
+                    let stamp = model.next_stamp();
+                    model.issue(sector..sector + 1, stamp);
+                    Deed::Write(sector, stamp)
+                }
+            }
+        };
+        (0..4).map(deed).collect::<Vec<_>>()
+    };
+    let clients: Vec<_> = (0..CLIENTS).map(deeds).collect();
+    std::thread::scope(|scope| {
+        for deeds in &clients {
+            scope.spawn(move || {
+                for deed in deeds {
+                    let done = match *deed {
+                        Deed::Write(sector, stamp) => {
+                            let at = DiskOffset::new(sector * SECTOR);
+                            disk.write_at(at, &stamp.bytes(sector..sector + 1))
+                        }
+                        Deed::Zero(sector) => {
+                            disk.zero_at(DiskOffset::new(sector * SECTOR), SECTOR)
+                        }
+                        Deed::Flush => disk.flush_now(),
+                    };
+                    done.expect("nothing fails here");
+                }
+            });
+        }
+    });
+}
+
 /// Runs a workload; after every operation on the files the power is cut, on copies.
 fn run(parts: &Parts, seed: u64, flaw: Flaw) -> Found {
     let mut dice = seed;
@@ -272,6 +328,7 @@ fn run(parts: &Parts, seed: u64, flaw: Flaw) -> Found {
                 // What the open has seen it has made durable first.
                 model.saw(&seen);
             }
+            2..5 => together(&disk, &mut model, &mut dice),
             _ => step(&disk, &mut model, &mut dice),
         }
         bench.world.record(false);
