@@ -315,8 +315,12 @@ fn e_kind(error: &std::io::Error) -> ErrorKind {
 /// What can be done where the host refuses to open a file.
 fn with_hint(error: Error, write: bool) -> Error {
     match error.kind() {
-        ErrorKind::Io(libc::EROFS | libc::EACCES | libc::EPERM) if write => {
-            error.fix("to read only: -r")
+        ErrorKind::Io(libc::EROFS) if write => error.fix("to read only: -r"),
+        ErrorKind::Io(libc::EACCES | libc::EPERM) if write => {
+            error.fix("writing takes the owner or root; if you may read it: -r")
+        }
+        ErrorKind::Io(libc::EACCES | libc::EPERM) => {
+            error.fix("reading takes the permission of its owner, on it and on its directories")
         }
         ErrorKind::Io(libc::EMFILE | libc::ENFILE) => {
             error.fix("the disk has more files than may be open: raise the limit (ulimit -n)")

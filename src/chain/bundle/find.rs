@@ -115,7 +115,9 @@ fn find_in_directory(directory: &Path) -> Result<Found> {
     } else if !disks.is_empty() {
         format!("perhaps one of these is meant: {}", shown(&disks))
     } else {
-        "it has no .hds files either".to_owned()
+        "name a .hds file, a .hdd bundle, its DiskDescriptor.xml or a .pvm; this directory has \
+         no image in it"
+            .to_owned()
     };
     Err(error.in_file(directory).fix(fix))
 }
