@@ -161,8 +161,10 @@ fn check_reading(file: &Arc<SparseFile>) -> Option<Windows> {
     let fields = Fields::of(file);
     let found = Windows::of(&disk);
     disk.close().expect("nothing to do");
-    for ((at, len), shown) in steps(disk_size(file)).iter().zip(&found.shown) {
-        assert_eq!(*shown, fields.step(file, *at, *len), "{len} bytes at {at}");
+    let expected = steps(disk_size(file));
+    assert!(found.iter().map(|(step, _)| step).eq(expected));
+    for ((at, len), shown) in found.iter() {
+        assert_eq!(*shown, fields.step(file, at, len), "{len} bytes at {at}");
     }
     assert!(file.same_as(&before), "reading changes nothing");
     Some(found)
@@ -189,10 +191,7 @@ fn check_writing(file: &Arc<SparseFile>, seen: &Windows, dice: &mut Dice) {
     };
     let mut windows = Windows::of(&disk);
     seen.assert_kept_by(&windows, "opened for writing");
-    assert!(
-        windows.shown.iter().all(Option::is_some),
-        "what is open for writing has no bad entries"
-    );
+    assert!(windows.is_whole(), "open for writing, with bad entries");
     windows.change(&disk, dice, 1 + dice.0 % 12);
     windows.assert_kept_by(&Windows::of(&disk), "written");
     disk.close().expect("it closes");
@@ -206,7 +205,9 @@ fn check_writing(file: &Arc<SparseFile>, seen: &Windows, dice: &mut Dice) {
     let storage = Arc::clone(file) as Arc<dyn ploopfs::storage::Storage>;
     let image = Image::expanding(Path::new("image"), storage).expect("a header");
     let found = survey(&image, image.header().expect("a header")).expect("a table");
-    assert_eq!((found.fault_count, found.tail_len), (0, 0));
+    assert_eq!(found.fault_count, 0);
+    // A file that was never written to keeps its odd end.
+    assert!(found.tail_len == 0 || file.same_as(&before));
 }
 
 fuzz_target!(|data: &[u8]| {

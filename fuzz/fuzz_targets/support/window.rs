@@ -33,7 +33,7 @@ pub(crate) fn steps(size: u64) -> Vec<(u64, u64)> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Windows {
     steps: Vec<(u64, u64)>,
-    pub(crate) shown: Vec<Shown>,
+    shown: Vec<Shown>,
 }
 
 impl Windows {
@@ -51,6 +51,23 @@ impl Windows {
             let _ = data.map(|at| at.map(|at| disk.seek_hole(at)));
         }
         Self { steps, shown }
+    }
+
+    /// All steps, and what they show.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = ((u64, u64), &Shown)> {
+        self.steps.iter().copied().zip(&self.shown)
+    }
+
+    /// True when all could be read.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.shown.iter().all(Option::is_some)
+    }
+
+    /// From now on anything may be seen in this step.
+    pub(crate) fn forget_step(&mut self, index: usize) {
+        if let Some(shown) = self.shown.get_mut(index) {
+            *shown = None;
+        }
     }
 
     /// Makes a few changes, in the disk and here. The first that fails ends it.
