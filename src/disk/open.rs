@@ -32,10 +32,11 @@ use crate::format::bat::EntryError;
 use crate::format::extension::{self, Extension};
 use crate::format::header::Header;
 use crate::plan::RequestOrder;
+use crate::planted::{Bug, planted};
 use crate::storage::{Keep, Storage};
+use crate::sync::{Condvar, Mutex};
 use crate::units::{FileOffset, len_usize};
 use arc_swap::ArcSwap;
-use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -51,6 +52,24 @@ pub struct Resources {
 }
 
 impl Resources {
+    /// These buffers with another pool.
+    #[must_use]
+    pub fn with_pool(&self, pool: Arc<dyn Spawn>) -> Self {
+        Self {
+            pool,
+            buffers: Arc::clone(&self.buffers),
+        }
+    }
+
+    /// A pool, and no buffers at all: every request is served where it arrives.
+    #[must_use]
+    pub fn without_buffers(pool: Arc<dyn Spawn>) -> Self {
+        Self {
+            pool,
+            buffers: Buffers::none(),
+        }
+    }
+
     /// Starts this many threads and sets all buffers aside.
     pub fn new(pool_threads: usize) -> Result<Self> {
         Ok(Self {
@@ -190,7 +209,9 @@ fn open_for_writing(
         ));
     };
     let storage: &dyn Storage = top.storage.as_ref();
-    storage.sync_data().map_err(|e| e.in_file(&top.path))?;
+    if !planted(Bug::NoSyncAtOpen) {
+        storage.sync_data().map_err(|e| e.in_file(&top.path))?;
+    }
     let mut chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
     if chain.top().header().is_some_and(Header::is_in_use) {
         if let Err(error) = storage.drop_cache() {
