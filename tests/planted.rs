@@ -52,7 +52,11 @@ fn fault(bug: Bug, seed: u64) -> Option<Fault> {
     Some(Fault {
         kind,
         nth: seed % 40,
-        errno: if kind == Kind::Write { libc::ENOSPC } else { libc::EIO },
+        errno: if kind == Kind::Write {
+            libc::ENOSPC
+        } else {
+            libc::EIO
+        },
         for_ever: false,
     })
 }
@@ -63,7 +67,10 @@ fn each_planted_bug_is_found() {
     let mut unnoticed = Vec::new();
     let only = std::env::var("PLOOPFS_BUG").ok();
     for bug in Bug::ALL {
-        if only.as_ref().is_some_and(|only| *only != format!("{bug:?}")) {
+        if only
+            .as_ref()
+            .is_some_and(|only| *only != format!("{bug:?}"))
+        {
             continue;
         }
         let started = std::time::Instant::now();

@@ -10,9 +10,10 @@ mod forge;
 mod sim;
 
 use ploopfs::disk::Resources;
-use sim::kinds;
-use sim::replay::{Cuts, replay};
-use sim::storage::Manners;
+use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
+use sim::kinds::{self, DiskKind};
+use sim::replay::{Cuts, Found, replay};
+use sim::storage::{Fault, Kind, Manners};
 use sim::workload::{Plan, run};
 
 fn number(name: &str) -> Option<u64> {
@@ -74,4 +75,98 @@ fn nothing_is_lost() {
             kind.name
         );
     }
+}
+
+/// Workloads in which every operation fails once, and from then on.
+const FAULTY: u64 = 3;
+
+/// All faults that a workload with these numbers of operations can meet.
+fn faults(counts: &[(Kind, u64)]) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    for (kind, count) in counts {
+        let errnos: &[i32] = match kind {
+            Kind::Write | Kind::Allocate | Kind::SetLen | Kind::Zero | Kind::Copy => {
+                &[libc::EIO, libc::ENOSPC]
+            }
+            Kind::Len | Kind::Read | Kind::Sync | Kind::NextData => &[libc::EIO],
+        };
+        for nth in 0..*count {
+            for errno in errnos {
+                faults.extend([false, true].map(|for_ever| Fault {
+                    kind: *kind,
+                    nth,
+                    errno: *errno,
+                    for_ever,
+                }));
+            }
+        }
+    }
+    faults
+}
+
+/// One workload with one fault: what is wrong with it, and the states it was judged by.
+fn with_fault(kind: &DiskKind, mut plan: Plan, fault: Fault, resources: &Resources) -> Found {
+    plan.manners.fault = Some(fault);
+    let seed = plan.seed;
+    let story = format!(
+        "PLOOPFS_SEED={seed} cargo test --test sim whatever_fails, {}, {fault:?}",
+        kind.name
+    );
+    let outcome = run(kind, plan, resources, &story);
+    let log = outcome.world.log();
+    let cuts = Cuts {
+        states: 1,
+        from: log.len() / 4,
+        every: 12,
+    };
+    let mut found = replay(kind, &log, cuts, seed, resources);
+    found.complaints.extend(outcome.complaints);
+    for complaint in &mut found.complaints {
+        complaint.push_str(&format!("; {story}"));
+    }
+    found
+}
+
+#[test]
+fn whatever_fails_nothing_is_lost() {
+    let kinds = kinds::all();
+    let work: Vec<_> = kinds
+        .iter()
+        .flat_map(|kind| seeds(FAULTY).map(move |seed| (kind, seed)))
+        .collect();
+    let (mut runs, mut states) = (0, 0);
+    for (kind, seed) in &work {
+        let resources = Resources::new(1).expect("threads and memory");
+        let plan = Plan {
+            seed: *seed,
+            manners: Manners {
+                poor_host: seed % 3 == 0,
+                ..Manners::default()
+            },
+            lives: 1,
+            requests: 16,
+        };
+        let counts = run(kind, plan, &resources, "without a fault")
+            .world
+            .counts();
+        let faults = faults(&counts);
+        let found = faults
+            .par_iter()
+            .map_init(
+                || Resources::new(1).expect("threads and memory"),
+                |resources, fault| with_fault(kind, plan, *fault, resources),
+            )
+            .reduce(Found::default, |mut all, one| {
+                all.states += one.states;
+                all.complaints.extend(one.complaints);
+                all
+            });
+        assert!(found.complaints.is_empty(), "{:#?}", found.complaints);
+        runs += faults.len();
+        states += found.states;
+    }
+    println!(
+        "{} workloads, {runs} with one fault each, {states} states, none wrong",
+        work.len()
+    );
 }

@@ -4,8 +4,9 @@
 //! A read-write open makes sure of the image first, in this order:
 //!
 //! 1. sync the file. What a killed process wrote may be in the host's cache only; believing it and
-//!    losing it later would give one cluster to two owners. If the in-use mark is set, drop the
-//!    cache too: after a failed sync it may hold what the medium does not;
+//!    losing it later would give one cluster to two owners. If the in-use mark is set, or there is
+//!    none because the file is plain, drop the cache too: after a failed sync it may hold what the
+//!    medium does not;
 //! 2. read header and table (again), through the locked descriptor;
 //! 3. refuse what writing would make worse: invalid or shared entries, a dirty bitmap;
 //! 4. mend what is harmless, if the mark is set or a bitmap is dropped: first make the mark durable
@@ -213,7 +214,8 @@ fn open_for_writing(
         storage.sync_data().map_err(|e| e.in_file(&top.path))?;
     }
     let mut chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
-    if chain.top().header().is_some_and(Header::is_in_use) {
+    // A plain file has no mark that could tell.
+    if chain.top().header().is_none_or(Header::is_in_use) {
         if let Err(error) = storage.drop_cache() {
             // Best effort: not every host can, and then what is cached is all there is.
             log::warn!("{}: the host's cache stays: {error}", top.path.display());

@@ -56,11 +56,22 @@ impl Medium {
     }
 
     fn sync(&mut self) {
-        self.pending.clear();
-        self.durable.clone_from(&self.cached);
+        // Not what reads see: what an earlier sync has lost stays lost.
+        for change in self.pending.drain(..) {
+            change.apply(&mut self.durable, &mut || true);
+        }
         if self.durable.get(MARK) == Some(&[0; 4]) && self.closed[1].is_some() {
             self.closed = [self.closed[1].take(), None];
         }
+    }
+
+    /// What reads see when nothing comes from the host's cache that is not yet to be written.
+    fn uncached(&self) -> Vec<u8> {
+        let mut bytes = self.durable.clone();
+        for change in &self.pending {
+            change.apply(&mut bytes, &mut || true);
+        }
+        bytes
     }
 
     fn after_cut(&self, dice: &mut u64) -> Vec<u8> {
@@ -100,6 +111,7 @@ impl Media {
             Event::Synced { file } => self.0[*file].sync(),
             // The host gives up what it could not write, and calls it clean.
             Event::SyncFailed { file } => self.0[*file].pending.clear(),
+            Event::CacheDropped { file } => self.0[*file].cached = self.0[*file].uncached(),
             Event::Cut { files } => {
                 for (medium, bytes) in self.0.iter_mut().zip(files) {
                     let closed = medium.closed.clone();
@@ -113,6 +125,15 @@ impl Media {
         }
         true
     }
+}
+
+/// A file as the medium has it, with all that is still to be written there.
+pub(crate) fn uncached(log: &[Event], files: &[Vec<u8>], file: usize) -> Vec<u8> {
+    let mut media = Media::new(files);
+    for event in log {
+        media.take(event);
+    }
+    media.0[file].uncached()
 }
 
 /// The files as a power cut at the end of the log leaves them.

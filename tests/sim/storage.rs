@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::model::{Stamp, WriteId};
+use super::replay::uncached;
 
 /// One operation that changes a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +65,8 @@ pub(crate) enum Event {
     Synced { file: usize },
     /// A sync failed: what was not durable never will be, although reads still see it.
     SyncFailed { file: usize },
+    /// Reads come from the medium, and from what has yet to be written there.
+    CacheDropped { file: usize },
     /// A client began to write these sectors of the disk.
     Issued {
         id: WriteId,
@@ -134,12 +137,13 @@ pub(crate) struct Manners {
 /// What all files of a run share.
 #[derive(Debug)]
 pub(crate) struct World {
-    manners: Manners,
+    first: Vec<Vec<u8>>,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    manners: Manners,
     files: Vec<Vec<u8>>,
     /// Only what is logged can be replayed; states that are only looked at are not.
     log: Option<Vec<Event>>,
@@ -155,15 +159,30 @@ struct State {
 impl World {
     /// Files with these contents.
     pub(crate) fn new(files: Vec<Vec<u8>>, manners: Manners, logs: bool) -> Arc<Self> {
+        let first = if logs { files.clone() } else { Vec::new() };
         let state = State {
+            manners,
             files,
             log: logs.then(Vec::new),
             ..State::default()
         };
         Arc::new(Self {
-            manners,
+            first,
             state: Mutex::new(state),
         })
+    }
+
+    /// What the files held at first.
+    pub(crate) fn first(&self) -> &[Vec<u8>] {
+        &self.first
+    }
+
+    /// Nothing fails any more.
+    pub(crate) fn mend(&self) {
+        let mut state = self.state.lock();
+        state.manners.fault = None;
+        state.fired = false;
+        state.sync_failed = false;
     }
 
     /// Notes something that is no operation on a file. Returns its time.
@@ -263,7 +282,7 @@ impl World {
 
 impl State {
     /// Counts an operation; an error when it fails, or when its process is dead.
-    fn begin(&mut self, manners: &Manners, kind: Kind, process: u64) -> Result<(), Trouble> {
+    fn begin(&mut self, kind: Kind, process: u64) -> Result<(), Trouble> {
         if self.kill_at.is_some_and(|at| self.total >= at) {
             self.process += 1;
             self.kill_at = None;
@@ -275,7 +294,7 @@ impl State {
         let count = &mut self.counts[kind as usize];
         let number = *count;
         *count += 1;
-        match manners.fault {
+        match self.manners.fault {
             Some(fault)
                 if fault.kind == kind
                     && (number == fault.nth || fault.for_ever && number > fault.nth) =>
@@ -332,7 +351,7 @@ impl SimStorage {
     ) -> Result<T> {
         sync::step();
         let mut state = self.world.state.lock();
-        match state.begin(&self.world.manners, kind, self.process) {
+        match state.begin(kind, self.process) {
             Ok(()) => what(&mut state),
             Err(trouble) => {
                 if matches!(trouble, Trouble::Fault(_)) {
@@ -379,7 +398,8 @@ impl Storage for SimStorage {
     }
 
     fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()> {
-        let half = buf.len() / 2;
+        // Hosts stop between sectors, not within one.
+        let half = buf.len() / 2 / 512 * 512;
         let partly = (half > 0).then(|| Change::Write(index(at), buf[..half].to_vec()));
         let change = Change::Write(index(at), buf.to_vec());
         self.modify(Kind::Write, change, partly)
@@ -387,8 +407,8 @@ impl Storage for SimStorage {
 
     fn sync_data(&self) -> Result<()> {
         let file = self.file;
-        let lying = self.world.manners.lying_syncs;
         let sync = |state: &mut State| {
+            let lying = state.manners.lying_syncs;
             if let Some(log) = state.log.as_mut().filter(|_| !lying) {
                 log.push(Event::Synced { file });
             }
@@ -420,7 +440,7 @@ impl Storage for SimStorage {
 
     fn zero(&self, range: Range<FileOffset>, _keep: Keep) -> Result<()> {
         let range = index(range.start)..index(range.end);
-        let half = range.start..range.start + (range.end - range.start) / 2;
+        let half = range.start..range.start + (range.end - range.start) / 1024 * 512;
         self.modify(Kind::Zero, Change::Zero(range), Some(Change::Zero(half)))
     }
 
@@ -430,12 +450,12 @@ impl Storage for SimStorage {
         source: &dyn Storage,
         from: Range<FileOffset>,
     ) -> Result<bool> {
-        if self.world.manners.poor_host {
+        if self.world.state.lock().manners.poor_host {
             return Ok(false);
         }
         let mut data = vec![0; index(from.end) - index(from.start)];
         source.read_at(from.start, &mut data)?;
-        let half = data[..data.len() / 2].to_vec();
+        let half = data[..data.len() / 2 / 512 * 512].to_vec();
         let partly = Change::Write(index(at), half);
         self.modify(Kind::Copy, Change::Write(index(at), data), Some(partly))?;
         Ok(true)
@@ -455,6 +475,14 @@ impl Storage for SimStorage {
     }
 
     fn drop_cache(&self) -> Result<()> {
+        sync::step();
+        let mut state = self.world.state.lock();
+        let file = self.file;
+        if let Some(log) = &mut state.log {
+            let bytes = uncached(log, &self.world.first, file);
+            log.push(Event::CacheDropped { file });
+            state.files[file] = bytes;
+        }
         Ok(())
     }
 

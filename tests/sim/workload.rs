@@ -56,6 +56,7 @@ struct Scene {
     disk: Arc<Disk>,
     model: parking_lot::Mutex<Model>,
     complaints: parking_lot::Mutex<Vec<String>>,
+    process: u64,
     next: AtomicU64,
     windows: Vec<std::ops::Range<u64>>,
 }
@@ -80,7 +81,24 @@ pub(crate) fn run(kind: &DiskKind, plan: Plan, resources: &Resources, story: &st
                 last,
                 &mut complaints,
             );
-            if complaints.len() > 3 || world.has_fired() {
+            if complaints.len() > 3 {
+                break;
+            }
+            if world.has_fired() {
+                // The host is well again, and so must the disk be.
+                world.mend();
+                let mut plan = plan;
+                plan.requests = 4;
+                live(
+                    kind,
+                    &plan,
+                    &world,
+                    resources,
+                    &mut dice,
+                    &ids,
+                    true,
+                    &mut complaints,
+                );
                 break;
             }
         }
@@ -177,6 +195,7 @@ fn work(
     let scene = Arc::new(Scene {
         world: Arc::clone(world),
         disk,
+        process,
         model: parking_lot::Mutex::new(Model::new(shows)),
         complaints: parking_lot::Mutex::default(),
         next: AtomicU64::new(ids.load(Ordering::SeqCst)),
@@ -355,7 +374,7 @@ impl Scene {
 
     /// Nothing fails but what the world made fail.
     fn check_error(&self, error: &Error, what: &str) {
-        let is_known = self.world.has_fired() || self.world.process() != 0;
+        let is_known = self.world.has_fired() || self.world.is_dead(self.process);
         if !is_known || error.kind() == ErrorKind::Corrupt {
             self.complain(format!("{what} fails: {error}"));
         }
