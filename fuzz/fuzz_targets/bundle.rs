@@ -133,29 +133,29 @@ fn write(
     disk.close().expect("nothing to do");
 }
 
-fuzz_target!(|data: &[u8]| {
-    let Some(recipe) = Recipe::read(data) else {
-        return;
-    };
+fn run(recipe: &Recipe) {
     let place = Place::new();
     recipe.write(&place);
+    let outside = recipe.allows_outside.then(|| place.outside.clone());
     let selection = Selection {
-        allow_outside: recipe
-            .allows_outside
-            .then(|| place.outside.clone())
-            .into_iter()
-            .collect(),
+        allow_outside: outside.into_iter().collect(),
         snapshot: recipe.snapshot.clone(),
         ..Selection::default()
     };
     let before = Tree::of(&place);
-    let seen = read(&place, &recipe, &selection);
+    let seen = read(&place, recipe, &selection);
     if recipe.seed % 8 == 0 || seen.is_none() {
         describe(&place, &selection);
     }
     let changed = Tree::of(&place).differences(&before);
     assert!(changed.is_empty(), "reading has changed {changed:?}");
     if recipe.writes {
-        write(&place, &recipe, &before, &selection, seen.as_ref());
+        write(&place, recipe, &before, &selection, seen.as_ref());
+    }
+}
+
+fuzz_target!(|data: &[u8]| {
+    if let Some(recipe) = Recipe::read(data) {
+        support::alone::run(|| run(&recipe));
     }
 });

@@ -210,15 +210,18 @@ fn check_writing(file: &Arc<SparseFile>, seen: &Windows, dice: &mut Dice) {
     assert!(found.tail_len == 0 || file.same_as(&before));
 }
 
-fuzz_target!(|data: &[u8]| {
-    let Some((file, seed)) = file_of(data) else {
-        return;
-    };
+fn run(file: SparseFile, seed: u64) {
     let file = Arc::new(file);
     let Some(seen) = check_reading(&file) else {
         return;
     };
     if Fields::of(&file).cluster <= u128::from(CLUSTER_MAX) {
         check_writing(&file, &seen, &mut Dice(seed));
+    }
+}
+
+fuzz_target!(|data: &[u8]| {
+    if let Some((file, seed)) = file_of(data) {
+        support::alone::run(|| run(file, seed));
     }
 });

@@ -11,6 +11,7 @@ use ploopfs::plan::{
 };
 use ploopfs::units::{ClusterSize, DiskCluster, DiskOffset, FileOffset, Level};
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// One level: the place of each cluster in its file, and the end of its own disk.
 #[derive(Clone, Debug)]
@@ -19,11 +20,21 @@ struct FakeLevel {
     end: u64,
 }
 
+/// What a byte is: zeros, or a byte of a level's file. A number, so that many are compared quickly.
+type Place = u64;
+const ZEROS: Place = u64::MAX;
+
+fn place(level: usize, at: u64) -> Place {
+    (level as u64) << 48 | at
+}
+
 /// Every level maps some clusters to places of its own file, and ends somewhere.
 #[derive(Clone, Debug)]
 pub(crate) struct FakeChain {
     geometry: Geometry,
     levels: Vec<FakeLevel>,
+    /// What each byte of the disk is.
+    bytes: Arc<Vec<Place>>,
     pending: BTreeSet<u64>,
     bad: BTreeSet<u64>,
     missing: BTreeSet<u32>,
@@ -62,8 +73,9 @@ impl Recipe {
             let end = if number == top { disk_len } else { lower_end };
             FakeLevel { places, end }
         });
-        FakeChain {
+        let mut chain = FakeChain {
             levels: levels.collect(),
+            bytes: Arc::default(),
             geometry: Geometry {
                 cluster,
                 disk_len,
@@ -72,7 +84,20 @@ impl Recipe {
             pending: BTreeSet::new(),
             bad: BTreeSet::new(),
             missing: BTreeSet::new(),
+        };
+        let mut all = Vec::new();
+        for cluster in 0..self.clusters {
+            let (start, winner) = (cluster * bytes, chain.winner(cluster));
+            let end = (start + bytes).min(disk_len);
+            if let Some((level, from)) = winner {
+                let data_end = chain.levels[level].end.min(end);
+                all.extend((start..data_end).map(|at| place(level, from + at - start)));
+            }
+            // Holes, and what is past the end of the level's own disk.
+            all.resize(all.len().max(end as usize), ZEROS);
         }
+        chain.bytes = Arc::new(all);
+        chain
     }
 }
 
@@ -102,13 +127,6 @@ impl FakeChain {
 
     fn cluster_bytes(&self) -> u64 {
         self.geometry.cluster.bytes()
-    }
-
-    /// What one byte of the disk is: zeros, or a byte of a level's file.
-    fn byte(&self, at: u64) -> Option<(usize, u64)> {
-        let (cluster, within) = (at / self.cluster_bytes(), at % self.cluster_bytes());
-        let (level, start) = self.winner(cluster)?;
-        (at < self.levels[level].end).then_some((level, start + within))
     }
 }
 
@@ -171,14 +189,14 @@ pub(crate) fn check_reads(chain: &FakeChain, at: u64, len: u64) {
         assert!(segments.is_inline());
         assert_tiled(segments.as_slice(), covered);
         for segment in segments.as_slice() {
-            for byte in 0..segment.len {
-                let expected = chain.byte(here.get() + segment.start + byte);
-                let found = match segment.what {
-                    Source::Zeros => None,
-                    Source::Data { level, at } => Some((level.index(), at.get() + byte)),
-                };
-                assert_eq!(found, expected);
-            }
+            let first = (here.get() + segment.start) as usize;
+            let found: Vec<Place> = match segment.what {
+                Source::Zeros => vec![ZEROS; segment.len as usize],
+                Source::Data { level, at } => (at.get()..at.get() + segment.len)
+                    .map(|at| place(level.index(), at))
+                    .collect(),
+            };
+            assert_eq!(found, chain.bytes[first..first + segment.len as usize]);
         }
         for pair in segments.as_slice().windows(2) {
             let joinable = match (pair[0].what, pair[1].what) {
@@ -223,9 +241,20 @@ pub(crate) fn check_writes(chain: &FakeChain, at: u64, len: u64, zeros: u64) {
         assert!(covered > 0);
         assert_tiled(segments.as_slice(), covered);
         for segment in segments.as_slice() {
-            for byte in 0..segment.len {
-                let disk = here + segment.start + byte;
-                check_target(chain, disk, *segment, byte, is_zero_cluster(disk / bytes));
+            let (first, end) = (here + segment.start, here + segment.start + segment.len);
+            for cluster in first / bytes..=(end - 1) / bytes {
+                // What a target says of the bytes in one cluster, it says of the first and the
+                // last, or of none.
+                let piece = first.max(cluster * bytes)..end.min((cluster + 1) * bytes);
+                for disk in [piece.start, piece.end - 1] {
+                    check_target(
+                        chain,
+                        disk,
+                        *segment,
+                        disk - first,
+                        is_zero_cluster(cluster),
+                    );
+                }
             }
         }
         done += covered;

@@ -3,12 +3,13 @@
 // Each target uses a part of it.
 #![allow(dead_code)]
 
+pub(crate) mod alone;
 pub(crate) mod dice;
 pub(crate) mod sparse;
 pub(crate) mod window;
 
 use ploopfs::disk::{DiskOptions, EnospcPolicy, Resources};
-use std::sync::OnceLock;
+use std::sync::Arc;
 
 /// Options under which a small disk meets everything: a cache of one page, steps of 32 KiB.
 pub(crate) fn options(read_only: bool) -> DiskOptions {
@@ -23,10 +24,7 @@ pub(crate) fn options(read_only: bool) -> DiskOptions {
     }
 }
 
-/// Threads and buffers of all disks of this process.
+/// No threads, and no buffers: a caller that waits for its answer needs neither.
 pub(crate) fn resources() -> Resources {
-    static SHARED: OnceLock<Resources> = OnceLock::new();
-    SHARED
-        .get_or_init(|| Resources::new(1).expect("threads and memory"))
-        .clone()
+    Resources::without_buffers(Arc::new(alone::NoPool))
 }
