@@ -22,8 +22,8 @@
 //! More dirty pages than the copy area holds take steps 3 to 5 again for each areaful; entries do
 //! not depend on each other, because a cluster never changes hands within a round.
 //!
-//! `tests/crash.rs` cuts the power at every operation of this on simulated files, and fails if one
-//! of the syncs is left out.
+//! `tests/sim.rs` cuts the power at every operation of this on simulated files, and
+//! `tests/planted.rs` proves that it notices when one of these steps is left out or moved.
 //!
 //! The first failure latches the disk: nothing after it is ever reported as durable again.
 

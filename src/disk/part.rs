@@ -6,6 +6,7 @@ use super::epoch::Epochs;
 use super::pool::Spawn;
 use super::stats::{Counters, bump};
 use super::table::{Parked, Table, Wait};
+use super::write::Need;
 use crate::chain::Chain;
 use crate::chain::map::{self, PageMap, Resident, View};
 use crate::chain::page::MapPage;
@@ -194,7 +195,7 @@ impl Part {
         }
     }
 
-    /// Makes at least `count` clusters free inside the file, by lengthening it.
+    /// Makes as many clusters free inside the file as a plan needs, by lengthening it.
     ///
     /// 1. cut what a failed extension, or another program, left beyond the last whole cluster, so
     ///    that all that is added reads as zeros;
@@ -203,9 +204,10 @@ impl Part {
     ///    makes the length durable first: an entry past the end would make the image unusable.
     ///
     /// With [`Keep::Nothing`] the new clusters are a hole without blocks of their own, for masks.
-    pub fn grow(&self, count: u64, blocks: Keep) -> Result<Next> {
+    pub fn grow(&self, need: Need) -> Result<Next> {
+        let Need { count, blocks, .. } = need;
         let _length = self.grow.lock();
-        let (free, file_end, growable, waiting) = {
+        let (free, file_end, growable, waiting, is_current) = {
             let table = self.table.lock();
             let Some(alloc) = &table.alloc else {
                 return Err(Error::errno(libc::EROFS));
@@ -215,6 +217,7 @@ impl Part {
                 alloc.file_end(),
                 alloc.growable(),
                 alloc.waiting(),
+                alloc.reserved_ever() == need.reserved_ever,
             )
         };
         if free >= count {
@@ -222,12 +225,12 @@ impl Part {
         }
         let missing = count - free;
         if growable < missing {
-            // The disk needs no more than its entries: what is missing is in quarantine.
-            let quarantined = waiting > 0;
-            return if quarantined {
-                Ok(Next::Wait(Wait::Flush))
-            } else {
-                Err(Error::errno(libc::ENOSPC).in_file(self.chain.top().path()))
+            // The disk needs no more than its entries: what is missing is in quarantine, or others
+            // have taken it, for the same disk clusters.
+            return match (waiting > 0, is_current) {
+                (true, _) => Ok(Next::Wait(Wait::Flush)),
+                (false, false) => Ok(Next::Again(None)),
+                (false, true) => Err(Error::errno(libc::ENOSPC).in_file(self.chain.top().path())),
             };
         }
         let cluster = self.chain.geometry().cluster;
