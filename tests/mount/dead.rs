@@ -4,9 +4,9 @@ use crate::forge::content::Model;
 use crate::forge::image::{ImageSpec, Mapped};
 use crate::support::command::Finished;
 use crate::support::guards::{FsMount, Loop, Mounted, is_gone, is_mounted, text};
-use crate::support::harness::trial;
+use crate::support::harness::{skip, trial};
 use crate::support::probe::Need::{self, E2fsprogs, Fuse, Root};
-use crate::support::{self, Outcome, command, expect_flat, scratch};
+use crate::support::{self, Outcome, PLOOPFS, command, expect_flat, scratch};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use nix::mount::{MntFlags, MsFlags};
@@ -36,6 +36,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             "replace_dead_leaves_what_covers",
             &[Fuse, Root],
             what_covers_stays,
+        ),
+        trial(
+            "a_user_replaces_only_own_dead_mounts",
+            &[Fuse, Root],
+            users_replace_their_own,
         ),
         trial("replace_dead_names_its_loops", LOOP, loops_are_named),
         trial(
@@ -209,6 +214,39 @@ fn what_covers_stays() -> Outcome {
     refused.expect_words(&["in it", "findmnt"])?;
     ensure!(mounts_at(&inner)? == 1, "what was mounted in it is gone");
     Ok(())
+}
+
+/// Without root all goes through fusermount3. The user gets a door of the kernel in a name space of
+/// its own; what the host's lets users do stays as it is.
+fn users_replace_their_own() -> Outcome {
+    const USER: u32 = 65534;
+    let dir = scratch()?;
+    let (spec, path) = image(dir.path())?;
+    let at = dir.path().join("mnt");
+    fs::create_dir(&at)?;
+    for owned in [dir.path(), &path, &at] {
+        std::os::unix::fs::chown(owned, Some(USER), Some(USER))?;
+    }
+    let script = "mknod -m 666 $1/fuse c 10 229 && mount --bind $1/fuse /dev/fuse || exit 77
+        user() { setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\"; }
+        dead() { kill -9 $(cat $1/pid); sleep 0.2; rm $1/pid; }
+        user $2 mount --pid-file $1/pid $1/a.hds $1/mnt; dead $1
+        user $2 mount $1/a.hds $1/mnt && exit 1
+        $2 mount --replace-dead $1/a.hds $1/mnt && exit 2
+        user $2 mount --replace-dead --pid-file $1/pid $1/a.hds $1/mnt
+        grep -c \" $1/mnt \" /proc/self/mountinfo
+        user cp $1/mnt/disk.img $1/copy; user $2 umount $1/mnt";
+    let mut command = command::new("unshare");
+    command.args(["-m", "--propagation", "private", "sh", "-ec", script, "sh"]);
+    let done = command::run(command.arg(dir.path()).arg(PLOOPFS))?;
+    if done.code() == 77 {
+        return Err(skip(format!("no private device: {}", done.stderr.trim())));
+    }
+    let done = done.expect_code(0)?;
+    ensure!(done.text() == "1\n", "{}", done.story());
+    done.expect_words(&["--replace-dead", "already"])?;
+    expect_flat(&dir.path().join("copy"), &Model::of(&spec))?;
+    support::expect_clean(&path)
 }
 
 fn loops_are_named() -> Outcome {
