@@ -13,7 +13,7 @@
 //!  3  delta                   one image file: header, free clusters, in-use mark
 //!  2  plan                    pure decisions
 //!  1  format      storage     bytes <-> values   |  the only door to host files
-//!  0  units  error  sys       numbers with meaning; what went wrong; the host's calls
+//!  0  units  error  sys  atomics   numbers with meaning; what went wrong; the host's calls
 //! ```
 //!
 //! # Words
@@ -63,6 +63,7 @@
 //! * What does the mount show? [`fuse`].
 
 pub mod admin;
+pub mod atomics;
 pub mod chain;
 pub mod cli;
 pub mod delta;
