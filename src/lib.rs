@@ -13,7 +13,7 @@
 //!  3  delta                   one image file: header, free clusters, in-use mark
 //!  2  plan                    pure decisions
 //!  1  format      storage     bytes <-> values   |  the only door to host files
-//!  0  units  error  sys  sync  planted   numbers; what went wrong; the host's calls; waiting
+//!  0  units  error  sys  atomics  sync  planted   numbers; errors; the host's calls; waiting
 //! ```
 //!
 //! # Words
@@ -65,6 +65,7 @@
 //! * What does the mount show? [`fuse`].
 
 pub mod admin;
+pub mod atomics;
 pub mod chain;
 pub mod cli;
 pub mod delta;

@@ -3,6 +3,7 @@
 //! Lock order, outermost first: the disk's `flush`, this part's `grow`, this part's `table`.
 
 use super::epoch::Epochs;
+use super::flags::{Gate, Unsynced};
 use super::pool::Spawn;
 use super::stats::{Counters, bump};
 use super::table::{Parked, Table, Wait};
@@ -19,7 +20,6 @@ use crate::storage::{Keep, SharedStorage};
 use crate::sync::{self, Condvar, Mutex};
 use crate::units::{DiskCluster, FileOffset};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Bytes of the table for which blocks are reserved: what a disk of 16 TiB with clusters of 1 MiB
@@ -42,9 +42,9 @@ pub struct Part {
     /// Who may still use freed clusters.
     pub epochs: Epochs,
     /// Set after bytes were written, cut or zeroed; cleared by the flush that syncs them.
-    pub data_dirty: AtomicBool,
+    pub data_dirty: Unsynced,
     /// True once the file may be changed: its in-use mark is durable.
-    pub marked: AtomicBool,
+    pub marked: Gate,
     /// Held while the file's length changes.
     pub grow: Mutex<()>,
     /// Clusters by which the file grows at a time.
@@ -92,9 +92,9 @@ impl Part {
             table: Mutex::new(table),
             changed: Condvar::new(),
             epochs: Epochs::default(),
-            data_dirty: AtomicBool::new(false),
+            data_dirty: Unsynced::default(),
             // A plain file has no header to carry a mark.
-            marked: AtomicBool::new(chain.is_plain()),
+            marked: Gate::new(chain.is_plain()),
             grow: Mutex::new(()),
             grow_clusters: (grow_step / cluster).max(1),
             pool,
@@ -138,7 +138,7 @@ impl Part {
     /// between syncs them, one that runs later sees the flag.
     #[inline]
     pub fn note_data(&self) {
-        self.data_dirty.store(true, Ordering::SeqCst);
+        self.data_dirty.note();
     }
 
     /// The page of the map, read from the files if it is not in memory. May wait for the host.
