@@ -12,8 +12,14 @@ mod support;
 mod cycle;
 #[path = "kill/fio.rs"]
 mod fio;
+#[path = "kill/host.rs"]
+mod host;
+#[path = "kill/latch.rs"]
+mod latch;
 #[path = "kill/ledger.rs"]
 mod ledger;
+#[path = "kill/limits.rs"]
+mod limits;
 #[path = "kill/subject.rs"]
 mod subject;
 #[path = "kill/writer.rs"]
@@ -94,5 +100,7 @@ fn main() {
         .map(|(s, r)| trial(s, r))
         .collect();
     trials.extend(ledger::trials());
+    trials.extend(limits::trials());
+    trials.extend(latch::trials());
     harness::main(trials)
 }

@@ -303,7 +303,8 @@ impl Run {
             device.detach()?;
         }
         mounted.signal(Signal::SIGTERM)?;
-        sleep(Duration::from_micros(self.below(30_000)));
+        let most = [2_000, 10_000, 40_000][self.below(3) as usize];
+        sleep(Duration::from_micros(self.below(most)));
         let was_there = mounted.signal(Signal::SIGKILL).is_ok();
         mounted.gone(Duration::from_secs(20))?;
         drop(mounted);

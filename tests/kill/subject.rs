@@ -123,12 +123,7 @@ impl Subject {
                 let path = dir.join("a.hds");
                 let spec = self.spec(self.sectors, 25);
                 spec.write(&path)?;
-                return Ok(Made {
-                    image: path.clone(),
-                    tops: vec![path],
-                    model: Model::of(&spec),
-                    lower: Vec::new(),
-                });
+                return Ok(Made::single(path, Model::of(&spec)));
             }
             Shape::Chain => {
                 let base = Level::Plain {
@@ -221,6 +216,16 @@ impl Extent {
 }
 
 impl Made {
+    /// A disk of one image.
+    pub(crate) fn single(image: PathBuf, model: Model) -> Self {
+        Self {
+            tops: vec![image.clone()],
+            image,
+            model,
+            lower: Vec::new(),
+        }
+    }
+
     /// Is the in-use mark of any writable file set?
     pub(crate) fn is_marked(&self) -> Result<bool> {
         for top in &self.tops {
