@@ -43,7 +43,7 @@ fn punch(file: &File, from: u64, to: u64) -> Result<()> {
     Ok(())
 }
 
-fn die(mounted: Mounted) -> Result<()> {
+fn die(mounted: &Mounted) -> Result<()> {
     mounted.signal(Signal::SIGKILL)?;
     mounted.gone(Duration::from_secs(20))
 }
@@ -73,7 +73,8 @@ fn leaks() -> Outcome {
         let unflushed = 18 * MIB;
         fill(&file, 40 * MIB, 40 * MIB + unflushed)?;
         drop(file);
-        die(mounted)?;
+        die(&mounted)?;
+        drop(mounted);
         let extent = Extent::of(&image)?;
         // What was freed and punched takes no space; it is used again before the file grows.
         let freed = 16 * MIB;
@@ -137,7 +138,8 @@ fn times(what: &str, dir: &Path, image: &Path, top: &Path) -> Outcome {
         file.write_all_at(&[round as u8 + 1; 1024], place(round))?;
         file.sync_all()?;
         drop(file);
-        die(mounted)?;
+        die(&mounted)?;
+        drop(mounted);
         let mark = support::mark_of(top)?;
         ensure!(
             mark == crate::forge::image::IN_USE,
