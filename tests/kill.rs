@@ -20,6 +20,8 @@ mod latch;
 mod ledger;
 #[path = "kill/limits.rs"]
 mod limits;
+#[path = "kill/stage.rs"]
+mod stage;
 #[path = "kill/subject.rs"]
 mod subject;
 #[path = "kill/writer.rs"]
@@ -79,7 +81,7 @@ fn trial(subject: Subject, test: fn() -> support::Outcome) -> Trial {
     const FIO: &[Need] = &[Fuse, Qemu, Root, Loop, Fio];
     let needs = match (subject.door, subject.fio) {
         (_, true) => FIO,
-        (Door::Loop, false) => LOOP,
+        (Door::Loop | Door::Attach, false) => LOOP,
         _ => FILE,
     };
     harness::trial(subject.name, needs, test)
@@ -92,7 +94,7 @@ fn run<const N: usize>() -> support::Outcome {
 fn main() {
     catch_signals();
     let runs: [fn() -> support::Outcome; ALL.len()] = [
-        run::<0>, run::<1>, run::<2>, run::<3>, run::<4>, run::<5>, run::<6>, run::<7>,
+        run::<0>, run::<1>, run::<2>, run::<3>, run::<4>, run::<5>, run::<6>, run::<7>, run::<8>,
     ];
     let mut trials: Vec<Trial> = ALL
         .into_iter()

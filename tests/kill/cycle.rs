@@ -1,6 +1,6 @@
 //! Mount, load, kill, look, mount again: as often as asked.
 //!
-//! Imports: `ledger`, `writer`, `subject`, `fio`, `support`; std, `anyhow`, `nix`.
+//! Imports: `ledger`, `writer`, `subject`, `stage`, `fio`, `support`; std, `anyhow`.
 //! Never: kills a process that it did not start; goes on after the first wrong sector.
 //!
 //! After each kill the files are read three times: by the dumb reader as they lie there, which
@@ -9,17 +9,16 @@
 
 use super::fio::Fio;
 use super::ledger::Ledger;
+use super::stage::{self, Stage};
 use super::subject::{Door, Made, Subject};
 use super::writer::{self, Load, Writer};
 use super::{STOP, seed};
 use crate::forge::content::{mix, splitmix};
 use crate::forge::reader::Flat;
-use crate::support::guards::{Loop, Mounted, is_mounted, text};
+use crate::support::guards::{is_mounted, text};
 use crate::support::{command, scratch};
-use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::Signal;
-use std::fs;
-use std::path::{Path, PathBuf};
+use anyhow::{Context, Result, ensure};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -65,19 +64,6 @@ pub(crate) struct Run {
     dice: u64,
     tally: Tally,
     fio: Option<Fio>,
-}
-
-/// Where the disk is reached now; dropped in this order.
-struct Stage {
-    device: Option<Loop>,
-    mounted: Mounted,
-}
-
-impl Stage {
-    fn path(&self) -> PathBuf {
-        let device = self.device.as_ref().map(|device| device.dev().to_owned());
-        device.unwrap_or_else(|| self.mounted.disk())
-    }
 }
 
 impl Run {
@@ -176,13 +162,13 @@ impl Run {
             _ => {}
         }
         let stage = self.start()?;
-        let load = self.load(&stage, moment)?;
+        let load = self.load(&stage, moment);
         let fio = match (&mut self.fio, moment) {
-            (Some(fio), Moment::Load) => Some(fio.start_writing(&stage.path(), self.dice)?),
+            (Some(fio), Moment::Load) => Some(fio.start_writing(&stage.path, self.dice)?),
             _ => None,
         };
         let seed = splitmix(&mut self.dice);
-        let writer = Writer::start(&stage.path(), &self.ledger, &load, seed);
+        let writer = Writer::start(&stage.path, &self.ledger, &load, seed);
         if let (Some(job), 0) = (&fio, self.below(2)) {
             // Half of the time fio gets to its end: then all of it must survive.
             job.wait()?;
@@ -200,13 +186,13 @@ impl Run {
             }
             _ => {
                 writer.expect_death();
-                stage.mounted.signal(Signal::SIGKILL)?;
+                ensure!(stage.kill()?, "the daemon has gone by itself");
                 let stopped = writer.stop();
                 if let (Some(fio), Some(job)) = (&mut self.fio, &fio) {
                     fio.ended(job)?;
                 }
                 stopped?;
-                self.clear_away(stage)?;
+                stage.clear_away()?;
                 self.killed(moment)?;
             }
         }
@@ -232,10 +218,9 @@ impl Run {
             options.push(words[pick]);
         }
         let was_marked = self.made.is_marked()?;
-        let at = self.dir.path().join("mnt");
-        fs::create_dir_all(&at)?;
         let begun = Instant::now();
-        let (mounted, said) = Mounted::telling(&at, &self.made.image, &options)?;
+        let (door, image) = (self.subject.door, &self.made.image);
+        let (stage, said) = Stage::start(door, self.dir.path(), image, &options)?;
         if was_marked {
             self.tally.restarts.push(begun.elapsed());
             // The note of a mended image, and nothing that was lost.
@@ -243,50 +228,38 @@ impl Run {
                 ensure!(!said.stderr.contains(word), "{}", said.story());
             }
         }
-        let device = match self.subject.door {
-            Door::Loop => Some(Loop::new(&mounted.disk())?),
-            Door::Direct | Door::Cached => None,
-        };
-        let stage = Stage { device, mounted };
-        let file = writer::open(&stage.path(), self.subject.door != Door::Cached)?;
+        let file = writer::open(&stage.path, self.subject.door != Door::Cached)?;
         let settle = |first, bytes: &[u8]| self.ledger.settle(first, bytes);
         writer::read_all(&file, self.region(), settle).context("after a restart")?;
         drop(file);
         if let Some(fio) = &self.fio {
-            self.tally.fio += u64::from(fio.verify(&stage.path())?);
+            self.tally.fio += u64::from(fio.verify(&stage.path)?);
         }
         Ok(stage)
     }
 
-    fn load(&mut self, stage: &Stage, moment: Moment) -> Result<Load> {
-        let grain = match &stage.device {
-            Some(device) => writer::grain_of(&device.queue("logical_block_size")?)?,
-            None => 1,
-        };
+    fn load(&mut self, stage: &Stage, moment: Moment) -> Load {
         let flushes = match moment {
             Moment::Flushes => 50,
             _ => [2, 10, 20][self.below(3) as usize],
         };
-        Ok(Load {
+        Load {
             threads: 3 + self.below(3),
             region: self.region(),
             cluster: u64::from(self.subject.cluster),
-            grain,
+            grain: stage.grain,
             direct: self.subject.door != Door::Cached,
-            device: stage.device.is_some(),
+            device: matches!(self.subject.door, Door::Loop | Door::Attach),
             flushes,
             zeros: [4, 12, 20][self.below(3) as usize],
             reads: 15,
-        })
+        }
     }
 
     /// A clean close: all that was answered is in the image now, flushed or not.
     fn close(&mut self, stage: Stage) -> Result<()> {
         let begun = self.ledger.flush();
-        if let Some(device) = stage.device {
-            device.detach()?;
-        }
-        stage.mounted.umount()?;
+        stage.close()?;
         self.ledger.flushed(begun);
         self.tally.clean += 1;
         ensure!(!self.made.is_marked()?, "the mark is set after a close");
@@ -294,21 +267,17 @@ impl Run {
         self.look()
     }
 
-    /// SIGTERM, and the kill while the image is being closed.
+    /// SIGTERM, or the command that closes; and the kill while the image is being closed.
     fn kill_closing(&mut self, stage: Stage, writer: Writer) -> Result<()> {
         writer.stop()?;
         let begun = self.ledger.flush();
-        let Stage { device, mounted } = stage;
-        if let Some(device) = device {
-            device.detach()?;
-        }
-        mounted.signal(Signal::SIGTERM)?;
+        let closing = stage.begin_close(self.below(2) == 0)?;
         let most = [2_000, 10_000, 40_000][self.below(3) as usize];
         sleep(Duration::from_micros(self.below(most)));
-        let was_there = mounted.signal(Signal::SIGKILL).is_ok();
-        mounted.gone(Duration::from_secs(20))?;
-        drop(mounted);
-        if !self.made.is_marked()? {
+        let (was_there, said_closed) = closing.kill()?;
+        let is_marked = self.made.is_marked()?;
+        ensure!(!(said_closed && is_marked), "called closed with its mark");
+        if !is_marked {
             // The mark goes last, so the flush of the close has been.
             self.ledger.flushed(begun);
             self.made.expect_closed()?;
@@ -320,11 +289,17 @@ impl Run {
         self.look()
     }
 
-    /// A kill while the daemon opens the image, mends it and mounts.
+    /// A kill while the daemon opens the image, mends it and mounts; or of the command that waits
+    /// for it, after which it must give up or be there for good.
     fn kill_opening(&mut self) -> Result<()> {
-        let at = self.dir.path().join("mnt");
-        fs::create_dir_all(&at)?;
-        let mut child = command::ploopfs(&["mount", "-f"])
+        let at = stage::mountpoint(self.dir.path())?;
+        let pid_file = self.dir.path().join("opening.pid");
+        let of_parent = self.below(3) == 0;
+        let mut command = command::ploopfs(&["mount", "--pid-file", text(&pid_file)]);
+        if !of_parent {
+            command.arg("-f");
+        }
+        let mut child = command
             .arg(&self.made.image)
             .arg(&at)
             .stdout(Stdio::null())
@@ -334,24 +309,34 @@ impl Run {
         let killed = child.kill();
         let status = child.wait()?;
         killed?;
+        if of_parent {
+            return self.orphaned(&at, &pid_file);
+        }
         ensure!(
             status.code().is_none(),
             "mount -f ended by itself: {status}"
         );
-        lazy(&at)?;
+        stage::lazy(&at)?;
         self.killed(Moment::Opening)
     }
 
-    /// What a killed daemon leaves outside of its image.
-    fn clear_away(&self, stage: Stage) -> Result<()> {
-        stage.mounted.gone(Duration::from_secs(20))?;
-        if let Some(device) = stage.device {
-            device.detach()?;
+    /// The daemon whose caller has died either goes away, or serves and can be unmounted.
+    fn orphaned(&mut self, at: &Path, pid_file: &Path) -> Result<()> {
+        let serves = command::eventually(Duration::from_secs(60), || {
+            let serves = is_mounted(at) && at.join("disk.img").exists();
+            let is_there = stage::is_running(text(pid_file));
+            ensure!(serves || !is_there, "neither there nor gone");
+            Ok(is_there)
+        })?;
+        if serves {
+            let done = command::run(command::ploopfs(&["umount"]).arg(at))?;
+            done.expect_code(0)?;
+            self.tally.clean += 1;
+        } else {
+            stage::lazy(at)?;
         }
-        // Dropping the guard takes the dead mount away.
-        drop(stage.mounted);
-        ensure!(!is_mounted(&self.dir.path().join("mnt")), "a dead mount");
-        Ok(())
+        let _ = std::fs::remove_file(pid_file);
+        self.look()
     }
 
     fn killed(&mut self, moment: Moment) -> Result<()> {
@@ -375,14 +360,4 @@ impl Run {
         }
         Ok(())
     }
-}
-
-fn lazy(at: &Path) -> Result<()> {
-    if is_mounted(at) {
-        command::ok(command::new("umount").args(["-i", "-l", text(at)]))?;
-    }
-    if is_mounted(at) {
-        bail!("{} is still mounted", at.display());
-    }
-    Ok(())
 }

@@ -23,6 +23,8 @@ pub(crate) enum Door {
     Cached,
     /// A loop device with direct I/O.
     Loop,
+    /// The loop device that `ploopfs attach` makes.
+    Attach,
 }
 
 /// What the disk is made of.
@@ -79,12 +81,13 @@ const fn fio(subject: Subject) -> Subject {
 }
 
 /// All of them. Small clusters give a table of many pages, large ones many writes to a cluster.
-pub(crate) const ALL: [Subject; 8] = [
+pub(crate) const ALL: [Subject; 9] = [
     subject("file_v2", 2, 128, Door::Direct),
     subject("file_v1_small_clusters", 1, 16, Door::Direct),
     subject("file_v2_page_cache", 2, 64, Door::Cached),
     fio(subject("loop_v2_fio", 2, 2048, Door::Loop)),
     subject("loop_v1", 1, 64, Door::Loop),
+    subject("attach_v2", 2, 64, Door::Attach),
     over(subject("chain_v2_file", 2, 128, Door::Direct), Shape::Chain),
     fio(over(
         subject("chain_v1_loop_fio", 1, 256, Door::Loop),
