@@ -24,6 +24,8 @@ mod limits;
 mod stage;
 #[path = "kill/subject.rs"]
 mod subject;
+#[path = "kill/system.rs"]
+mod system;
 #[path = "kill/writer.rs"]
 mod writer;
 
@@ -102,6 +104,7 @@ fn main() {
         .map(|(s, r)| trial(s, r))
         .collect();
     trials.extend(ledger::trials());
+    trials.extend(system::trials());
     trials.extend(limits::trials());
     trials.extend(latch::trials());
     harness::main(trials)

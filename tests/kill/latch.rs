@@ -8,8 +8,9 @@ use super::host::{Fault, Host};
 use super::ledger::{Content, Ledger};
 use super::writer::{self, Aligned, Load, Writer};
 use super::{STOP, seed};
-use crate::forge::content::{Model, mix, splitmix};
-use crate::forge::image::{IN_USE, ImageSpec, Mapped};
+use crate::forge::bundle::{BundleSpec, Style};
+use crate::forge::content::{Level, mix, splitmix};
+use crate::forge::image::{IN_USE, ImageSpec, Mapped, write_plain};
 use crate::forge::reader::{self, Flat};
 use crate::support::guards::{Mounted, is_mounted, text};
 use crate::support::harness::trial;
@@ -53,10 +54,14 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
-fn spec() -> ImageSpec {
-    let mut spec = ImageSpec::new(2, CLUSTER, SECTORS).mapping(Mapped::Percent(30));
+fn spec_of(version: u8) -> ImageSpec {
+    let mut spec = ImageSpec::new(version, CLUSTER, SECTORS).mapping(Mapped::Percent(30));
     spec.seed = seed();
     spec
+}
+
+fn spec() -> ImageSpec {
+    spec_of(2)
 }
 
 fn table() -> std::ops::Range<u64> {
@@ -68,6 +73,8 @@ struct Bench {
     host: Host,
     ledger: Arc<Ledger>,
     image: PathBuf,
+    /// A plain base below the image.
+    base: Option<PathBuf>,
     dice: u64,
     // The mounts above go first.
     dir: TempDir,
@@ -151,17 +158,43 @@ impl Drop for Front {
 
 impl Bench {
     fn new(number: u64) -> Result<Self> {
+        Self::with(number, &spec(), false)
+    }
+
+    fn with(number: u64, spec: &ImageSpec, over_base: bool) -> Result<Self> {
         let dir = scratch()?;
         let image = dir.path().join("a.hds");
-        spec().write(&image)?;
         let dice = mix(&[seed(), number]);
+        let mut levels = vec![Level::Image(spec.clone())];
+        let mut base = None;
+        if over_base {
+            let bytes = SECTORS * 512 - 70_001;
+            let path = dir.path().join("base.raw");
+            write_plain(&path, dice, 0, 0, bytes)?;
+            let (seed, level) = (dice, 0);
+            levels.insert(0, Level::Plain { seed, level, bytes });
+            base = Some(path);
+        }
+        // The levels get their numbers here, which the sectors carry.
+        let mut model = BundleSpec::new(Style::Ploop, levels).model();
+        match model.parts[0].levels.last_mut() {
+            Some(Level::Image(top)) => top.write(&image)?,
+            _ => unreachable!("the top is an image"),
+        }
         Ok(Self {
             host: Host::over(&image)?,
-            ledger: Arc::new(Ledger::new(dice, Model::of(&spec()))),
+            ledger: Arc::new(Ledger::new(dice, model)),
             image,
+            base,
             dice,
             dir,
         })
+    }
+
+    /// How the chain is named to `ploopfs mount`.
+    fn options(&self) -> Vec<&str> {
+        let lower = |base| vec!["--format", "raw", "--lower", text(base)];
+        self.base.as_deref().map(lower).unwrap_or_default()
     }
 
     fn load(&self) -> Load {
@@ -255,7 +288,7 @@ impl Bench {
     }
 
     fn reopen(&mut self) -> Outcome {
-        let mounted = Mounted::new(self.dir.path(), &self.image, &[])?;
+        let mounted = Mounted::new(self.dir.path(), &self.image, &self.options())?;
         let file = writer::open(&mounted.disk(), true)?;
         writer::read_all(&file, 0..SECTORS, |first, bytes| {
             self.ledger.settle(first, bytes)
@@ -402,42 +435,59 @@ fn write_fails() -> Outcome {
 
 /// The daemon is killed and the host loses what was not synced, again and again.
 fn power_cuts() -> Outcome {
-    let mut bench = Bench::new(10)?;
-    let cuts = super::number("PLOOPFS_KILLS").unwrap_or(super::KILLS) / 4;
-    let mut done = 0;
-    while done < cuts {
-        let intervals = ["--flush-interval=0.05", "--flush-interval=5"];
-        let interval = intervals[(splitmix(&mut bench.dice) % 2) as usize];
-        let options = [interval, "--grow-step=1M", "--bat-cache=4K"];
-        let mounted = Mounted::new(bench.dir.path(), &bench.image, &options)?;
-        let file = writer::open(&mounted.disk(), true)?;
-        let settle = |first, bytes: &[u8]| bench.ledger.settle(first, bytes);
-        writer::read_all(&file, 0..SECTORS, settle).context("after a restart")?;
-        drop(file);
-        let seed = splitmix(&mut bench.dice);
-        let writer = Writer::start(&mounted.disk(), &bench.ledger, &bench.load(), seed);
-        sleep(Duration::from_millis(splitmix(&mut bench.dice) % 400));
-        writer.expect_death();
-        mounted.signal(Signal::SIGKILL)?;
-        writer.stop()?;
-        mounted.gone(Duration::from_secs(20))?;
-        drop(mounted);
-        bench.host.cut(&mut bench.dice)?;
-        let told = || format!("power cut {done}, PLOOPFS_SEED={}", super::seed());
-        bench.look().with_context(told)?;
-        done += 1;
-        ensure!(!STOP.load(Ordering::Relaxed), "stopped by a signal");
+    let cuts = super::number("PLOOPFS_KILLS").unwrap_or(super::KILLS) / 6;
+    let benches = [
+        Bench::with(10, &spec_of(2), false)?,
+        Bench::with(11, &spec_of(1), false)?,
+        Bench::with(12, &spec_of(2), true)?,
+    ];
+    let (mut kills, mut judged, mut issued) = (0, 0, 0);
+    for mut bench in benches {
+        let before = bench.base.as_deref().map(support::sha256).transpose()?;
+        for cut in 0..cuts.max(2) {
+            let told = || format!("power cut {cut}, PLOOPFS_SEED={}", seed());
+            bench.cut().with_context(told)?;
+            kills += 1;
+            ensure!(!STOP.load(Ordering::Relaxed), "stopped by a signal");
+        }
+        bench.reopen()?;
+        let after = bench.base.as_deref().map(support::sha256).transpose()?;
+        ensure!(before == after, "the base was written to");
+        judged += bench.ledger.judged();
+        issued += bench.ledger.issued();
     }
-    bench.reopen()?;
     eprintln!(
-        "killed power_cuts_under_the_daemon : {done} kills {} sectors {} requests 0 bad",
-        bench.ledger.judged(),
-        bench.ledger.issued()
+        "killed power_cuts_under_the_daemon : {kills} kills {judged} sectors {issued} requests \
+         0 bad"
     );
     Ok(())
 }
 
 impl Bench {
+    /// A mount, a load, a kill, a power cut, and what it left.
+    fn cut(&mut self) -> Outcome {
+        let intervals = ["--flush-interval=0.05", "--flush-interval=5"];
+        let interval = intervals[(splitmix(&mut self.dice) % 2) as usize];
+        let seed = splitmix(&mut self.dice);
+        let pause = Duration::from_millis(splitmix(&mut self.dice) % 400);
+        let mut options = vec![interval, "--grow-step=1M", "--bat-cache=4K"];
+        options.extend(self.options());
+        let mounted = Mounted::new(self.dir.path(), &self.image, &options)?;
+        let file = writer::open(&mounted.disk(), true)?;
+        let settle = |first, bytes: &[u8]| self.ledger.settle(first, bytes);
+        writer::read_all(&file, 0..SECTORS, settle).context("after a restart")?;
+        drop(file);
+        let writer = Writer::start(&mounted.disk(), &self.ledger, &self.load(), seed);
+        sleep(pause);
+        writer.expect_death();
+        mounted.signal(Signal::SIGKILL)?;
+        writer.stop()?;
+        mounted.gone(Duration::from_secs(20))?;
+        drop(mounted);
+        self.host.cut(&mut self.dice)?;
+        self.look()
+    }
+
     /// Judges what the cut left, by the reader that knows nothing of ploopfs.
     fn look(&self) -> Outcome {
         let copy = self.dir.path().join("copy");
@@ -447,7 +497,8 @@ impl Bench {
         let harmless = ["in-use mark", "flag Empty", "no multiple"];
         wrong.retain(|what| !harmless.iter().any(|word| what.contains(word)));
         ensure!(wrong.is_empty(), "needs repair: {}", wrong.join("; "));
-        let flat = Flat::open(&copy)?;
+        let chain: Vec<PathBuf> = self.base.iter().cloned().chain([copy]).collect();
+        let flat = Flat::chain(&chain)?;
         for first in (0..SECTORS).step_by(2048) {
             let count = (SECTORS - first).min(2048);
             let bytes = flat.read(first * 512, count as usize * 512)?;

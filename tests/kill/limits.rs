@@ -24,6 +24,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial("leaks_are_bounded_and_reclaimed", &[Fuse], leaks),
         trial("a_killed_disk_of_64_gib_opens", &[Fuse], opens_64_gib),
+        trial("mounts_at_once_after_a_kill", &[Fuse], mounts_at_once),
     ]
 }
 
@@ -150,4 +151,42 @@ fn times(what: &str, dir: &Path, image: &Path, top: &Path) -> Outcome {
     Mounted::new(dir, image, &[])?.umount()?;
     ensure!(support::mark_of(top)? == 0, "{what}: the mark stayed");
     Ok(())
+}
+
+/// The next mount does not wait until the dead one is cleared away: the image is free as soon as
+/// the daemon is gone, whatever still uses the old mount.
+fn mounts_at_once() -> Outcome {
+    let dir = scratch()?;
+    let image = dir.path().join("a.hds");
+    ImageSpec::new(2, 128, 32 << 11).write(&image)?;
+    let places = [dir.path().join("mnt0"), dir.path().join("mnt1")];
+    for place in &places {
+        fs::create_dir(place)?;
+    }
+    let mut held: Option<(Mounted, File)> = None;
+    for round in 0..16 {
+        let place = &places[round % 2];
+        let mounted = Mounted::at(place, &image, &[])?;
+        // Only now the one before goes: a file in it was open all the time.
+        drop(held.take());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(mounted.disk())?;
+        let mut found = [0; 1024];
+        file.read_exact_at(&mut found, 512)?;
+        ensure!(
+            found == [round as u8; 1024],
+            "round {round} shows {}",
+            found[0]
+        );
+        file.write_all_at(&[round as u8 + 1; 1024], 512)?;
+        file.sync_all()?;
+        fill(&file, MIB, 4 * MIB)?;
+        mounted.signal(Signal::SIGKILL)?;
+        held = Some((mounted, file));
+    }
+    drop(held);
+    Mounted::at(&places[0], &image, &[])?.umount()?;
+    support::expect_clean(&image)
 }
