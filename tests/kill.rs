@@ -33,7 +33,7 @@ use cycle::Run;
 use libtest_mimic::Trial;
 use nix::sys::signal::{SigSet, Signal};
 use std::sync::atomic::{AtomicBool, Ordering};
-use subject::{ALL, Door, Subject};
+use subject::{ALL, Door, Place, Subject};
 use support::harness;
 use support::probe::Need::{self, Fio, Fuse, Loop, Qemu, Root};
 
@@ -81,9 +81,11 @@ fn trial(subject: Subject, test: fn() -> support::Outcome) -> Trial {
     const FILE: &[Need] = &[Fuse, Qemu];
     const LOOP: &[Need] = &[Fuse, Qemu, Root, Loop];
     const FIO: &[Need] = &[Fuse, Qemu, Root, Loop, Fio];
+    const HOST: &[Need] = &[Fuse, Qemu, Root];
     let needs = match (subject.door, subject.fio) {
         (_, true) => FIO,
         (Door::Loop | Door::Attach, false) => LOOP,
+        _ if subject.host != Place::Disk => HOST,
         _ => FILE,
     };
     harness::trial(subject.name, needs, test)
@@ -97,6 +99,7 @@ fn main() {
     catch_signals();
     let runs: [fn() -> support::Outcome; ALL.len()] = [
         run::<0>, run::<1>, run::<2>, run::<3>, run::<4>, run::<5>, run::<6>, run::<7>, run::<8>,
+        run::<9>,
     ];
     let mut trials: Vec<Trial> = ALL
         .into_iter()

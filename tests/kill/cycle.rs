@@ -10,12 +10,12 @@
 use super::fio::Fio;
 use super::ledger::Ledger;
 use super::stage::{self, Stage};
-use super::subject::{Door, Made, Subject};
+use super::subject::{Door, Made, Place, Subject};
 use super::writer::{self, Load, Writer};
 use super::{STOP, seed};
 use crate::forge::content::{mix, splitmix};
 use crate::forge::reader::Flat;
-use crate::support::guards::{is_mounted, text};
+use crate::support::guards::{FsMount, is_mounted, text};
 use crate::support::{command, scratch};
 use anyhow::{Context, Result, ensure};
 use std::path::Path;
@@ -52,12 +52,15 @@ pub(crate) struct Tally {
     restarts: Vec<Duration>,
     leaked: u64,
     fio: u64,
+    full: u64,
 }
 
 /// One disk on its way through many kills.
 #[derive(Debug)]
 pub(crate) struct Run {
     subject: Subject,
+    // What lies in the directory goes before it.
+    _host: Option<FsMount>,
     dir: TempDir,
     made: Made,
     ledger: Arc<Ledger>,
@@ -70,7 +73,17 @@ impl Run {
     /// Makes the disk.
     pub(crate) fn new(subject: Subject) -> Result<Self> {
         let dir = scratch()?;
-        let made = subject.make(dir.path())?;
+        let mut home = dir.path().to_owned();
+        let host = match subject.host.mib() {
+            Some(mib) => {
+                home.push("small");
+                let size = format!("size={mib}m");
+                let none = Path::new("none");
+                Some(FsMount::with(none, &home, &["-t", "tmpfs", "-o", &size])?)
+            }
+            None => None,
+        };
+        let made = subject.make(&home)?;
         let name = subject.name.bytes().map(u64::from);
         let seed = mix(&[seed(), mix(&name.collect::<Vec<_>>())]);
         let ledger = Arc::new(Ledger::new(seed, made.model.clone()));
@@ -80,6 +93,7 @@ impl Run {
             .then(|| Fio::new(ledger.sectors() - quarter, quarter));
         Ok(Self {
             subject,
+            _host: host,
             dir,
             made,
             ledger,
@@ -126,6 +140,8 @@ impl Run {
         let end = self.cycle(Moment::Never);
         end.and_then(|()| self.made.expect_approved())
             .with_context(|| format!("{}: the last close", self.subject.name))?;
+        let is_small = self.subject.host == Place::Full;
+        ensure!(!is_small || self.tally.full > 0, "the host was never full");
         self.report();
         Ok(())
     }
@@ -141,7 +157,7 @@ impl Run {
             "killed {} : {} kills {} sectors {} requests 0 bad | load {load} flushes {flushes} \
              first write {first} opening {opening} closing {closing} | {} clean closes, {} fio \
              verifies | restart mean {mean:.0} ms, longest {most:.0} ms | at most {} clusters \
-             leaked",
+             leaked, {} times no space",
             self.subject.name,
             self.tally.kills,
             self.ledger.judged(),
@@ -149,6 +165,7 @@ impl Run {
             self.tally.clean,
             self.tally.fio,
             self.tally.leaked,
+            self.tally.full,
         );
     }
 
@@ -181,7 +198,7 @@ impl Run {
         match moment {
             Moment::Closing => self.kill_closing(stage, writer)?,
             Moment::Never => {
-                writer.stop()?;
+                self.tally.full += writer.stop()?;
                 self.close(stage)?;
             }
             _ => {
@@ -191,7 +208,7 @@ impl Run {
                 if let (Some(fio), Some(job)) = (&mut self.fio, &fio) {
                     fio.ended(job)?;
                 }
-                stopped?;
+                self.tally.full += stopped?;
                 stage.clear_away()?;
                 self.killed(moment)?;
             }
@@ -213,6 +230,9 @@ impl Run {
             &["--inline-order=0", "--inline-order=4", "--inline-order=7"],
             &["--pool-threads=1", "--pool-threads=4"],
         ];
+        if self.subject.host == Place::Full {
+            options.push("--enospc=fail");
+        }
         for words in tables {
             let pick = self.below(words.len() as u64) as usize;
             options.push(words[pick]);
@@ -250,6 +270,7 @@ impl Run {
             grain: stage.grain,
             direct: self.subject.door != Door::Cached,
             device: matches!(self.subject.door, Door::Loop | Door::Attach),
+            full: self.subject.host == Place::Full,
             flushes,
             zeros: [4, 12, 20][self.below(3) as usize],
             reads: 15,
@@ -269,7 +290,7 @@ impl Run {
 
     /// SIGTERM, or the command that closes; and the kill while the image is being closed.
     fn kill_closing(&mut self, stage: Stage, writer: Writer) -> Result<()> {
-        writer.stop()?;
+        self.tally.full += writer.stop()?;
         let begun = self.ledger.flush();
         let closing = stage.begin_close(self.below(2) == 0)?;
         let most = [2_000, 10_000, 40_000][self.below(3) as usize];

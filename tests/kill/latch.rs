@@ -205,6 +205,7 @@ impl Bench {
             grain: 1,
             direct: true,
             device: false,
+            full: false,
             flushes: 8,
             zeros: 12,
             reads: 15,

@@ -38,6 +38,28 @@ pub(crate) enum Shape {
     Split,
 }
 
+/// Where the files lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Where the tests are built.
+    Disk,
+    /// In memory: many more requests to a kill, and a host that cannot zero ranges.
+    Memory,
+    /// In memory, with less room than the disk has.
+    Full,
+}
+
+impl Place {
+    /// MiB in memory.
+    pub(crate) fn mib(self) -> Option<u64> {
+        match self {
+            Self::Disk => None,
+            Self::Memory => Some(400),
+            Self::Full => Some(40),
+        }
+    }
+}
+
 /// One disk to try.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Subject {
@@ -55,6 +77,8 @@ pub(crate) struct Subject {
     pub(crate) shape: Shape,
     /// Let fio verify the last quarter of the disk in some cycles.
     pub(crate) fio: bool,
+    /// See there.
+    pub(crate) host: Place,
 }
 
 const fn subject(name: &'static str, version: u8, cluster: u32, door: Door) -> Subject {
@@ -66,6 +90,7 @@ const fn subject(name: &'static str, version: u8, cluster: u32, door: Door) -> S
         door,
         shape: Shape::Single,
         fio: false,
+        host: Place::Disk,
     }
 }
 
@@ -80,20 +105,31 @@ const fn fio(subject: Subject) -> Subject {
     }
 }
 
+const fn on(subject: Subject, host: Place) -> Subject {
+    Subject { host, ..subject }
+}
+
 /// All of them. Small clusters give a table of many pages, large ones many writes to a cluster.
-pub(crate) const ALL: [Subject; 9] = [
+pub(crate) const ALL: [Subject; 10] = [
     subject("file_v2", 2, 128, Door::Direct),
-    subject("file_v1_small_clusters", 1, 16, Door::Direct),
+    on(
+        subject("file_v1_small_clusters", 1, 16, Door::Direct),
+        Place::Memory,
+    ),
     subject("file_v2_page_cache", 2, 64, Door::Cached),
     fio(subject("loop_v2_fio", 2, 2048, Door::Loop)),
-    subject("loop_v1", 1, 64, Door::Loop),
+    on(subject("loop_v1", 1, 64, Door::Loop), Place::Memory),
     subject("attach_v2", 2, 64, Door::Attach),
-    over(subject("chain_v2_file", 2, 128, Door::Direct), Shape::Chain),
+    on(
+        over(subject("chain_v2_file", 2, 128, Door::Direct), Shape::Chain),
+        Place::Memory,
+    ),
     fio(over(
         subject("chain_v1_loop_fio", 1, 256, Door::Loop),
         Shape::Chain,
     )),
     over(subject("split_v2_file", 2, 64, Door::Direct), Shape::Split),
+    on(subject("full_host_v2", 2, 64, Door::Direct), Place::Full),
 ];
 
 /// A disk that has been made.

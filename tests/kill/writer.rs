@@ -7,6 +7,7 @@ use super::ledger::{Content, Ledger};
 use crate::forge::content::{mix, splitmix};
 use crate::support::command;
 use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,7 +15,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub(crate) struct Load {
     pub(crate) direct: bool,
     /// It is a block device, not a file.
     pub(crate) device: bool,
+    /// Requests may find the host full.
+    pub(crate) full: bool,
     /// Of a hundred requests so many are flushes, discards and zeros, reads; the rest writes.
     pub(crate) flushes: u64,
     /// See above.
@@ -51,6 +54,8 @@ pub(crate) struct Load {
 struct Flags {
     stop: AtomicBool,
     dying: AtomicBool,
+    /// Requests that found the host full.
+    full: AtomicU64,
 }
 
 /// A running load.
@@ -84,8 +89,9 @@ impl Writer {
         self.flags.dying.store(true, Ordering::SeqCst);
     }
 
-    /// Lets every thread finish its request, and gives the first failure.
-    pub(crate) fn stop(self) -> Result<()> {
+    /// Lets every thread finish its request. Gives the first failure, or the number of requests that
+    /// found the host full.
+    pub(crate) fn stop(self) -> Result<u64> {
         self.flags.stop.store(true, Ordering::SeqCst);
         let mut result = Ok(());
         for end in self.ends {
@@ -94,7 +100,7 @@ impl Writer {
                 .map_err(|_| anyhow!("a request hangs for {} s", PATIENCE.as_secs()));
             result = result.and(ended.and_then(|ended| ended));
         }
-        result
+        result.map(|()| self.flags.full.load(Ordering::SeqCst))
     }
 }
 
@@ -178,10 +184,20 @@ fn serve(path: PathBuf, ledger: &Ledger, load: Load, flags: &Flags, dice: u64) -
             // A wrong byte is wrong at any time.
             Err(Failure::Judged(error)) => return Err(error),
             Err(Failure::Io(_)) if dying() => return Ok(()),
+            Err(Failure::Io(error)) if thread.load.full && is_no_space(&error) => {
+                flags.full.fetch_add(1, Ordering::SeqCst);
+            }
             Err(Failure::Io(error)) => return Err(error),
         }
     }
     Ok(())
+}
+
+fn is_no_space(error: &anyhow::Error) -> bool {
+    let of_io = error.downcast_ref::<io::Error>();
+    let of_call = error.downcast_ref::<Errno>();
+    of_io.is_some_and(|e| e.raw_os_error() == Some(libc::ENOSPC))
+        || of_call.is_some_and(|e| *e == Errno::ENOSPC)
 }
 
 enum Failure {
