@@ -24,9 +24,9 @@ use sim::storage::{Event, Fault, Kind, Manners, World};
 use std::sync::Arc;
 
 /// Steps of one sequence.
-const STEPS: usize = 24;
+const STEPS: usize = 16;
 /// Moments of one run at which the power is cut.
-const CUTS: usize = 4;
+const CUTS: usize = 2;
 
 /// One step.
 #[derive(Clone, Copy, Debug)]
@@ -49,15 +49,12 @@ struct Script {
 
 impl Script {
     fn read(input: &mut Unstructured<'_>) -> Result<Self> {
-        let all = kinds::all();
         let (kind, manners, options): (u8, u8, u8) = input.arbitrary()?;
         let cuts = input.arbitrary()?;
-        // The kind with a large table costs as much as all others together.
-        let (large, small): (Vec<_>, Vec<_>) = all.iter().partition(|kind| kind.sectors() > 1000);
-        let kind = match kind {
-            0xff => large[0],
-            kind => small[usize::from(kind) % small.len()],
-        };
+        // A large disk costs as much as all others together; `tests/sim` works on one.
+        let small = || kinds::all().iter().filter(|kind| kind.sectors() < 1000);
+        let kind = small().nth(usize::from(kind) % small().count());
+        let kind = kind.expect("one of them");
         let fault = if manners & 2 == 0 {
             None
         } else {
@@ -179,7 +176,7 @@ impl Run<'_> {
             14 => self.world.kill_after(step.at.into()),
             _ => {
                 let mut dice = u64::from(step.at) << 8 | u64::from(step.len);
-                let left = after_cut(&self.world.log(), self.script.kind.files(), &mut dice);
+                let left = after_cut(&self.world.log(), &self.script.kind.files(), &mut dice);
                 self.world.cut(left);
             }
         }
