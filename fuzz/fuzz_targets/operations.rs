@@ -224,7 +224,11 @@ impl Run<'_> {
         let Some(life) = &self.life else {
             return;
         };
-        let must_fail = self.world.has_sync_failed();
+        // Without space the in-use mark is tried again, before which nothing is in the file that
+        // could be lost; so a sync that fails for that does not end the disk.
+        let fault = self.script.manners.fault;
+        let is_hard = fault.is_some_and(|fault| fault.errno != libc::ENOSPC);
+        let must_fail = self.world.has_sync_failed() && is_hard;
         self.world.note(Event::FlushBegan { flush });
         let result = life.disk.flush_now();
         if result.is_ok() {

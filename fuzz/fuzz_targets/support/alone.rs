@@ -1,5 +1,5 @@
-//! Everything on one thread: what the disk starts as a thread of its own runs when its end is waited
-//! for, and waiting only lets the clock go on. A run is the same each time, and quick.
+//! Everything on one thread: what the disk starts as a thread of its own runs when its end is
+//! waited for, and waiting only lets the clock go on. A run is the same each time, and quick.
 //!
 //! With one client nobody else could end a wait, so one without an end is a bug, and found.
 
