@@ -1,13 +1,19 @@
-//! Any bytes as a descriptor: no panic, no endless walk, and what is accepted is consistent.
+//! Any bytes as a descriptor, or as the names of snapshots: no panic, no endless walk, and what is
+//! accepted is consistent.
 //!
 //! README.md says how to run it.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use ploopfs::format::descriptor::{Descriptor, IMAGES_MAX};
+use ploopfs::format::names;
 use ploopfs::units::SectorCount;
 
 fuzz_target!(|data: &[u8]| {
+    if let Ok(found) = names::parse(data) {
+        let mut shown = found.values();
+        assert!(shown.all(|name| !name.chars().any(char::is_control)));
+    }
     let descriptor = match Descriptor::parse(data) {
         Ok(descriptor) => descriptor,
         Err(error) => {

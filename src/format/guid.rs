@@ -96,6 +96,7 @@ mod tests {
     fn every_spelling_is_the_same_guid_and_shows_in_one() {
         let shown = "{5fbaabe3-6958-40ff-92a7-860e329aab41}";
         assert_eq!(Guid::TOP.to_string(), shown);
+        assert_eq!(format!("{:?}", Guid::TOP), shown);
         assert_eq!(Guid::parse(shown), Some(Guid::TOP));
         assert_eq!(Guid::parse(&shown.to_uppercase()), Some(Guid::TOP));
         assert_eq!(Guid::parse(&shown[1..37]), Some(Guid::TOP));

@@ -468,6 +468,7 @@ mod tests {
         assert_eq!(raw.in_use, 0x2f2e_2d2c);
         assert_eq!(raw.extension, 0x3f3e_3d3c_3b3a_3938);
         assert_eq!(raw.encode(), bytes);
+        assert_eq!(Version::of(&Version::V2.magic()), Some(Version::V2));
     }
 
     #[test]

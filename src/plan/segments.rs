@@ -99,12 +99,4 @@ impl<T: Merge> Segments<T> {
     pub fn is_inline(&self) -> bool {
         !self.list.spilled()
     }
-
-    /// Bytes that the segments cover.
-    #[must_use]
-    pub fn covered(&self) -> u64 {
-        self.list
-            .last()
-            .map_or(0, |last| last.start.saturating_add(last.len))
-    }
 }

@@ -330,6 +330,18 @@ pub(crate) fn check_obstacles(chain: FakeChain, at: u64, len: u64, obstacle: u64
     bad.bad.insert(obstacle);
     let read = plan_read(&bad, &bad.geometry, here, len, &mut segments);
     assert_eq!(read.is_err(), touched);
+    let mut segments = Segments::with_room(64);
+    let write = plan_write(&bad, &bad.geometry, here, len, |_, _| false, &mut segments);
+    assert_eq!(write.is_err(), touched);
+    let stop = Stop::Bad(DiskCluster::new(obstacle));
+    assert!(
+        read.err()
+            .into_iter()
+            .chain(write.err())
+            .all(|why| why == stop)
+    );
+    let discard = plan_discard(&bad, &bad.geometry, DiskCluster::new(obstacle));
+    assert_eq!(discard, Err(stop));
 
     let mut segments = Segments::with_room(64);
     let mut pending = chain.clone();

@@ -141,6 +141,47 @@ fn without_snapshots_there_must_be_one_image() {
     assert_eq!(found.chain(found.top).unwrap(), [Guid::TOP]);
 }
 
+/// A split disk without a tree: one image in every part, everywhere the same.
+#[test]
+fn without_a_tree_all_parts_have_the_same_image() {
+    let image = |guid: &str| format!("<Image><GUID>{guid}</GUID><File>x</File></Image>");
+    let disk = |first: &str, second: &str| {
+        parse(&format!(
+            "<a><Disk_Parameters><Disk_size>20</Disk_size></Disk_Parameters><StorageData>
+            <Storage><Start>0</Start><End>8</End>{}</Storage>
+            <Storage><Start>8</Start><End>20</End>{}</Storage>
+            </StorageData></a>",
+            image(first),
+            image(second)
+        ))
+    };
+    assert_eq!(disk(A, A).unwrap().top, guid(A));
+    let missing = DescriptorError::Missing {
+        element: "Snapshots",
+        line: 1,
+    };
+    assert_eq!(disk(A, TOP), Err(missing));
+}
+
+#[test]
+fn parts_have_bounds_and_images() {
+    let good = good();
+    let cut = |from: &str, to: &str| {
+        let (start, end) = (good.find(from).unwrap(), good.rfind(to).unwrap() + to.len());
+        format!("{}{}", &good[..start], &good[end..])
+    };
+    let missing = |element, line| Err(DescriptorError::Missing { element, line });
+    assert_eq!(
+        parse(&cut("<Storage>", "</Storage>")),
+        missing("Storage", 8)
+    );
+    let no_images = parse(&cut("<Image>", "</Image>"));
+    assert_eq!(no_images, Err(DescriptorError::NoImages(0)));
+    // One part is clear without its bounds, two are not.
+    let second = good.replacen("<Storage>", "<Storage></Storage><Storage>", 1);
+    assert_eq!(parse(&second), missing("Start", 9));
+}
+
 #[test]
 fn tops() {
     let line = format!("<TopGUID>{TOP}</TopGUID>");
