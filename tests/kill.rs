@@ -8,6 +8,8 @@
 mod forge;
 mod support;
 
+#[path = "kill/bench.rs"]
+mod bench;
 #[path = "kill/cycle.rs"]
 mod cycle;
 #[path = "kill/fio.rs"]

@@ -43,7 +43,8 @@ pub(crate) struct State {
     durable: Vec<u8>,
     fault: Fault,
     /// Faults that have happened.
-    pub(crate) failed: u32,
+    failed: u32,
+    written_mark: u32,
 }
 
 impl State {
@@ -75,6 +76,9 @@ impl State {
             self.now.resize(end as usize, 0);
         }
         self.now[at as usize..end as usize].copy_from_slice(bytes);
+        if at == 0 {
+            self.written_mark = mark_of(&self.now);
+        }
         Ok(())
     }
 
@@ -115,6 +119,12 @@ impl State {
 /// The host's file system: its root is the file.
 struct Served {
     state: Arc<Mutex<State>>,
+}
+
+fn mark_of(bytes: &[u8]) -> u32 {
+    let bytes = bytes.get(44..48).unwrap_or_default();
+    let bytes = bytes.iter().rev();
+    bytes.fold(0, |sum, byte| sum << 8 | u32::from(*byte))
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
@@ -256,6 +266,7 @@ impl Host {
             now: bytes,
             fault: Fault::None,
             failed: 0,
+            written_mark: 0,
         };
         let mut host = Self {
             state: Arc::new(Mutex::new(state)),
@@ -316,12 +327,12 @@ impl Host {
 
     /// The in-use mark as a power cut would leave it now.
     pub(crate) fn durable_mark(&self) -> u32 {
-        let state = lock(&self.state);
-        let bytes = state.durable.get(44..48).unwrap_or_default();
-        bytes
-            .iter()
-            .rev()
-            .fold(0, |sum, byte| sum << 8 | u32::from(*byte))
+        mark_of(&lock(&self.state).durable)
+    }
+
+    /// The in-use mark as it was written last, whether it is durable or not.
+    pub(crate) fn written_mark(&self) -> u32 {
+        lock(&self.state).written_mark
     }
 
     /// The power fails: with it goes every cache. Nobody may have the file open any more.
