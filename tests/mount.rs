@@ -21,6 +21,8 @@ mod life;
 mod load;
 #[path = "mount/locks.rs"]
 mod locks;
+#[path = "mount/memory.rs"]
+mod memory;
 #[path = "mount/process.rs"]
 mod process;
 #[path = "mount/tree.rs"]
@@ -36,6 +38,7 @@ fn main() {
     trials.extend(life::trials());
     trials.extend(damage::trials());
     trials.extend(dead::trials());
+    trials.extend(memory::trials());
     trials.extend(process::trials());
     trials.extend(tree::trials());
     trials.extend(load::trials());
