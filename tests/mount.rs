@@ -7,6 +7,8 @@
 mod forge;
 mod support;
 
+#[path = "mount/answers.rs"]
+mod answers;
 #[path = "mount/damage.rs"]
 mod damage;
 #[path = "mount/dead.rs"]
@@ -40,6 +42,7 @@ fn main() {
     trials.extend(dead::trials());
     trials.extend(memory::trials());
     trials.extend(process::trials());
+    trials.extend(answers::trials());
     trials.extend(tree::trials());
     trials.extend(load::trials());
     harness::main(trials)

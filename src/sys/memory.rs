@@ -21,8 +21,8 @@ pub fn cgroup_limit() -> Option<u64> {
     groups.lines().filter_map(limit_of_line).min()
 }
 
-/// True if one of the limits is of version 1. There, who asks for memory in a full group may have to
-/// wait until other memory of the group has been written back.
+/// True if one of the limits is of version 1. There, who asks for memory in a full group may have
+/// to wait until other memory of the group has been written back.
 #[must_use]
 pub fn waits_for_write_back() -> bool {
     let mut text = [0; 4096];

@@ -180,8 +180,8 @@ fn from_one_group() -> Outcome {
     let both = Group::new("both")?;
     if both.version == 1 && !is_io_flusher_granted()? {
         return Err(skip_excused(
-            "in a group of version 1 who asks for memory waits for write-back, and CAP_SYS_RESOURCE, \
-             which would spare the daemon that, is missing",
+            "in a group of version 1 who asks for memory waits for write-back, and what would \
+             spare the daemon that, the capability CAP_SYS_RESOURCE, is missing",
         ));
     }
     write_back(&both, None).or_else(|error| bail!("version {}: {error:#}", both.version))
