@@ -122,6 +122,7 @@ fn run_mount(request: &Request) -> Result<(), Box<Report>> {
             options: request.options.clone(),
             pid_file: None,
             drop_bitmaps: false,
+            trust_header: false,
             grow_step: None,
             enospc: None,
             flush_interval: None,
