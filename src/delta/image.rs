@@ -52,9 +52,7 @@ impl Image {
         let read = || -> Result<(FileOffset, Header)> {
             let len = storage.len()?;
             if len.get() < len_u64(HEADER_LEN) {
-                return Err(
-                    Error::new(ErrorKind::Truncated).because(HeaderError::Short { len: len.get() })
-                );
+                return Err(header_error(HeaderError::Short { len: len.get() }));
             }
             let mut bytes = [0; HEADER_LEN];
             storage.read_at(FileOffset::ZERO, &mut bytes)?;

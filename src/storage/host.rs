@@ -6,7 +6,7 @@
 //! resolved first; what they resolve to is then opened below the directory that contains it, by a
 //! walk that follows no link at all, so that a link made in between changes nothing.
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, Shown};
 use crate::sys::open as sys;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -173,6 +173,9 @@ impl Roots {
             let Ok(below) = found.strip_prefix(&root.path) else {
                 continue;
             };
+            if below.as_os_str().is_empty() {
+                return Err(not_plain(&path));
+            }
             let file =
                 sys::beneath(root.fd.as_fd(), below, write).map_err(|e| self.failed(e, &path))?;
             return Ok(Named {
@@ -183,7 +186,10 @@ impl Roots {
         }
         let why = format!("{} is not in the bundle's directory", found.display());
         let fix = match found.parent() {
-            Some(parent) => format!("if that is meant: --allow-outside {}", parent.display()),
+            Some(parent) => {
+                let parent = parent.display().to_string();
+                format!("if that is meant: --allow-outside {}", Shown(&parent))
+            }
             None => "a disk's files must be plain files".to_owned(),
         };
         Err(Error::why(ErrorKind::OutsideBundle, why)

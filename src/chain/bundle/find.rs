@@ -1,7 +1,7 @@
 //! What IMAGE is, and what lies beside it.
 
 use super::DESCRIPTOR;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, Shown};
 use crate::format::descriptor::Descriptor;
 use crate::format::guid::Guid;
 use crate::format::{names, xml};
@@ -95,8 +95,9 @@ fn find_in_directory(directory: &Path, naming: Naming) -> Result<Found> {
         return match disks.as_slice() {
             // Said here in so many words; what counts is that the opening follows no link.
             [only] if only.is_symlink() => {
-                let why = format!("{} is a symbolic link", only.display());
-                let fix = format!("if it leads where you want: name {} itself", only.display());
+                let only = only.display().to_string();
+                let why = format!("{} is a symbolic link", Shown(&only));
+                let fix = format!("if it leads where you want: name {} itself", Shown(&only));
                 Err(Error::why(ErrorKind::OutsideBundle, why)
                     .in_file(directory)
                     .fix(fix))
@@ -162,7 +163,7 @@ fn shown(paths: &[PathBuf]) -> String {
     let mut names: Vec<String> = paths
         .iter()
         .take(SHOWN)
-        .map(|path| path.display().to_string())
+        .map(|path| Shown(&path.display().to_string()).to_string())
         .collect();
     if paths.len() > SHOWN {
         names.push(format!("and {} more", paths.len() - SHOWN));
