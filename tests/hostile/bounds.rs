@@ -6,7 +6,9 @@ use crate::forge::bundle::NONE;
 use crate::forge::image::{ImageSpec, V21};
 use crate::heap::{cpu_ns, peak_of};
 use crate::support::Outcome;
+use crate::support::guards::Mounted;
 use crate::support::harness::{skip_excused, trial};
+use crate::support::probe::Need::Fuse;
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use ploopfs::error::ErrorKind::{Corrupt, Descriptor as BadDescriptor, Unsupported};
@@ -41,6 +43,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             descriptors_take_linear_time,
         ),
         trial("names_take_linear_time", &[], names_take_linear_time),
+        trial(
+            "snapshots_looked_at_are_let_go",
+            &[Fuse],
+            snapshots_looked_at_are_let_go,
+        ),
         trial("what_people_are_told_is_bounded", &[], what_people_are_told),
     ]
 }
@@ -459,6 +466,56 @@ fn names_take_linear_time() -> Outcome {
         let found = names::parse(format!("<a>{items}</a>").as_bytes()).expect("good names");
         assert_eq!(found.len(), 2000 * times);
     })
+}
+
+/// Snapshots each of a file of its own: a look at all of them opens all, one after the other, and
+/// keeps few.
+fn snapshots_looked_at_are_let_go() -> Outcome {
+    const COUNT: usize = 1000;
+    let dir = crate::support::scratch()?;
+    let path = many_files(dir.path(), COUNT, 640)?;
+    let images: String = (0..COUNT).map(|n| image_node(&guid(n), n)).collect();
+    // All but the first stand on the first, the top among them.
+    let shots: String = (0..COUNT)
+        .map(|n| {
+            let parent = if n == 0 { NONE.to_owned() } else { guid(0) };
+            let own = guid(n);
+            format!("<Shot><GUID>{own}</GUID><ParentGUID>{parent}</ParentGUID></Shot>\n")
+        })
+        .collect();
+    let text = document(640, &storage(0, 640, &images), &shots, &guid(COUNT - 1));
+    fs::write(path.join("DiskDescriptor.xml"), text)?;
+    let mounted = Mounted::new(dir.path(), &path, &["-r"])?;
+    let list = format!("/proc/{}/fd", mounted.pid());
+    let open = || Ok::<_, anyhow::Error>(fs::read_dir(&list)?.count());
+    let disk = |n| {
+        mounted
+            .path()
+            .join(format!("snapshots/{}/disk.img", guid(n)))
+    };
+    let before = open()?;
+    for round in 0..2 {
+        for n in 0..COUNT - 1 {
+            let len = fs::metadata(disk(n))?.len();
+            ensure!(len == 640 * 512, "{len} bytes of {n} in round {round}");
+        }
+    }
+    let after = open()?;
+    ensure!(
+        after <= before + 40,
+        "{before} open files have become {after}"
+    );
+    // An open file outlives what is let go.
+    let file = fs::File::open(disk(1))?;
+    for n in 2..100 {
+        ensure!(fs::read(disk(n))? == vec![0; 640 * 512], "snapshot {n}");
+    }
+    let mut bytes = [1; 512];
+    file.read_exact_at(&mut bytes, 512)?;
+    ensure!(bytes == [0; 512], "an open file changed");
+    drop(file);
+    ensure!(open()? <= before + 40, "open files pile up");
+    mounted.umount()
 }
 
 fn what_people_are_told() -> Outcome {
