@@ -14,6 +14,9 @@ use crate::units::{DiskCluster, FileCluster, FileOffset, len_u64};
 use std::fmt;
 
 const PIECE: u64 = 64 * 1024;
+/// The most entries beyond [`Survey::limit`], as another program's shrinking of a disk leaves some.
+/// They are kept one by one, so their number must not be the image's to choose.
+const BEYOND_MAX: usize = 1 << 20;
 /// Findings that are kept word for word; of the others only the number is known.
 const KEPT: usize = 16;
 
@@ -136,6 +139,15 @@ impl Walk<'_> {
         };
         self.survey.used_end = self.survey.used_end.max(file_cluster + 1);
         if file_cluster >= self.survey.limit {
+            if self.beyond.len() >= BEYOND_MAX {
+                let why = format!(
+                    "more than {BEYOND_MAX} entries name clusters behind all that {} entries need",
+                    self.layout.entry_count()
+                );
+                return Err(Error::why(ErrorKind::Unsupported, why)
+                    .at_cluster(cluster)
+                    .fix("mount it read-only (`ploopfs mount -r`)"));
+            }
             self.beyond
                 .try_reserve(1)
                 .map_err(|_| Error::errno(libc::ENOMEM))?;
