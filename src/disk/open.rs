@@ -109,6 +109,9 @@ pub fn open_with(
     resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
     let caches = look_at_parts(&images, options)?;
+    if !options.read_only {
+        check_split(&images.parts, options)?;
+    }
     let mut notes = images.warnings.clone();
     let mut parts = Vec::with_capacity(images.parts.len());
     let mut marks = Vec::with_capacity(images.parts.len());
@@ -239,6 +242,23 @@ struct Writer {
     is_marked: bool,
 }
 
+/// Makes sure that no part of a split disk is refused after another one has been changed. What is
+/// found here is not believed later: the file is synced first, and then looked at again.
+fn check_split(parts: &[OpenedPart], options: &DiskOptions) -> Result<()> {
+    if parts.len() == 1 {
+        return Ok(());
+    }
+    for opened in parts {
+        let chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
+        let top = chain.top();
+        if let Some(header) = top.header() {
+            examine(top, header, options, &mut Vec::new())
+                .map_err(|e| e.at_level(chain.geometry().top).in_file(top.path()))?;
+        }
+    }
+    Ok(())
+}
+
 fn open_for_writing(
     opened: &OpenedPart,
     options: &DiskOptions,
@@ -292,17 +312,21 @@ fn lengthen_plain(chain: &Chain, notes: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// Steps 2 to 4 for the table of the top.
-fn prepare(
+/// What the table of a top is like that may be written to.
+struct Examined {
+    found: Survey,
+    /// It carries bitmaps that the options allow to drop.
+    bitmaps: bool,
+}
+
+/// Step 3: refuses, or tells what must be mended. Changes nothing.
+fn examine(
     image: &Image,
     header: &Header,
     options: &DiskOptions,
     notes: &mut Vec<String>,
-) -> Result<Writer> {
-    let storage = image.storage().as_ref();
-    let path = image.path().display();
-    let mut found = survey(image, header)?;
-    let mut mark = InUseMark::new(*header.raw());
+) -> Result<Examined> {
+    let found = survey(image, header)?;
     let was_in_use = header.is_in_use();
     // Only one cluster can lie across the end: a second such entry would share it.
     let is_tail = |fault: &Fault| matches!(fault, Fault::Entry(EntryError::CutByEnd(_)));
@@ -314,6 +338,21 @@ fn prepare(
         return Err(refuse(image, &found, was_in_use));
     }
     let bitmaps = find_bitmaps(image, header, &found, options, notes)?;
+    Ok(Examined { found, bitmaps })
+}
+
+/// Steps 2 to 4 for the table of the top.
+fn prepare(
+    image: &Image,
+    header: &Header,
+    options: &DiskOptions,
+    notes: &mut Vec<String>,
+) -> Result<Writer> {
+    let storage = image.storage().as_ref();
+    let path = image.path().display();
+    let Examined { mut found, bitmaps } = examine(image, header, options, notes)?;
+    let mut mark = InUseMark::new(*header.raw());
+    let was_in_use = header.is_in_use();
     if was_in_use || bitmaps {
         mark.set(storage)?;
     }
@@ -531,27 +570,28 @@ mod tests {
         Arc::new(MemStorage::new(bytes))
     }
 
-    fn open_image(storage: &Arc<MemStorage>) -> Result<Arc<Disk>> {
-        let file = OpenedFile {
-            path: PathBuf::from("x.hds"),
-            storage: Arc::clone(storage) as crate::storage::SharedStorage,
-            plain: Plain::No,
-            guid: None,
-        };
-        let part = OpenedPart {
-            start: SectorCount::ZERO,
+    /// A disk of one part for each image.
+    fn open_images(storages: &[&Arc<MemStorage>]) -> Result<Arc<Disk>> {
+        let part = |(number, storage): (u64, &&Arc<MemStorage>)| OpenedPart {
+            start: SectorCount::new(80 * number),
             end: None,
             blocksize: None,
-            files: vec![file],
+            files: vec![OpenedFile {
+                path: PathBuf::from("x.hds"),
+                storage: Arc::clone(storage) as crate::storage::SharedStorage,
+                plain: Plain::No,
+                guid: None,
+            }],
         };
-        let images = OpenedImages::from_parts(PathBuf::from("x.hds"), vec![part]);
+        let parts = (0..).zip(storages).map(part).collect();
+        let images = OpenedImages::from_parts(PathBuf::from("x.hds"), parts);
         open(Arc::new(images), &DiskOptions::default()).map(|(disk, _)| disk)
     }
 
     #[test]
     fn a_cluster_that_the_end_cuts_is_filled_up_with_zeros() {
         let storage = image(&[(0, 1), (4, 3)]);
-        let disk = open_image(&storage).unwrap();
+        let disk = open_images(&[&storage]).unwrap();
         let mut found = [1; 4096];
         disk.read_at(crate::units::DiskOffset::new(4 * 4096), &mut found)
             .unwrap();
@@ -565,8 +605,22 @@ mod tests {
     fn two_that_share_it_are_refused_and_left_alone() {
         let storage = image(&[(0, 1), (4, 3), (5, 3)]);
         let before = storage.to_vec();
-        let error = open_image(&storage).unwrap_err();
+        let error = open_images(&[&storage]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InUse);
         assert!(storage.to_vec() == before, "a refused open changes nothing");
+    }
+
+    #[test]
+    fn a_part_is_mended_only_if_all_parts_can_be_opened() {
+        let (mendable, broken) = (image(&[(0, 1), (4, 3)]), image(&[(0, 1), (5, 1)]));
+        let before = mendable.to_vec();
+        let error = open_images(&[&mendable, &broken]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse);
+        assert!(
+            mendable.to_vec() == before,
+            "a refused open changes nothing"
+        );
+        open_images(&[&mendable, &image(&[])]).unwrap();
+        assert!(mendable.to_vec() != before);
     }
 }
