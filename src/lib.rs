@@ -11,7 +11,7 @@
 //!  5  disk                    the flat disk: read, write, flush, discard
 //!  4  chain                   deltas stacked by level; who maps this cluster?
 //!  3  delta                   one image file: header, free clusters, in-use mark
-//!  2  plan                    pure decisions
+//!  2  plan        journal     pure decisions     |  the way back from a repair
 //!  1  format      storage     bytes <-> values   |  the only door to host files
 //!  0  units  error  sys       numbers with meaning; what went wrong; the host's calls
 //! ```
@@ -70,6 +70,7 @@ pub mod disk;
 pub mod error;
 pub mod format;
 pub mod fuse;
+pub mod journal;
 pub mod plan;
 pub mod storage;
 pub mod sys;
