@@ -34,12 +34,12 @@ pub mod zero;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{INLINE_ORDER_DEFAULT, RequestOrder};
+use crate::sync::{self, Condvar, Mutex};
 use crate::units::DiskOffset;
 use arc_swap::{ArcSwap, Guard};
 use flush::FlushState;
 use flusher::Flusher;
 use health::Health;
-use parking_lot::{Condvar, Mutex};
 use part::Part;
 use stats::{Counters, DiskStats, bump};
 use std::sync::Arc;
@@ -106,7 +106,9 @@ impl EnospcPolicy {
         match self {
             Self::Wait => false,
             Self::Fail => true,
-            Self::Seconds(seconds) => since.elapsed() >= Duration::from_secs(seconds),
+            Self::Seconds(seconds) => {
+                sync::now().duration_since(since) >= Duration::from_secs(seconds)
+            }
         }
     }
 }

@@ -13,7 +13,7 @@
 //!  3  delta                   one image file: header, free clusters, in-use mark
 //!  2  plan        journal     pure decisions     |  the way back from a repair
 //!  1  format      storage     bytes <-> values   |  the only door to host files
-//!  0  units  error  sys       numbers with meaning; what went wrong; the host's calls
+//!  0  units  error  sys  sync numbers with meaning; what went wrong; the host's calls; waiting
 //! ```
 //!
 //! # Words
@@ -72,6 +72,8 @@ pub mod format;
 pub mod fuse;
 pub mod journal;
 pub mod plan;
+pub mod planted;
 pub mod storage;
+pub mod sync;
 pub mod sys;
 pub mod units;

@@ -22,6 +22,7 @@
 
 use super::bits::BitSet;
 use crate::error::Result;
+use crate::planted::{Bug, planted};
 use crate::units::FileCluster;
 use std::ops::Range;
 
@@ -61,9 +62,13 @@ impl Allocator {
             free.remove(cluster);
             next = used.first_from(cluster + 1);
         }
+        let mut zero_known = BitSet::new(limit)?;
+        if planted(Bug::FreeIsZero) {
+            zero_known.insert_range(first..file_end.min(limit));
+        }
         Ok(Self {
             free,
-            zero_known: BitSet::new(limit)?,
+            zero_known,
             quarantined: BitSet::new(limit)?,
             sealed: BitSet::new(limit)?,
             first,
@@ -124,6 +129,9 @@ impl Allocator {
     /// Gives a reserved cluster back; what it holds by now is not known.
     pub fn abort(&mut self, cluster: FileCluster) {
         self.free.insert(cluster.get());
+        if planted(Bug::AbortKeepsZero) {
+            self.zero_known.insert(cluster.get());
+        }
     }
 
     /// A reserved cluster has become the place of a disk cluster.
@@ -135,6 +143,10 @@ impl Allocator {
     /// foreign writer may have left, is forgotten until the next open.
     pub fn unmapped(&mut self, cluster: FileCluster) {
         self.mapped -= 1;
+        if planted(Bug::NoQuarantine) {
+            self.free.insert(cluster.get());
+            return;
+        }
         self.quarantined.insert(cluster.get());
     }
 

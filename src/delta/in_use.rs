@@ -15,6 +15,7 @@
 
 use crate::error::Result;
 use crate::format::header::{FLAG_CONVERTING, FLAG_EMPTY, IN_USE, RawHeader, Version};
+use crate::planted::{Bug, planted};
 use crate::storage::Storage;
 use crate::units::FileOffset;
 
@@ -55,7 +56,9 @@ impl InUseMark {
             self.header.size_in_sectors &= u64::from(u32::MAX);
         }
         storage.write_at(FileOffset::ZERO, &self.header.encode())?;
-        storage.sync_data()?;
+        if !planted(Bug::MarkNotSynced) {
+            storage.sync_data()?;
+        }
         self.set = true;
         Ok(())
     }

@@ -44,6 +44,12 @@ impl Epochs {
         }
     }
 
+    /// The epoch that runs now.
+    #[must_use]
+    pub fn current(&self) -> u64 {
+        self.current.load(Ordering::SeqCst)
+    }
+
     /// Ends the current epoch and returns its number. The epoch before it must have drained.
     pub fn end(&self) -> u64 {
         self.current.fetch_add(1, Ordering::SeqCst)

@@ -30,18 +30,20 @@
 use super::Disk;
 use super::part::Part;
 use super::stats::bump;
-use super::table::Wait;
+use super::table::{Table, Wait};
 use crate::chain::page::MapPage;
 use crate::delta::in_use::InUseMark;
 use crate::error::{Error, Result};
 use crate::format::layout::{BAT_PAGE_LEN, PageIndex};
+use crate::planted::{Bug, planted};
 use crate::storage::Keep;
+use crate::sync;
 use crate::units::{FileCluster, FileOffset};
 use parking_lot::MutexGuard;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Pages that are copied between one data sync and the next.
 const AREA_PAGES: usize = 256;
@@ -149,6 +151,10 @@ impl Disk {
         for (part, flush) in self.parts().iter().zip(parts) {
             self.round_of_part(part, flush, area).map_err(|error| {
                 let error = error.in_file(part.chain.top().path());
+                if planted(Bug::FailedSyncRetried) {
+                    keep_pages(part, flush);
+                    return error;
+                }
                 self.health.latch(&format!("a flush failed: {error}"));
                 error
             })?;
@@ -165,10 +171,8 @@ impl Disk {
                 .pages
                 .extend(table.dirty.drain(..).map(|page| (page, 0)));
             table.in_flush = flush.pages.len();
-            if let Some(alloc) = table.alloc.as_mut() {
-                if alloc.quarantined() > 0 && alloc.seal() {
-                    flush.sealed = Some((part.epochs.end(), false));
-                }
+            if !planted(Bug::SealLate) {
+                seal(part, table, flush);
             }
         }
         let was_dirty = part.data_dirty.swap(false, Ordering::SeqCst);
@@ -181,10 +185,21 @@ impl Disk {
             flush.pages.sort_unstable_by_key(|(page, _)| page.index());
             for pages in flush.pages.chunks_mut(AREA_PAGES) {
                 copy_pages(part, pages, area);
-                part.top_storage().sync_data()?;
+                if !skips_data_sync(part) {
+                    part.top_storage().sync_data()?;
+                }
+                if planted(Bug::LivePages) {
+                    copy_pages(part, pages, area);
+                }
                 self.write_pages(part, pages, area)?;
             }
-            part.top_storage().sync_data()?;
+            let synced = part.top_storage().sync_data();
+            if !planted(Bug::SyncErrorSwallowed) {
+                synced?;
+            }
+        }
+        if planted(Bug::SealLate) {
+            seal(part, &mut part.table.lock(), flush);
         }
         settle_pages(part, flush);
         if let Some((_, through)) = flush.sealed.as_mut() {
@@ -197,13 +212,13 @@ impl Disk {
     fn write_pages(&self, part: &Part, pages: &[(Arc<MapPage>, u64)], area: &[u8]) -> Result<()> {
         for (range, bytes) in page_runs(part, pages) {
             let bytes = &area[bytes];
-            let since = Instant::now();
+            let since = sync::now();
             loop {
                 match part.top_storage().write_at(range.start, bytes) {
                     Ok(()) => break,
                     Err(error) if error.is_no_space() && !self.enospc.is_over(since) => {
                         self.note_no_space(&error);
-                        std::thread::sleep(Duration::from_millis(500));
+                        sync::sleep(Duration::from_millis(500));
                     }
                     Err(error) => return Err(error),
                 }
@@ -222,7 +237,7 @@ impl Disk {
             let Some((epoch, true)) = flush.sealed else {
                 continue;
             };
-            if !part.epochs.has_drained(epoch) {
+            if !part.epochs.has_drained(epoch) && !planted(Bug::ReleaseBeforeDrain) {
                 continue;
             }
             flush.sealed = None;
@@ -251,10 +266,10 @@ impl Disk {
     pub(super) fn close_files(&self) -> Result<()> {
         self.flush_now()?;
         let mut guard = self.flush.lock();
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while self.has_sealed(&guard) && Instant::now() < deadline {
+        let deadline = sync::now() + Duration::from_secs(10);
+        while self.has_sealed(&guard) && sync::now() < deadline {
             self.release_drained(&mut guard);
-            std::thread::sleep(Duration::from_millis(1));
+            sync::sleep(Duration::from_millis(1));
         }
         self.round(&mut guard)?;
         self.release_drained(&mut guard);
@@ -293,6 +308,31 @@ impl Disk {
             .as_ref()
             .is_some_and(|state| state.parts.iter().any(|part| part.sealed.is_some()))
     }
+}
+
+/// Step 1: what is freed from now on belongs to the next batch.
+fn seal(part: &Part, table: &mut Table, flush: &mut PartFlush) {
+    if let Some(alloc) = table.alloc.as_mut() {
+        if alloc.quarantined() > 0 && alloc.seal() {
+            flush.sealed = Some((part.epochs.end(), false));
+        }
+    }
+}
+
+/// True when a planted bug leaves out step 4.
+fn skips_data_sync(part: &Part) -> bool {
+    planted(Bug::NoDataSync)
+        || planted(Bug::OneBarrierForCopies) && part.chain.levels().len() > 1
+        || planted(Bug::OneBarrierForReused) && part.epochs.current() > 0
+}
+
+/// A planted bug: the pages of a failed round are tried again.
+fn keep_pages(part: &Part, flush: &mut PartFlush) {
+    let mut table = part.table.lock();
+    table
+        .dirty
+        .extend(flush.pages.drain(..).map(|(page, _)| page));
+    table.in_flush = 0;
 }
 
 /// Step 3: copies pages into the area, one after the other, each under the lock for itself.
@@ -341,7 +381,7 @@ fn settle_pages(part: &Part, flush: &mut PartFlush) {
     for pages in flush.pages.chunks(AREA_PAGES) {
         let mut table = part.table.lock();
         for (page, generation) in pages {
-            if page.generation() == *generation {
+            if page.generation() == *generation || planted(Bug::PagesAlwaysClean) {
                 page.cleaned();
             } else {
                 table.dirty.push(Arc::clone(page));
@@ -359,8 +399,15 @@ fn release_sealed(part: &Part) {
     while let Some(clusters) = run(part) {
         let place = |number| cluster.file_start(FileCluster::new(number));
         let range = place(clusters.start)..place(clusters.end);
+        if planted(Bug::PunchAfterHandOver) {
+            if let Some(alloc) = part.table.lock().alloc.as_mut() {
+                alloc.release(clusters.clone(), false);
+            }
+        }
         let punched = part.top_storage().zero(range, Keep::Nothing);
-        part.note_data();
+        if !planted(Bug::ZeroNotNoted) {
+            part.note_data();
+        }
         if let Err(error) = &punched {
             log::warn!("freed clusters could not be punched: {error}");
         }
@@ -406,6 +453,9 @@ fn trim(part: &Part) -> Result<()> {
         if let Some(alloc) = part.table.lock().alloc.as_mut() {
             alloc.truncated(used_end);
         }
+    }
+    if planted(Bug::TrimNotSynced) {
+        return Ok(());
     }
     storage.sync_data()
 }

@@ -4,8 +4,9 @@
 //! A read-write open makes sure of the image first, in this order:
 //!
 //! 1. sync the file. What a killed process wrote may be in the host's cache only; believing it and
-//!    losing it later would give one cluster to two owners. If the in-use mark is set, drop the
-//!    cache too: after a failed sync it may hold what the medium does not;
+//!    losing it later would give one cluster to two owners. If the in-use mark is set, or there is
+//!    none because the file is plain, drop the cache too: after a failed sync it may hold what the
+//!    medium does not;
 //! 2. read header and table (again), through the locked descriptor;
 //! 3. refuse what writing would make worse: invalid or shared entries, a dirty bitmap;
 //! 4. mend what is harmless, if the mark is set or a bitmap is dropped: first make the mark durable
@@ -32,10 +33,11 @@ use crate::format::bat::EntryError;
 use crate::format::extension::{self, Extension};
 use crate::format::header::Header;
 use crate::plan::RequestOrder;
+use crate::planted::{Bug, planted};
 use crate::storage::{Keep, Storage};
+use crate::sync::{Condvar, Mutex};
 use crate::units::{FileOffset, len_usize};
 use arc_swap::ArcSwap;
-use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -51,6 +53,24 @@ pub struct Resources {
 }
 
 impl Resources {
+    /// These buffers with another pool.
+    #[must_use]
+    pub fn with_pool(&self, pool: Arc<dyn Spawn>) -> Self {
+        Self {
+            pool,
+            buffers: Arc::clone(&self.buffers),
+        }
+    }
+
+    /// A pool, and no buffers at all: every request is served where it arrives.
+    #[must_use]
+    pub fn without_buffers(pool: Arc<dyn Spawn>) -> Self {
+        Self {
+            pool,
+            buffers: Buffers::none(),
+        }
+    }
+
     /// Starts this many threads and sets all buffers aside.
     pub fn new(pool_threads: usize) -> Result<Self> {
         Ok(Self {
@@ -190,9 +210,12 @@ fn open_for_writing(
         ));
     };
     let storage: &dyn Storage = top.storage.as_ref();
-    storage.sync_data().map_err(|e| e.in_file(&top.path))?;
+    if !planted(Bug::NoSyncAtOpen) {
+        storage.sync_data().map_err(|e| e.in_file(&top.path))?;
+    }
     let mut chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
-    if chain.top().header().is_some_and(Header::is_in_use) {
+    // A plain file has no mark that could tell.
+    if chain.top().header().is_none_or(Header::is_in_use) {
         if let Err(error) = storage.drop_cache() {
             // Best effort: not every host can, and then what is cached is all there is.
             log::warn!("{}: the host's cache stays: {error}", top.path.display());

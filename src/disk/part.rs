@@ -13,9 +13,10 @@ use crate::delta::alloc::Allocator;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::layout::PageIndex;
 use crate::plan::Stop;
+use crate::planted::{Bug, planted};
 use crate::storage::{Keep, SharedStorage};
+use crate::sync::{self, Condvar, Mutex};
 use crate::units::{DiskCluster, FileOffset};
-use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -141,8 +142,9 @@ impl Part {
 
     /// The page of the map, read from the files if it is not in memory. May wait for the host.
     pub fn load(&self, index: PageIndex, counters: &Counters) -> Result<Arc<MapPage>> {
-        let _sole_loader = self.map.loading(index);
-        if let Some(page) = self.map.get(index).as_ref() {
+        let stale = planted(Bug::StalePageInserted);
+        let _sole_loader = (!stale).then(|| self.map.loading(index));
+        if let Some(page) = self.map.get(index).as_ref().filter(|_| !stale) {
             return Ok(Arc::clone(page));
         }
         let page = loop {
@@ -152,7 +154,7 @@ impl Part {
             // No memory anywhere: some page must go, and those in use go soon.
             let evicted = self.map.evict_one(&mut self.table.lock().resident);
             if !evicted {
-                std::thread::sleep(Duration::from_millis(1));
+                sync::sleep(Duration::from_millis(1));
             }
         };
         let top_len = self.top_storage().len()?;
