@@ -52,6 +52,8 @@ pub struct Journal {
     file: SharedStorage,
     end: FileOffset,
     records: u64,
+    /// The file is longer than what is believed of it.
+    trim: bool,
 }
 
 /// A record without its bytes.
@@ -111,17 +113,19 @@ impl Journal {
             file,
             end: FileOffset::new(len_u64(MAGIC.len())),
             records: 0,
+            trim: false,
         })
     }
 
-    /// Goes on with a journal of a change that was interrupted; what was not sealed is dropped.
+    /// Goes on with a journal of a change that was interrupted. What was not sealed is dropped with
+    /// the first record that is added, and so is the note that the change was complete.
     pub fn resume(file: SharedStorage) -> Result<Self> {
         let sealed = Sealed::read(&*file)?;
-        file.set_len(sealed.end)?;
         Ok(Self {
             file,
             end: sealed.end,
             records: len_u64(sealed.places.len()),
+            trim: true,
         })
     }
 
@@ -145,6 +149,10 @@ impl Journal {
             len,
         };
         head.crc = head.checksum(bytes);
+        if self.trim {
+            self.file.set_len(self.end)?;
+            self.trim = false;
+        }
         self.file.write_at(self.end, &head.encode())?;
         let at = self.end.saturating_add(len_u64(HEAD));
         self.file.write_at(at, bytes)?;
@@ -185,10 +193,11 @@ impl Journal {
         directory.sync()
     }
 
-    /// Says that the change is complete, and what the file holds by now.
-    pub fn complete(&mut self, file: &dyn Storage) -> Result<()> {
+    /// Says that the change is complete, and what the file holds by now, but for its first bytes
+    /// where they have yet to be written.
+    pub fn complete(&mut self, file: &dyn Storage, first: Option<[u8; 64]>) -> Result<()> {
         let sealed = Sealed::read(&*self.file)?;
-        let crc = sealed.checksum(&*self.file, file)?;
+        let crc = sealed.checksum(&*self.file, file, first)?;
         self.write(COMPLETE, file.len()?.get(), crc.into(), &[])?;
         self.file.sync_data()
     }
@@ -266,7 +275,12 @@ impl Sealed {
     }
 
     /// CRC-32C of what the file holds in all recorded ranges.
-    fn checksum(&self, journal: &dyn Storage, file: &dyn Storage) -> Result<u32> {
+    fn checksum(
+        &self,
+        journal: &dyn Storage,
+        file: &dyn Storage,
+        first: Option<[u8; 64]>,
+    ) -> Result<u32> {
         let (mut crc, mut bytes) = (0, Vec::new());
         let file_len = file.len()?.get();
         for place in &self.places {
@@ -280,6 +294,9 @@ impl Sealed {
             let len = end.saturating_sub(head.place).min(RECORD_MAX);
             bytes.resize(len_usize(len).unwrap_or(0), 0);
             file.read_at(FileOffset::new(head.place.min(file_len)), &mut bytes)?;
+            if let (Some(first), 0) = (first, head.place) {
+                bytes.splice(..bytes.len().min(64), first);
+            }
             crc = crc32c::crc32c_append(crc, &bytes);
         }
         Ok(crc)
@@ -313,7 +330,7 @@ pub fn inspect(journal: &dyn Storage, file: &dyn Storage) -> Result<Undo> {
     let changed_since = match sealed.complete {
         None => false,
         Some((len, crc)) => {
-            len != file.len()?.get() || crc != u64::from(sealed.checksum(journal, file)?)
+            len != file.len()?.get() || crc != u64::from(sealed.checksum(journal, file, None)?)
         }
     };
     let mut undo = Undo {

@@ -18,9 +18,11 @@
 //!    repair that was cut short here goes on as it would have.
 //! 9. What nothing names is punched, and the tail is cut: only now, because until 8 was durable the
 //!    old places were still named.
-//! 10. The in-use mark goes. Last, or a power cut could leave a mark that says all is well before
-//!     it is.
-//! 11. Look again, note in the undo file what the image is now, and give it its final name.
+//! 10. The undo file says what the image will be, so that an undo can tell whether somebody has
+//!     written to it since. After step 11 that would be too late: a closed image may be used.
+//! 11. The in-use mark goes. Earlier, and a power cut could leave a mark that says all is well
+//!     before it is.
+//! 12. Look again, and give the undo file its final name.
 
 mod undo;
 
@@ -97,6 +99,12 @@ fn refused(refusal: Refusal) -> Error {
                 ),
             }
         }
+        Refusal::Implausible => Error::why(
+            ErrorKind::Corrupt,
+            "at least half of the table makes no sense with the header, whose numbers contradict \
+             each other: its cluster size, or the size of the disk, is probably wrong",
+        )
+        .fix("nothing is guessed: it needs the header of a backup"),
         Refusal::Extension => Error::why(
             ErrorKind::Unsupported,
             "a section of the format extension that is not known here forbids writing",
@@ -131,13 +139,10 @@ pub fn repair_image(storage: &dyn Storage, keep: KeepOld<'_>, policy: &Policy) -
         };
         let result = work
             .prepare(journal.as_mut(), keep)
-            .and_then(|()| work.carry_out());
+            .and_then(|()| work.carry_out(journal.as_mut()));
         result.map_err(|e| undo::advise(e, keep))?;
     }
     let after = check::check_image(storage)?;
-    if let Some(journal) = &mut journal {
-        journal.complete(storage)?;
-    }
     let undo = undo::finish(journal.is_some(), keep)?;
     Ok(Repaired {
         before: checked,
@@ -301,8 +306,8 @@ impl Work<'_> {
         })
     }
 
-    /// Steps 4 to 10.
-    fn carry_out(&self) -> Result<()> {
+    /// Steps 4 to 11.
+    fn carry_out(&self, mut journal: Option<&mut Journal>) -> Result<()> {
         let storage = self.storage;
         let mut mark = InUseMark::new(*self.header.raw());
         for fix in &self.fixes {
@@ -322,13 +327,19 @@ impl Work<'_> {
                     }
                 }
                 Fix::Close => {
-                    storage.sync_data()?;
+                    let closed = mark.closed(self.mapped == 0).encode();
+                    if let Some(journal) = journal.take() {
+                        journal.complete(storage, Some(closed))?;
+                    }
                     mark.clear(storage, self.mapped == 0)?;
                 }
             }
             storage.sync_data()?;
         }
-        Ok(())
+        match journal {
+            Some(journal) => journal.complete(storage, None),
+            None => Ok(()),
+        }
     }
 
     fn write(&self, at: FileOffset, bytes: &[u8]) -> Result<()> {

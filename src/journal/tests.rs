@@ -108,7 +108,7 @@ fn a_complete_change_tells_what_it_left() {
     let (log, mut journal, file) = sealed();
     file.write_at(FileOffset::new(70), &[0xff; 20]).unwrap();
     file.set_len(FileOffset::new(2500)).unwrap();
-    journal.complete(&file).unwrap();
+    journal.complete(&file, None).unwrap();
     let found = inspect(&*log, &file).unwrap();
     assert!(found.complete && !found.changed_since);
     assert_eq!(found.first.unwrap()[..], original()[..64]);

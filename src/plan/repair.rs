@@ -17,6 +17,7 @@ pub use header::{Evidence, HeaderFix, Normal, count_entries, normalise};
 pub use spans::{SPANS_MAX, Spans};
 
 use crate::format::header::{FLAG_CONVERTING, HeaderError, IN_USE, RawHeader};
+use crate::units::FileCluster;
 
 /// How bad a finding is; the worst one decides the state of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,6 +48,8 @@ impl Severity {
 pub enum Trouble {
     /// The header makes no sense, and nothing tells what it should say.
     Header(HeaderError),
+    /// The header holds together, but most of the table makes no sense with it.
+    Implausible,
     /// A header field is wrong, and the rest of the image tells what it should say.
     Field(HeaderFix),
     /// The image can be read, and this program does not write to its kind.
@@ -85,6 +88,7 @@ impl Trouble {
     pub const fn word(&self) -> &'static str {
         match self {
             Self::Header(_) => "header",
+            Self::Implausible => "header-implausible",
             Self::Field(_) => "header-field",
             Self::ReadOnly(_) => "read-only-kind",
             Self::InUse => "in-use",
@@ -232,7 +236,7 @@ impl Report {
                 trouble,
                 count,
                 clusters: clusters.clone(),
-                mendable: !matches!(trouble, Trouble::Header(_)),
+                mendable: !matches!(trouble, Trouble::Header(_) | Trouble::Implausible),
             });
         }
     }
@@ -265,6 +269,12 @@ pub fn examine(facts: &Facts) -> Report {
             other => report.add(Corrupt, Trouble::Header(other), 1, &nowhere),
         }
     }
+    report.add(
+        Corrupt,
+        Trouble::Implausible,
+        implausible(facts).into(),
+        &nowhere,
+    );
     let was_in_use = facts.raw.is_some_and(|raw| raw.in_use == IN_USE);
     report.add(Corrupt, Trouble::InUse, was_in_use.into(), &nowhere);
     let table = &facts.table;
@@ -293,6 +303,32 @@ pub fn examine(facts: &Facts) -> Report {
         .findings
         .sort_by_key(|finding| std::cmp::Reverse(finding.severity));
     report
+}
+
+/// True where mending the image would follow a header that is probably wrong itself: the number of
+/// entries contradicts the size of the disk, and so does the place of the data, or at least half of
+/// the entries are bad. A file that was cut off has as many bad entries, but no contradiction.
+fn implausible(facts: &Facts) -> bool {
+    let (Some(raw), Ok(normal)) = (facts.raw, &facts.normal) else {
+        return false;
+    };
+    let (table, layout) = (&facts.table, normal.header.layout());
+    let cluster = layout.cluster();
+    if normal.header.size().get() == 0 {
+        return table.stray_slots > 0 || table.mapped > 0;
+    }
+    let needed = cluster.count_for(normal.header.size_bytes()).get();
+    let found = u64::from(raw.entry_count);
+    if found == needed {
+        return false;
+    }
+    let minimum = cluster.count_for(layout.table_end().get());
+    let elsewhere = layout.data_start() != cluster.file_start(FileCluster::new(minimum.get()));
+    let moved = |fix: &HeaderFix| matches!(fix, HeaderFix::FirstBlock { .. });
+    let bad = table.invalid().saturating_add(table.misaligned.clusters());
+    (found < needed && elsewhere)
+        || normal.fixes.iter().any(moved)
+        || (bad > 0 && bad.saturating_mul(2) >= table.mapped)
 }
 
 /// What a repair may do.
@@ -328,6 +364,8 @@ pub enum Fix {
 pub enum Refusal {
     /// Its header makes no sense.
     Header(HeaderError),
+    /// Most of the table makes no sense with the header.
+    Implausible,
     /// It has an extension that forbids to write to it.
     Extension,
     /// Only leaks may be mended, and what leaked may be what bad entries meant.
@@ -339,9 +377,10 @@ pub fn fixes(facts: &Facts, policy: Policy) -> Result<Vec<Fix>, Refusal> {
     let normal = facts.normal.as_ref().map_err(|e| Refusal::Header(*e))?;
     let report = examine(facts);
     if let Some(finding) = report.findings.iter().find(|f| !f.mendable) {
-        if let Trouble::Header(error) = finding.trouble {
-            return Err(Refusal::Header(error));
-        }
+        return Err(match finding.trouble {
+            Trouble::Header(error) => Refusal::Header(error),
+            _ => Refusal::Implausible,
+        });
     }
     let table = &facts.table;
     let moves = table.to_separate() > 0;

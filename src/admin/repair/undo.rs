@@ -172,26 +172,37 @@ pub fn undo_image(storage: &dyn Storage, directory: &dyn Directory, file: &str) 
         let why = "the image has been changed since the repair: going back would damage it";
         Error::why(ErrorKind::Corrupt, why).fix("restore the image from a backup instead")
     };
-    if undo.changed_since {
+    let Some(old) = undo.first else {
+        if undo.changed_since {
+            return Err(changed());
+        }
+        return give_back(storage, directory, file, &*saved);
+    };
+    let mut now = [0; HEADER_LEN];
+    if storage.len()?.get() < len_u64(HEADER_LEN) {
         return Err(changed());
     }
-    if let Some(old) = undo.first {
-        let mut now = [0; HEADER_LEN];
-        if storage.len()?.get() < len_u64(HEADER_LEN) {
-            return Err(changed());
-        }
-        storage.read_at(FileOffset::ZERO, &mut now)?;
-        let mut raw = RawHeader::decode(&now);
-        // A repair that was interrupted left the mark, unless it had not begun.
-        if !undo.complete && raw.in_use != IN_USE && now != old {
-            return Err(changed());
-        }
-        raw.in_use = IN_USE;
-        storage.write_at(FileOffset::ZERO, &raw.encode())?;
-        storage.sync_data()?;
+    storage.read_at(FileOffset::ZERO, &mut now)?;
+    let mut raw = RawHeader::decode(&now);
+    // While it runs a repair has the mark set, and so has an undo. Closed, the image must be what
+    // the repair left, or what it found.
+    let is_as_left = undo.complete && !undo.changed_since;
+    if raw.in_use != IN_USE && now != old && !is_as_left {
+        return Err(changed());
     }
-    journal::restore(&*saved, storage)?;
-    drop(saved);
+    raw.in_use = IN_USE;
+    storage.write_at(FileOffset::ZERO, &raw.encode())?;
+    storage.sync_data()?;
+    give_back(storage, directory, file, &*saved)
+}
+
+fn give_back(
+    storage: &dyn Storage,
+    directory: &dyn Directory,
+    file: &str,
+    saved: &dyn Storage,
+) -> Result<()> {
+    journal::restore(saved, storage)?;
     directory.remove(file)?;
     directory.sync()
 }

@@ -1,0 +1,1 @@
+//! What other programs say of an image that was repaired.
