@@ -1,8 +1,8 @@
 //! Check and repair: every way to break an image, power cuts at every operation, other programs.
 //!
 //! A repair is cut after each operation, with any of what was not durable kept or lost. What is
-//! left must be mended by another repair to the very bytes that an undisturbed one leaves, and until
-//! the repair is complete the undo file must give every old byte back.
+//! left must be mended by another repair to the very bytes that an undisturbed one leaves, and
+//! until the repair is complete the undo file must give every old byte back.
 
 #[path = "check/cuts.rs"]
 mod cuts;

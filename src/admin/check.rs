@@ -3,7 +3,11 @@
 //! The facts are gathered in a few passes: the header; the table for what its entries say about the
 //! header; the table again, entry by entry; then the clusters that nothing names, of which those
 //! that hold bytes have leaked. Memory is a bit for each entry at most, and holes of the file cost
-//! nothing. What the facts mean is for [`crate::plan::repair`] to say.
+//! nothing. What the facts mean is for [`crate::plan::repair`] to say,
+//! and [`disk`] looks at all images of a disk and at what lies beside them.
+
+pub mod disk;
+pub mod say;
 
 use crate::delta::classify::{Class, Classifier, Grid, Used};
 use crate::delta::{extension, walk};

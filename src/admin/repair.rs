@@ -24,6 +24,7 @@
 //!     before it is.
 //! 12. Look again, and give the undo file its final name.
 
+pub mod disk;
 mod undo;
 
 pub use undo::{Saved, saved_names, undo_image};

@@ -359,6 +359,38 @@ pub enum Fix {
     Close,
 }
 
+impl Fix {
+    /// The word for programs.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Mark => "mark",
+            Self::Clear => "clear",
+            Self::Extend => "extend",
+            Self::Copy => "copy",
+            Self::Repoint => "repoint",
+            Self::Punch => "punch",
+            Self::Cut => "cut",
+            Self::Close => "close",
+        }
+    }
+
+    /// The step in words.
+    #[must_use]
+    pub const fn phrase(self) -> &'static str {
+        match self {
+            Self::Mark => "set the in-use mark while the image is changed",
+            Self::Clear => "set bad entries, and slots after the last, to 0",
+            Self::Extend => "lengthen the file to the end of its last cluster",
+            Self::Copy => "copy shared and displaced clusters to places of their own",
+            Self::Repoint => "let the table name the copies",
+            Self::Punch => "give back clusters that nothing names",
+            Self::Cut => "cut off the unused end of the file",
+            Self::Close => "take the in-use mark away",
+        }
+    }
+}
+
 /// Why an image is not repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {

@@ -104,7 +104,7 @@ pub(super) fn advise(error: Error, keep: KeepOld<'_>) -> Error {
     match keep {
         KeepOld::In { image, .. } => error.fix(format!(
             "run the repair again, which goes on where it stopped; or go back to what was: \
-             `ploopfs repair --undo {image}{RUNNING}`"
+             `ploopfs repair --undo {image}{RUNNING} IMAGE`"
         )),
         KeepOld::Nowhere => error,
     }
