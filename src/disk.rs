@@ -18,9 +18,14 @@
 
 pub mod buffers;
 pub mod epoch;
+pub mod flags;
 pub mod flush;
 pub mod flusher;
 pub mod health;
+#[cfg(all(test, loom))]
+mod models {
+    mod tests;
+}
 pub mod open;
 pub mod part;
 pub mod pool;

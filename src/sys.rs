@@ -12,3 +12,5 @@ pub mod memory;
 pub mod mount;
 pub mod open;
 pub mod process;
+#[cfg(all(test, loom))]
+pub mod raced;

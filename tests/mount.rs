@@ -9,6 +9,8 @@ mod support;
 
 #[path = "mount/damage.rs"]
 mod damage;
+#[path = "mount/dead.rs"]
+mod dead;
 #[path = "mount/disks.rs"]
 mod disks;
 #[path = "mount/files.rs"]
@@ -19,6 +21,8 @@ mod life;
 mod load;
 #[path = "mount/locks.rs"]
 mod locks;
+#[path = "mount/process.rs"]
+mod process;
 #[path = "mount/tree.rs"]
 mod tree;
 
@@ -31,6 +35,8 @@ fn main() {
     trials.extend(locks::trials());
     trials.extend(life::trials());
     trials.extend(damage::trials());
+    trials.extend(dead::trials());
+    trials.extend(process::trials());
     trials.extend(tree::trials());
     trials.extend(load::trials());
     harness::main(trials)

@@ -18,8 +18,12 @@ use sim::workload::{Plan, run};
 const SEEDS: u64 = 400;
 
 /// What the simulation finds with this seed; the first of it.
-fn complaint(kind: &kinds::DiskKind, seed: u64, fault: Option<Fault>) -> Option<String> {
-    let resources = Resources::new(1).expect("threads and memory");
+fn complaint(
+    kind: &kinds::DiskKind,
+    seed: u64,
+    fault: Option<Fault>,
+    resources: &Resources,
+) -> Option<String> {
     let plan = Plan {
         seed,
         manners: Manners {
@@ -29,7 +33,7 @@ fn complaint(kind: &kinds::DiskKind, seed: u64, fault: Option<Fault>) -> Option<
         lives: 3,
         requests: 40,
     };
-    let outcome = run(kind, plan, &resources, "with a planted bug");
+    let outcome = run(kind, plan, resources, "with a planted bug");
     if let Some(why) = outcome.complaints.into_iter().next() {
         return Some(why);
     }
@@ -38,8 +42,21 @@ fn complaint(kind: &kinds::DiskKind, seed: u64, fault: Option<Fault>) -> Option<
         from: 0,
         every: 1,
     };
-    let found = replay(kind, &outcome.world.log(), cuts, seed, &resources);
+    let found = replay(kind, &outcome.world.log(), cuts, seed, resources);
     found.complaints.into_iter().next()
+}
+
+/// Where a bug can show: an image that was not closed is synced to set its mark again, a plain one
+/// has none.
+fn kinds_for(bug: Bug) -> Vec<&'static kinds::DiskKind> {
+    let all = kinds::all().iter();
+    match bug {
+        Bug::NoSyncAtOpen => all.filter(|kind| kind.name == "plain").collect(),
+        Bug::StalePageInserted | Bug::DirtyEvicted => all
+            .filter(|kind| kind.name == "table of two pages")
+            .collect(),
+        _ => all.collect(),
+    }
 }
 
 /// The bugs that show only where something fails.
@@ -75,11 +92,15 @@ fn each_planted_bug_is_found() {
         }
         let started = std::time::Instant::now();
         plant(Some(*bug));
-        let found = (1..=SEEDS).into_par_iter().find_map_any(|seed| {
-            let kind = &kinds::all()[(seed % kinds::all().len() as u64) as usize];
-            let why = complaint(kind, seed, fault(*bug, seed))?;
+        let kinds = kinds_for(*bug);
+        let machine = || Resources::new(1).expect("threads and memory");
+        let seeds = (1..=SEEDS).into_par_iter();
+        let tries = seeds.map_init(machine, |resources, seed| {
+            let kind = &kinds[(seed % kinds.len() as u64) as usize];
+            let why = complaint(kind, seed, fault(*bug, seed), resources)?;
             Some((seed, kind.name, why))
         });
+        let found = tries.flatten().find_any(|_| true);
         plant(None);
         let time = started.elapsed().as_secs_f64();
         match found {

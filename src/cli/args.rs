@@ -120,6 +120,9 @@ pub struct ServeArgs {
     /// Write the daemon's process id to this file
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub pid_file: Option<PathBuf>,
+    /// Clear away first what a dead daemon of ours left there
+    #[arg(long)]
+    pub replace_dead: bool,
     /// Drop dirty bitmaps, which writing would turn into a lie
     #[arg(long, help_heading = "Writing")]
     pub drop_bitmaps: bool,
@@ -144,6 +147,9 @@ pub struct ServeArgs {
     /// Threads that serve what does not stay where it arrives (4)
     #[arg(long, value_name = "N", value_parser = parse_threads, help_heading = "Tuning")]
     pub pool_threads: Option<usize>,
+    /// Never let the daemon's memory be swapped out
+    #[arg(long, help_heading = "Tuning")]
+    pub lock_memory: bool,
     /// Which disk.
     #[command(flatten)]
     pub select: SelectArgs,
@@ -168,6 +174,8 @@ impl ServeArgs {
         disk.bat_cache = self.bat_cache.unwrap_or(disk.bat_cache);
         disk.inline_order = self.inline_order.unwrap_or(disk.inline_order);
         disk.pool_threads = self.pool_threads.unwrap_or(disk.pool_threads);
+        settings.replace_dead |= self.replace_dead;
+        settings.lock_memory |= self.lock_memory;
         settings.threads = self.threads.unwrap_or(settings.threads);
         // A snapshot is frozen; nobody asked to write to it.
         if settings.selection.snapshot.is_some() {

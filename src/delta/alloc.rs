@@ -49,6 +49,7 @@ pub struct Allocator {
     /// Whole clusters inside the file.
     file_end: u64,
     mapped: u64,
+    reserved_ever: u64,
 }
 
 impl Allocator {
@@ -75,6 +76,7 @@ impl Allocator {
             limit,
             file_end,
             mapped,
+            reserved_ever: 0,
         })
     }
 
@@ -82,6 +84,12 @@ impl Allocator {
     #[must_use]
     pub fn free(&self) -> u64 {
         self.free.len()
+    }
+
+    /// How many clusters were ever reserved: a plan that finds it changed is out of date.
+    #[must_use]
+    pub fn reserved_ever(&self) -> u64 {
+        self.reserved_ever
     }
 
     /// Clusters that the file still may grow by.
@@ -119,6 +127,7 @@ impl Allocator {
     pub fn reserve(&mut self) -> Option<Reserved> {
         let cluster = self.free.first_from(self.first)?;
         self.free.remove(cluster);
+        self.reserved_ever += 1;
         let zero_known = self.zero_known.remove(cluster);
         Some(Reserved {
             cluster: FileCluster::new(cluster),

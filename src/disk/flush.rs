@@ -22,8 +22,8 @@
 //! More dirty pages than the copy area holds take steps 3 to 5 again for each areaful; entries do
 //! not depend on each other, because a cluster never changes hands within a round.
 //!
-//! `tests/crash.rs` cuts the power at every operation of this on simulated files, and fails if one
-//! of the syncs is left out.
+//! `tests/sim.rs` cuts the power at every operation of this on simulated files, and
+//! `tests/planted.rs` proves that it notices when one of these steps is left out or moved.
 //!
 //! The first failure latches the disk: nothing after it is ever reported as durable again.
 
@@ -42,7 +42,6 @@ use crate::units::{FileCluster, FileOffset};
 use parking_lot::MutexGuard;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Pages that are copied between one data sync and the next.
@@ -99,7 +98,7 @@ impl Disk {
     pub fn ensure_marked(&self, index: usize) -> Result<()> {
         let parts = self.parts();
         let part = &parts[index];
-        if part.marked.load(Ordering::Acquire) {
+        if part.marked.is_open() {
             return Ok(());
         }
         let mut state = self.flush.lock();
@@ -118,7 +117,7 @@ impl Disk {
             })?;
         }
         part.reserve_table();
-        part.marked.store(true, Ordering::Release);
+        part.marked.open();
         Ok(())
     }
 
@@ -175,7 +174,7 @@ impl Disk {
                 seal(part, table, flush);
             }
         }
-        let was_dirty = part.data_dirty.swap(false, Ordering::SeqCst);
+        let was_dirty = part.data_dirty.take();
         if flush.pages.is_empty() {
             if was_dirty {
                 part.top_storage().sync_data()?;
@@ -282,7 +281,7 @@ impl Disk {
             error
         };
         for part in self.parts().iter() {
-            if part.marked.load(Ordering::Acquire) && !part.chain.is_plain() {
+            if part.marked.is_open() && !part.chain.is_plain() {
                 trim(part).map_err(|e| latch(part, e))?;
             }
         }
@@ -298,7 +297,7 @@ impl Disk {
                 .map_or(0, |alloc| alloc.mapped());
             mark.clear(part.top_storage().as_ref(), mapped == 0)
                 .map_err(|e| latch(part, e))?;
-            part.marked.store(false, Ordering::Release);
+            part.marked.close();
         }
         Ok(())
     }

@@ -39,7 +39,7 @@ use crate::sync::{Condvar, Mutex};
 use crate::units::{FileOffset, len_usize};
 use arc_swap::ArcSwap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::Duration;
 
 /// Bytes of map pages for a frozen view: people look into one, they do not work on it.
@@ -131,7 +131,7 @@ pub fn open_with(
         )?;
         if is_marked {
             part.reserve_table();
-            part.marked.store(true, Ordering::Release);
+            part.marked.open();
         }
         parts.push(part);
         marks.push(mark);

@@ -164,7 +164,7 @@ impl Disk {
             let position = DiskOffset::new(at.get() + len_u64(done));
             let (index, within) = Self::locate(&parts, position);
             let part = &parts[index];
-            if !part.marked.load(Ordering::Acquire) {
+            if !part.marked.is_open() {
                 return Ok(false);
             }
             let left = len_usize(part.disk_len() - within.get()).unwrap_or(usize::MAX);

@@ -155,17 +155,37 @@ impl Drop for Reservation<'_> {
     }
 }
 
+/// Clusters that a plan needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Need {
+    /// How many must be free.
+    pub count: u64,
+    /// With blocks of their own, or without.
+    pub blocks: Keep,
+    /// What the allocator had given out ever when the plan was made.
+    pub reserved_ever: u64,
+}
+
 /// Why a step could not be made under the lock.
 #[derive(Clone, Copy, Debug)]
 pub enum Refused {
     /// The plan stopped.
     Stop(Stop),
-    /// This many clusters must be free inside the file, with blocks of their own or without.
-    Grow(u64, Keep),
+    /// The file needs more free clusters.
+    Grow(Need),
     /// Something must happen first.
     Wait(Wait),
     /// All clusters turned out to be mapped by now.
     NotNeeded,
+}
+
+/// The file must grow first.
+fn grow_by(table: &Table, count: u64, blocks: Keep) -> Refused {
+    Refused::Grow(Need {
+        count,
+        blocks,
+        reserved_ever: table.alloc.as_ref().map_or(0, Allocator::reserved_ever),
+    })
 }
 
 impl Part {
@@ -264,7 +284,7 @@ impl Part {
         match refused {
             Refused::NotNeeded => Ok(Next::Again(None)),
             Refused::Wait(wait) => Ok(Next::Wait(wait)),
-            Refused::Grow(count, blocks) => self.grow(count, blocks),
+            Refused::Grow(need) => self.grow(need),
             Refused::Stop(stop) => self.after_stop(stop, counters),
         }
     }
@@ -327,7 +347,7 @@ impl Part {
             .as_ref()
             .is_none_or(|alloc| alloc.free() < len_u64(fresh))
         {
-            return Err(Refused::Grow(len_u64(fresh), Keep::Blocks));
+            return Err(grow_by(&table, len_u64(fresh), Keep::Blocks));
         }
         for cluster in clusters {
             self.take_one(&mut table, &page, cluster, Keep::Blocks, list)?;
@@ -346,11 +366,9 @@ impl Part {
         blocks: Keep,
         list: &mut TakenList,
     ) -> std::result::Result<(), Refused> {
-        let (Some(alloc), Some(layout)) = (table.alloc.as_mut(), self.chain.top().layout()) else {
-            return Err(Refused::Grow(1, blocks));
-        };
-        let Some(place) = alloc.reserve() else {
-            return Err(Refused::Grow(1, blocks));
+        let place = table.alloc.as_mut().and_then(Allocator::reserve);
+        let (Some(place), Some(layout)) = (place, self.chain.top().layout()) else {
+            return Err(grow_by(table, 1, blocks));
         };
         let entry = layout
             .entry_for(place.cluster)

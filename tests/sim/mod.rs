@@ -12,6 +12,8 @@
 // Each test program that includes this uses a part of it.
 #![allow(dead_code)]
 
+pub(crate) mod directory;
+pub(crate) mod heap;
 pub(crate) mod kinds;
 pub(crate) mod model;
 pub(crate) mod pool;

@@ -1,5 +1,6 @@
 //! The disk's pool, with threads that the scheduler runs.
 
+use super::heap;
 use ploopfs::disk::pool::Spawn;
 use ploopfs::disk::table::Job;
 use ploopfs::sync::{self, Condvar, Mutex, Thread};
@@ -16,6 +17,7 @@ struct Queue {
 
 #[derive(Default)]
 struct Shared {
+    scarce: bool,
     queue: Mutex<Queue>,
     wake: Condvar,
 }
@@ -34,8 +36,11 @@ impl fmt::Debug for SimPool {
 
 impl SimPool {
     /// Starts so many threads; called on a thread that a scheduler runs.
-    pub(crate) fn start(threads: u64) -> Arc<Self> {
-        let shared = Arc::<Shared>::default();
+    pub(crate) fn start(threads: u64, scarce: bool) -> Arc<Self> {
+        let shared = Arc::new(Shared {
+            scarce,
+            ..Shared::default()
+        });
         let start = |_| {
             let shared = Arc::clone(&shared);
             sync::spawn("pool", move || work(&shared)).expect("a thread")
@@ -71,13 +76,13 @@ fn work(shared: &Shared) {
                 shared.wake.wait_for(&mut queue, Duration::from_secs(3600));
             }
         };
-        job.run();
+        heap::with(shared.scarce, || job.run());
     }
 }
 
 impl Spawn for SimPool {
     fn spawn(&self, job: Box<dyn Job>) {
-        self.shared.queue.lock().jobs.push_back(job);
+        heap::with(false, || self.shared.queue.lock().jobs.push_back(job));
         self.shared.wake.notify_one();
     }
 }

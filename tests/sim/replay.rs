@@ -6,6 +6,7 @@
 //! close; and a file without its in-use mark must be one that was closed.
 
 use crate::forge::content::splitmix;
+use crate::sim::directory::{NameChange, Names};
 use crate::sim::kinds::DiskKind;
 use crate::sim::model::Model;
 use crate::sim::storage::{Change, Event, Manners, World};
@@ -97,28 +98,61 @@ impl Medium {
 
 /// All files as a log leaves them.
 #[derive(Debug)]
-struct Media(Vec<Medium>);
+pub(crate) struct Media {
+    files: Vec<Medium>,
+    names: Names,
+    pending_names: Vec<NameChange>,
+}
 
 impl Media {
-    fn new(files: &[Vec<u8>]) -> Self {
-        Self(files.iter().map(|bytes| Medium::new(bytes)).collect())
+    /// Files with these contents, and names for them.
+    pub(crate) fn new(files: &[Vec<u8>], names: Names) -> Self {
+        Self {
+            files: files.iter().map(|bytes| Medium::new(bytes)).collect(),
+            names,
+            pending_names: Vec::new(),
+        }
+    }
+
+    /// What a power cut now leaves.
+    pub(crate) fn after_cut(&self, dice: &mut u64) -> (Vec<Vec<u8>>, Names) {
+        let mut names = self.names.clone();
+        let bias = splitmix(dice) % 5;
+        for change in &self.pending_names {
+            if splitmix(dice) % 4 < bias {
+                change.apply(&mut names);
+            }
+        }
+        let files = self.files.iter().map(|medium| medium.after_cut(dice));
+        (files.collect(), names)
     }
 
     /// Takes one event in. True when it changed what a power cut could leave.
-    fn take(&mut self, event: &Event) -> bool {
+    pub(crate) fn take(&mut self, event: &Event) -> bool {
         match event {
-            Event::Changed { file, change } => self.0[*file].change(change),
-            Event::Synced { file } => self.0[*file].sync(),
+            Event::Changed { file, change } => self.files[*file].change(change),
+            Event::Synced { file } => self.files[*file].sync(),
             // The host gives up what it could not write, and calls it clean.
-            Event::SyncFailed { file } => self.0[*file].pending.clear(),
-            Event::CacheDropped { file } => self.0[*file].cached = self.0[*file].uncached(),
+            Event::SyncFailed { file } => self.files[*file].pending.clear(),
+            Event::CacheDropped { file } => self.files[*file].cached = self.files[*file].uncached(),
             Event::Cut { files } => {
-                for (medium, bytes) in self.0.iter_mut().zip(files) {
+                for (medium, bytes) in self.files.iter_mut().zip(files) {
                     let closed = medium.closed.clone();
                     *medium = Medium::new(bytes);
                     if bytes.get(MARK) != Some(&[0; 4]) {
                         medium.closed = closed;
                     }
+                }
+            }
+            Event::Named { change } => {
+                if let NameChange::Create(..) = change {
+                    self.files.push(Medium::new(&[]));
+                }
+                self.pending_names.push(change.clone());
+            }
+            Event::NamesSynced => {
+                for change in self.pending_names.drain(..) {
+                    change.apply(&mut self.names);
                 }
             }
             _ => return false,
@@ -129,24 +163,20 @@ impl Media {
 
 /// A file as the medium has it, with all that is still to be written there.
 pub(crate) fn uncached(log: &[Event], files: &[Vec<u8>], file: usize) -> Vec<u8> {
-    let mut media = Media::new(files);
+    let mut media = Media::new(files, Names::new());
     for event in log {
         media.take(event);
     }
-    media.0[file].uncached()
+    media.files[file].uncached()
 }
 
 /// The files as a power cut at the end of the log leaves them.
-pub(crate) fn after_cut(log: &[Event], files: Vec<Vec<u8>>, dice: &mut u64) -> Vec<Vec<u8>> {
-    let mut media = Media::new(&files);
+pub(crate) fn after_cut(log: &[Event], files: &[Vec<u8>], dice: &mut u64) -> Vec<Vec<u8>> {
+    let mut media = Media::new(files, Names::new());
     for event in log {
         media.take(event);
     }
-    media
-        .0
-        .iter()
-        .map(|medium| medium.after_cut(dice))
-        .collect()
+    media.after_cut(dice).0
 }
 
 /// What a replay found.
@@ -154,6 +184,14 @@ pub(crate) fn after_cut(log: &[Event], files: Vec<Vec<u8>>, dice: &mut u64) -> V
 pub(crate) struct Found {
     pub(crate) states: u64,
     pub(crate) complaints: Vec<String>,
+}
+
+impl Found {
+    /// Adds what another replay found.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.states += other.states;
+        self.complaints.extend(other.complaints);
+    }
 }
 
 /// How often the power is cut.
@@ -177,7 +215,7 @@ pub(crate) fn replay(
 ) -> Found {
     let mut found = Found::default();
     let mut dice = seed;
-    let mut media = Media::new(&kind.files());
+    let mut media = Media::new(&kind.files(), Names::new());
     let mut model: Option<Model> = None;
     let mut writes = HashMap::new();
     let mut flushes = HashMap::new();
@@ -239,13 +277,9 @@ fn judge(
     found: &mut Found,
 ) -> Result<(), String> {
     found.states += 1;
-    let files: Vec<_> = media
-        .0
-        .iter()
-        .map(|medium| medium.after_cut(dice))
-        .collect();
+    let (files, _) = media.after_cut(dice);
     for top in kind.tops() {
-        if media.0[top].is_wrongly_unmarked(&files[top]) {
+        if media.files[top].is_wrongly_unmarked(&files[top]) {
             return Err("changed, and not marked as in use".to_owned());
         }
     }

@@ -5,6 +5,7 @@
 //! operations on files, and where it waits. Time stands still but for a little at each such point;
 //! when everybody waits for something, it jumps to the first of the times they wait for.
 
+use super::heap;
 use crate::forge::content::splitmix;
 use parking_lot::{Condvar, Mutex};
 use ploopfs::sync::{self, Scheduler};
@@ -52,6 +53,7 @@ pub(crate) struct Baton {
     turns: Mutex<Vec<Arc<Condvar>>>,
     /// What to say when nothing goes on any more.
     story: String,
+    scarce: bool,
     me: Weak<Baton>,
 }
 
@@ -64,6 +66,7 @@ thread_local! {
 pub(crate) fn run<T: Send>(
     seed: u64,
     restless: u64,
+    scarce: bool,
     story: &str,
     body: impl FnOnce() -> T + Send,
 ) -> (T, u64) {
@@ -80,6 +83,7 @@ pub(crate) fn run<T: Send>(
         }),
         turns: Mutex::new(vec![Arc::default()]),
         story: story.to_owned(),
+        scarce,
         me: Weak::clone(me),
     });
     let first = Arc::clone(&baton);
@@ -116,6 +120,10 @@ impl Baton {
 
     /// The calling thread is now `status`; whoever is next goes on.
     fn give_way(&self, status: Status) {
+        heap::with(false, || self.change(status));
+    }
+
+    fn change(&self, status: Status) {
         let me = NUMBER.get();
         let mut state = self.state.lock();
         debug_assert_eq!(state.running, me, "only one thread runs");
@@ -256,6 +264,8 @@ impl Scheduler for Baton {
             self.turns.lock().push(Arc::clone(&turn));
             state.threads.len() - 1
         };
+        // The disk's own thread. The others say for themselves what they do for the disk.
+        let scarce = self.scarce && name == "flusher";
         let run = move || {
             baton.enter(number);
             let mut state = baton.state.lock();
@@ -264,6 +274,7 @@ impl Scheduler for Baton {
             }
             drop(state);
             // What panics is told by the usual hook; the others go on and find what is missing.
+            let body = || heap::with(scarce, body);
             let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
             baton.tell(ended);
             sync::set_scheduler(None);

@@ -11,6 +11,8 @@ use ploopfs::units::FileOffset;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::directory::{NameChange, Names};
+use super::heap;
 use super::model::{Stamp, WriteId};
 use super::replay::uncached;
 
@@ -65,6 +67,10 @@ pub(crate) enum Event {
     Synced { file: usize },
     /// A sync failed: what was not durable never will be, although reads still see it.
     SyncFailed { file: usize },
+    /// Names were changed, as others see them.
+    Named { change: NameChange },
+    /// All changes of names before this are durable.
+    NamesSynced,
     /// Reads come from the medium, and from what has yet to be written there.
     CacheDropped { file: usize },
     /// A client began to write these sectors of the disk.
@@ -97,10 +103,15 @@ pub(crate) enum Kind {
     Zero,
     Copy,
     NextData,
+    Open,
+    Create,
+    Rename,
+    Remove,
+    SyncNames,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::Len,
         Self::Read,
         Self::Write,
@@ -110,6 +121,11 @@ impl Kind {
         Self::Zero,
         Self::Copy,
         Self::NextData,
+        Self::Open,
+        Self::Create,
+        Self::Rename,
+        Self::Remove,
+        Self::SyncNames,
     ];
 }
 
@@ -130,6 +146,8 @@ pub(crate) struct Manners {
     pub(crate) fault: Option<Fault>,
     /// Syncs say that they are done and do nothing.
     pub(crate) lying_syncs: bool,
+    /// The disk gets no piece of memory over 4 KiB after it has been opened.
+    pub(crate) scarce_memory: bool,
     /// The host cannot copy between files, reserve blocks or punch holes.
     pub(crate) poor_host: bool,
 }
@@ -141,10 +159,12 @@ pub(crate) struct World {
     state: Mutex<State>,
 }
 
+/// The files and names as reads see them, and what was done to them.
 #[derive(Debug, Default)]
-struct State {
+pub(crate) struct State {
     manners: Manners,
     files: Vec<Vec<u8>>,
+    pub(crate) names: Names,
     /// Only what is logged can be replayed; states that are only looked at are not.
     log: Option<Vec<Event>>,
     counts: [u64; Kind::ALL.len()],
@@ -172,9 +192,29 @@ impl World {
         })
     }
 
+    /// One operation of a process on names.
+    pub(crate) fn operation<T>(
+        &self,
+        kind: Kind,
+        process: u64,
+        what: impl FnOnce(&mut State) -> Result<T>,
+    ) -> Result<T> {
+        heap::with(false, || {
+            sync::step();
+            let mut state = self.state.lock();
+            state.begin(kind, process)?;
+            what(&mut state)
+        })
+    }
+
     /// What the files held at first.
     pub(crate) fn first(&self) -> &[Vec<u8>] {
         &self.first
+    }
+
+    /// Names for files, durable from the start.
+    pub(crate) fn set_names(&self, names: Names) {
+        self.state.lock().names = names;
     }
 
     /// Nothing fails any more.
@@ -259,11 +299,9 @@ impl World {
     /// The power was cut, and this is what was left.
     pub(crate) fn cut(&self, files: Vec<Vec<u8>>) {
         let mut state = self.state.lock();
-        if let Some(log) = &mut state.log {
-            log.push(Event::Cut {
-                files: files.clone(),
-            });
-        }
+        state.log_event(Event::Cut {
+            files: files.clone(),
+        });
         state.files = files;
         state.process += 1;
         state.kill_at = None;
@@ -306,11 +344,21 @@ impl State {
         }
     }
 
+    /// A new file with nothing in it.
+    pub(crate) fn add_file(&mut self) -> usize {
+        self.files.push(Vec::new());
+        self.files.len() - 1
+    }
+
+    pub(crate) fn log_event(&mut self, event: Event) {
+        if let Some(log) = &mut self.log {
+            log.push(event);
+        }
+    }
+
     fn change(&mut self, file: usize, change: Change) {
         change.apply(&mut self.files[file], &mut || true);
-        if let Some(log) = &mut self.log {
-            log.push(Event::Changed { file, change });
-        }
+        self.log_event(Event::Changed { file, change });
     }
 }
 
@@ -349,17 +397,19 @@ impl SimStorage {
         what: impl FnOnce(&mut State) -> Result<T>,
         partly: impl FnOnce(&mut State),
     ) -> Result<T> {
-        sync::step();
-        let mut state = self.world.state.lock();
-        match state.begin(kind, self.process) {
-            Ok(()) => what(&mut state),
-            Err(trouble) => {
-                if matches!(trouble, Trouble::Fault(_)) {
-                    partly(&mut state);
+        heap::with(false, || {
+            sync::step();
+            let mut state = self.world.state.lock();
+            match state.begin(kind, self.process) {
+                Ok(()) => what(&mut state),
+                Err(trouble) => {
+                    if matches!(trouble, Trouble::Fault(_)) {
+                        partly(&mut state);
+                    }
+                    Err(trouble.into())
                 }
-                Err(trouble.into())
             }
-        }
+        })
     }
 
     fn modify(&self, kind: Kind, change: Change, partly: Option<Change>) -> Result<()> {
@@ -400,9 +450,11 @@ impl Storage for SimStorage {
     fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()> {
         // Hosts stop between sectors, not within one.
         let half = buf.len() / 2 / 512 * 512;
-        let partly = (half > 0).then(|| Change::Write(index(at), buf[..half].to_vec()));
-        let change = Change::Write(index(at), buf.to_vec());
-        self.modify(Kind::Write, change, partly)
+        heap::with(false, || {
+            let partly = (half > 0).then(|| Change::Write(index(at), buf[..half].to_vec()));
+            let change = Change::Write(index(at), buf.to_vec());
+            self.modify(Kind::Write, change, partly)
+        })
     }
 
     fn sync_data(&self) -> Result<()> {
@@ -416,9 +468,7 @@ impl Storage for SimStorage {
         };
         let lose = |state: &mut State| {
             state.sync_failed = true;
-            if let Some(log) = &mut state.log {
-                log.push(Event::SyncFailed { file });
-            }
+            state.log_event(Event::SyncFailed { file });
         };
         self.operation(Kind::Sync, sync, lose)
     }
@@ -453,12 +503,14 @@ impl Storage for SimStorage {
         if self.world.state.lock().manners.poor_host {
             return Ok(false);
         }
-        let mut data = vec![0; index(from.end) - index(from.start)];
-        source.read_at(from.start, &mut data)?;
-        let half = data[..data.len() / 2 / 512 * 512].to_vec();
-        let partly = Change::Write(index(at), half);
-        self.modify(Kind::Copy, Change::Write(index(at), data), Some(partly))?;
-        Ok(true)
+        heap::with(false, || {
+            let mut data = vec![0; index(from.end) - index(from.start)];
+            source.read_at(from.start, &mut data)?;
+            let half = data[..data.len() / 2 / 512 * 512].to_vec();
+            let partly = Change::Write(index(at), half);
+            self.modify(Kind::Copy, Change::Write(index(at), data), Some(partly))?;
+            Ok(true)
+        })
     }
 
     fn next_data(&self, from: FileOffset) -> Result<Option<Range<FileOffset>>> {
@@ -475,7 +527,6 @@ impl Storage for SimStorage {
     }
 
     fn drop_cache(&self) -> Result<()> {
-        sync::step();
         let mut state = self.world.state.lock();
         let file = self.file;
         if let Some(log) = &mut state.log {

@@ -4,6 +4,7 @@
 //! model; the log of it goes to [`super::replay`].
 
 use crate::forge::content::splitmix;
+use crate::sim::heap;
 use crate::sim::kinds::DiskKind;
 use crate::sim::model::{Model, SECTOR, Stamp};
 use crate::sim::pool::SimPool;
@@ -57,6 +58,7 @@ struct Scene {
     model: parking_lot::Mutex<Model>,
     complaints: parking_lot::Mutex<Vec<String>>,
     process: u64,
+    scarce: bool,
     next: AtomicU64,
     windows: Vec<std::ops::Range<u64>>,
 }
@@ -66,29 +68,16 @@ pub(crate) fn run(kind: &DiskKind, plan: Plan, resources: &Resources, story: &st
     let world = World::new(kind.files(), plan.manners, true);
     let mut dice = plan.seed;
     let restless = [8, 40, 128, 256][(splitmix(&mut dice) % 4) as usize];
-    let (complaints, trace) = scheduler::run(plan.seed, restless, story, || {
-        let mut complaints = Vec::new();
-        let ids = AtomicU64::new(1);
-        for life in 0..plan.lives {
-            let last = life + 1 == plan.lives;
-            live(
-                kind,
-                &plan,
-                &world,
-                resources,
-                &mut dice,
-                &ids,
-                last,
-                &mut complaints,
-            );
-            if complaints.len() > 3 {
-                break;
-            }
-            if world.has_fired() {
-                // The host is well again, and so must the disk be.
-                world.mend();
-                let mut plan = plan;
-                plan.requests = 4;
+    let (complaints, trace) = scheduler::run(
+        plan.seed,
+        restless,
+        plan.manners.scarce_memory,
+        story,
+        || {
+            let mut complaints = Vec::new();
+            let ids = AtomicU64::new(1);
+            for life in 0..plan.lives {
+                let last = life + 1 == plan.lives;
                 live(
                     kind,
                     &plan,
@@ -96,14 +85,33 @@ pub(crate) fn run(kind: &DiskKind, plan: Plan, resources: &Resources, story: &st
                     resources,
                     &mut dice,
                     &ids,
-                    true,
+                    last,
                     &mut complaints,
                 );
-                break;
+                if complaints.len() > 3 {
+                    break;
+                }
+                if world.has_fired() {
+                    // The host is well again, and so must the disk be.
+                    world.mend();
+                    let mut plan = plan;
+                    plan.requests = 4;
+                    live(
+                        kind,
+                        &plan,
+                        &world,
+                        resources,
+                        &mut dice,
+                        &ids,
+                        true,
+                        &mut complaints,
+                    );
+                    break;
+                }
             }
-        }
-        complaints
-    });
+            complaints
+        },
+    );
     Outcome {
         world,
         complaints,
@@ -139,7 +147,7 @@ fn live(
         2 => End::Kill,
         _ => End::Cut,
     };
-    let pool = SimPool::start(1 + splitmix(dice) % 2);
+    let pool = SimPool::start(1 + splitmix(dice) % 2, plan.manners.scarce_memory);
     let resources = if splitmix(dice) % 6 == 0 {
         Resources::without_buffers(pool.clone())
     } else {
@@ -153,7 +161,9 @@ fn live(
     match disk::open_with(kind.open(world), &options, resources) {
         Ok((disk, _)) => {
             let clients = 1 + splitmix(dice) % 4;
-            work(kind, plan, world, disk, dice, ids, clients, complaints);
+            work(
+                kind, plan, world, process, disk, dice, ids, clients, complaints,
+            );
         }
         Err(_) if world.has_fired() || world.is_dead(process) => {}
         Err(error) => complaints.push(format!("cannot be opened: {error}")),
@@ -163,7 +173,7 @@ fn live(
         world.kill();
     }
     if end == End::Cut && !last {
-        world.cut(after_cut(&world.log(), kind.files(), dice));
+        world.cut(after_cut(&world.log(), world.first(), dice));
     }
 }
 
@@ -172,13 +182,13 @@ fn work(
     kind: &DiskKind,
     plan: &Plan,
     world: &Arc<World>,
+    process: u64,
     disk: Arc<Disk>,
     dice: &mut u64,
     ids: &AtomicU64,
     clients: u64,
     complaints: &mut Vec<String>,
 ) {
-    let process = world.process();
     let mut bytes = vec![0; disk.size_bytes() as usize];
     match disk.read_at(DiskOffset::ZERO, &mut bytes) {
         Ok(()) => {}
@@ -196,6 +206,7 @@ fn work(
         world: Arc::clone(world),
         disk,
         process,
+        scarce: plan.manners.scarce_memory,
         model: parking_lot::Mutex::new(Model::new(shows)),
         complaints: parking_lot::Mutex::default(),
         next: AtomicU64::new(ids.load(Ordering::SeqCst)),
@@ -260,7 +271,8 @@ impl<T> Answer<T> {
 }
 
 impl<T> Reply<T> {
-    fn give(&self, result: Result<T>) {
+    fn give(&self, result: impl FnOnce() -> Result<T>) {
+        let result = heap::with(false, result);
         let twice = self.0.result.lock().replace(result).is_some();
         assert!(!twice, "a request is answered once");
         self.0.came.notify_all();
@@ -269,13 +281,13 @@ impl<T> Reply<T> {
 
 impl ReadReply for Reply<Vec<u8>> {
     fn done(self, result: Result<&[u8]>) {
-        self.give(result.map(<[u8]>::to_vec));
+        self.give(|| result.map(<[u8]>::to_vec));
     }
 }
 
 impl DoneReply for Reply<()> {
     fn done(self, result: Result<()>) {
-        self.give(result);
+        self.give(|| result);
     }
 }
 
@@ -317,10 +329,12 @@ impl Scene {
         let answer = Answer::new();
         let at = DiskOffset::new(first * SECTOR);
         if as_zero {
-            self.disk.zero(at, len * SECTOR, Reply(Arc::clone(&answer)));
+            let reply = Reply(Arc::clone(&answer));
+            heap::with(self.scarce, || self.disk.zero(at, len * SECTOR, reply));
         } else {
             let data = stamp.bytes(sectors.clone());
-            self.disk.write(at, &data, Reply(Arc::clone(&answer)));
+            let reply = Reply(Arc::clone(&answer));
+            heap::with(self.scarce, || self.disk.write(at, &data, reply));
         }
         let Some(result) = answer.wait() else {
             return self.complain(format!("a change of {sectors:?} is never answered"));
@@ -338,8 +352,10 @@ impl Scene {
         let answer = Answer::new();
         let mut buffer = vec![0xee; (len * SECTOR) as usize];
         let at = DiskOffset::new(first * SECTOR);
-        self.disk
-            .read(at, buffer.len(), &mut buffer, Reply(Arc::clone(&answer)));
+        let reply = Reply(Arc::clone(&answer));
+        heap::with(self.scarce, || {
+            self.disk.read(at, buffer.len(), &mut buffer, reply);
+        });
         match answer.wait() {
             None => self.complain(format!("a read at {first} is never answered")),
             Some(Ok(bytes)) => {
@@ -359,7 +375,8 @@ impl Scene {
         let must_fail = self.world.has_sync_failed();
         self.world.note(Event::FlushBegan { flush });
         let answer = Answer::new();
-        self.disk.flush(Reply(Arc::clone(&answer)));
+        let reply = Reply(Arc::clone(&answer));
+        heap::with(self.scarce, || self.disk.flush(reply));
         match answer.wait() {
             None => self.complain("a flush is never answered".to_owned()),
             Some(Ok(())) => {
