@@ -7,7 +7,6 @@
 #[path = "check/cuts.rs"]
 mod cuts;
 #[path = "../tools/forge/mod.rs"]
-#[allow(dead_code)]
 mod forge;
 #[path = "check/host.rs"]
 mod host;

@@ -1,8 +1,8 @@
 //! A directory of files in memory that knows what a power cut would leave of it.
 //!
 //! What is written to a file is durable after a sync of the file, a name after a sync of the
-//! directory. Until then a power cut keeps any of the un-synced writes, torn at 512 bytes, and the
-//! first so many of the un-synced changes of names.
+//! directory. Until then a power cut keeps any of the un-synced writes, torn at 512 bytes, and any
+//! of the un-synced changes of names.
 
 use parking_lot::Mutex;
 use ploopfs::error::{Error, ErrorKind, Result};
@@ -54,13 +54,38 @@ struct Inode {
 
 type Names = BTreeMap<String, usize>;
 
+#[derive(Clone, Debug)]
+enum NameChange {
+    Create(String, usize),
+    Rename(String, String),
+    Remove(String),
+}
+
+impl NameChange {
+    fn apply(&self, names: &mut Names) {
+        match self {
+            Self::Create(name, inode) => {
+                names.insert(name.clone(), *inode);
+            }
+            Self::Rename(from, to) => {
+                if let Some(inode) = names.remove(from) {
+                    names.insert(to.clone(), inode);
+                }
+            }
+            Self::Remove(name) => {
+                names.remove(name);
+            }
+        }
+    }
+}
+
 /// Everything at one moment.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct State {
     inodes: Vec<Inode>,
     names: Names,
-    /// The durable names, and after each un-synced change what they would be.
-    versions: Vec<Names>,
+    durable_names: Names,
+    pending_names: Vec<NameChange>,
 }
 
 impl State {
@@ -80,12 +105,17 @@ impl State {
             }
         });
         let inodes = inodes.collect();
-        let version = splitmix(dice) as usize % self.versions.len();
-        let names = self.versions[version].clone();
+        let mut names = self.durable_names.clone();
+        for change in &self.pending_names {
+            if splitmix(dice) % 2 == 0 {
+                change.apply(&mut names);
+            }
+        }
         Self {
             inodes,
-            versions: vec![names.clone()],
+            durable_names: names.clone(),
             names,
+            pending_names: Vec::new(),
         }
     }
 
@@ -157,8 +187,9 @@ impl Host {
         };
         Self::new(State {
             inodes: vec![inode],
-            versions: vec![names.clone()],
+            durable_names: names.clone(),
             names,
+            pending_names: Vec::new(),
         })
     }
 
@@ -180,10 +211,14 @@ impl Host {
         *self.0.fails_from.lock() = Some(*self.0.done.lock() + more);
     }
 
-    fn rename_all(&self, change: impl FnOnce(&mut Names) -> Result<()>) -> Result<()> {
+    /// Changes a name; `needs` must be there.
+    fn name(&self, needs: Option<&str>, change: NameChange) -> Result<()> {
         self.0.step(|state| {
-            change(&mut state.names)?;
-            state.versions.push(state.names.clone());
+            if needs.is_some_and(|name| !state.names.contains_key(name)) {
+                return Err(missing());
+            }
+            change.apply(&mut state.names);
+            state.pending_names.push(change);
             Ok(())
         })
     }
@@ -202,23 +237,17 @@ impl Directory for Host {
         }
         let inode = self.0.state.lock().inodes.len();
         self.0.state.lock().inodes.push(Inode::default());
-        self.rename_all(|names| {
-            names.insert(name.to_owned(), inode);
-            Ok(())
-        })?;
+        self.name(None, NameChange::Create(name.to_owned(), inode))?;
         self.open(name, true)
     }
 
     fn rename(&self, from: &str, to: &str) -> Result<()> {
-        self.rename_all(|names| {
-            let inode = names.remove(from).ok_or_else(missing)?;
-            names.insert(to.to_owned(), inode);
-            Ok(())
-        })
+        let change = NameChange::Rename(from.to_owned(), to.to_owned());
+        self.name(Some(from), change)
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        self.rename_all(|names| names.remove(name).map(|_| ()).ok_or_else(missing))
+        self.name(Some(name), NameChange::Remove(name.to_owned()))
     }
 
     fn entries(&self) -> Result<Vec<String>> {
@@ -227,7 +256,8 @@ impl Directory for Host {
 
     fn sync(&self) -> Result<()> {
         self.0.step(|state| {
-            state.versions = vec![state.names.clone()];
+            state.durable_names = state.names.clone();
+            state.pending_names.clear();
             Ok(())
         })
     }

@@ -7,7 +7,7 @@ use crate::chain;
 use crate::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain, Selection};
 use crate::delta::image::version_of;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::descriptor::{Descriptor, ImageType};
+use crate::format::descriptor::{Descriptor, ImageType, Shot};
 use crate::format::guid::Guid;
 use crate::plan::repair::Severity;
 use crate::storage::directory::HostDirectory;
@@ -27,6 +27,8 @@ use std::time::Instant;
 pub const SCHEMA_VERSION: u32 = 1;
 /// Names of a directory that are looked at.
 const NAMES_MAX: usize = 10_000;
+/// Snapshots that no chain leads to, of which each is told.
+const LOST_MAX: usize = 16;
 
 /// A whole disk.
 #[derive(Debug, Serialize)]
@@ -291,6 +293,7 @@ impl Look<'_> {
                 look.found(Severity::Corrupt, "chain", text);
             }
         };
+        let mut reached: HashSet<Guid> = HashSet::new();
         let parents: HashSet<Option<Guid>> = descriptor
             .snapshots
             .iter()
@@ -302,11 +305,15 @@ impl Look<'_> {
                 let text = format!("the snapshot {guid} is left over from an operation of ploop");
                 self.found(Severity::Leak, "left-over", text);
             }
-            if parents.contains(&Some(guid)) {
+            // What others stand on is looked at with them, unless they stand on themselves.
+            if parents.contains(&Some(guid)) && guid != descriptor.top {
                 continue;
             }
             let chain = match descriptor.chain(guid) {
-                Ok(chain) => chain,
+                Ok(chain) => {
+                    reached.extend(chain.iter().copied());
+                    chain
+                }
                 Err(e) => {
                     tell(self, e.to_string());
                     continue;
@@ -317,6 +324,12 @@ impl Look<'_> {
                 if let Err(e) = self.chain(descriptor, number, &chain, is_top) {
                     tell(self, e.to_string());
                 }
+            }
+        }
+        let lost = |shot: &&Shot| !reached.contains(&shot.guid);
+        for shot in descriptor.snapshots.iter().filter(lost).take(LOST_MAX) {
+            if let Err(e) = descriptor.chain(shot.guid) {
+                tell(self, e.to_string());
             }
         }
     }

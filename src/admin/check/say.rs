@@ -46,10 +46,10 @@ pub const fn state(worst: Option<Severity>) -> &'static str {
     }
 }
 
-fn entries(count: u64) -> String {
+fn entries(count: u64, one: &str, more: &str) -> String {
     match count {
-        1 => "1 entry of the table".to_owned(),
-        n => format!("{n} entries of the table"),
+        1 => format!("1 entry of the table {one}"),
+        n => format!("{n} entries of the table {more}"),
     }
 }
 
@@ -66,11 +66,23 @@ fn message(finding: &Finding) -> String {
         Trouble::InUse => {
             "the in-use mark is set: the image is open elsewhere, or was not closed".to_owned()
         }
-        Trouble::InTable => format!("{}: they point into the table", entries(n)),
-        Trouble::PastEnd => format!("{}: they point past the end of the file", entries(n)),
+        Trouble::InTable => entries(n, "points into the table", "point into the table"),
+        Trouble::PastEnd => entries(
+            n,
+            "points past the end of the file",
+            "point past the end of the file",
+        ),
         Trouble::Cut => "the end of the file cuts a cluster of the disk".to_owned(),
-        Trouble::Misaligned => format!("{}: they are not on a cluster border", entries(n)),
-        Trouble::Shared => format!("{}: they name the cluster of another one", entries(n)),
+        Trouble::Misaligned => entries(
+            n,
+            "is not on a cluster border",
+            "are not on a cluster border",
+        ),
+        Trouble::Shared => entries(
+            n,
+            "names the cluster of another one",
+            "name the cluster of another one",
+        ),
         Trouble::StraySlots => format!("{n} slots after the last entry are not zero"),
         Trouble::ShortTable => "the file ends before its first data cluster".to_owned(),
         Trouble::Leaked => format!("{n} clusters hold data that nothing names"),
