@@ -15,23 +15,25 @@
 //!
 //! A record is its kind, the place and length of the range, the bytes, and a CRC-32C over all of
 //! these. What follows the last sound seal is of a recording that was cut short: nothing was
-//! changed on its account, so it is not looked at. Records are undone last first, so that of two
-//! for one place the older wins.
+//! changed on its account, so it is not looked at. A range is recorded once: what a change that goes
+//! on after an interruption would record again is no longer what it was.
 //!
-//! When the change is complete, a last record says what the recorded ranges hold by then, so that
-//! an undo can tell whether somebody has changed them since.
+//! Two records tell whether somebody else has changed the file meanwhile. The frame is a checksum
+//! of a part of the file that the change leaves alone, but for what is recorded. When the change is
+//! complete, a last record says what the recorded ranges hold by then.
 //!
 //! | offset | size | field |
 //! |-------:|-----:|-------|
-//! |      0 |    4 | kind: 1 bytes, 2 zeros, 3 length of the file, 4 seal, 5 complete |
+//! |      0 |    4 | kind: 1 bytes, 2 zeros, 3 length of the file, 4 seal, 5 complete, 6 frame |
 //! |      4 |    4 | CRC-32C of the record with this field 0 |
-//! |      8 |    8 | place of the range; the number of records before a seal; the file's length |
-//! |     16 |    8 | length of the range, or of the file; CRC-32C of what the ranges hold now |
+//! |      8 |    8 | place of the range; number of records before a seal; the file's length; end |
+//! |     16 |    8 | length of the range, or of the file; CRC-32C of the file's ranges, or frame |
 //! |     24 |      | the bytes, of kind 1 |
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Directory, Keep, SharedStorage, Storage};
 use crate::units::{FileOffset, len_u64, len_usize};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// First bytes of a journal.
@@ -45,6 +47,11 @@ const ZEROS: u32 = 2;
 const LENGTH: u32 = 3;
 const SEAL: u32 = 4;
 const COMPLETE: u32 = 5;
+const FRAME: u32 = 6;
+/// Where every frame begins: behind the file's first bytes.
+const FRAME_START: u64 = 64;
+/// No frame ends behind this: the longest table does not.
+const FRAME_MAX: u64 = 1 << 32;
 
 /// A journal that is being written.
 #[derive(Debug)]
@@ -52,6 +59,9 @@ pub struct Journal {
     file: SharedStorage,
     end: FileOffset,
     records: u64,
+    /// What is recorded: starts and ends, apart from each other.
+    covered: BTreeMap<u64, u64>,
+    has_len: bool,
     /// The file is longer than what is believed of it.
     trim: bool,
 }
@@ -113,6 +123,8 @@ impl Journal {
             file,
             end: FileOffset::new(len_u64(MAGIC.len())),
             records: 0,
+            covered: BTreeMap::new(),
+            has_len: false,
             trim: false,
         })
     }
@@ -121,12 +133,51 @@ impl Journal {
     /// the first record that is added, and so is the note that the change was complete.
     pub fn resume(file: SharedStorage) -> Result<Self> {
         let sealed = Sealed::read(&*file)?;
-        Ok(Self {
-            file,
+        let mut journal = Self {
             end: sealed.end,
             records: len_u64(sealed.places.len()),
+            covered: BTreeMap::new(),
+            has_len: false,
             trim: true,
-        })
+            file,
+        };
+        for place in &sealed.places {
+            let head = read_head(&*journal.file, *place)?;
+            if head.kind == LENGTH {
+                journal.has_len = true;
+            } else {
+                journal.cover(head.place..head.place.saturating_add(head.len));
+            }
+        }
+        Ok(journal)
+    }
+
+    /// Notes that a range is recorded, which was not.
+    fn cover(&mut self, range: Range<u64>) {
+        let before = self.covered.range(..=range.start).next_back();
+        match before {
+            Some((start, end)) if *end >= range.start => {
+                let (start, end) = (*start, (*end).max(range.end));
+                self.covered.insert(start, end);
+            }
+            _ => {
+                self.covered.insert(range.start, range.end);
+            }
+        }
+    }
+
+    /// The first part of a range that is not recorded.
+    fn uncovered(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        let mut start = range.start;
+        while let Some((_, end)) = self.covered.range(..=start).next_back() {
+            if *end <= start {
+                break;
+            }
+            start = *end;
+        }
+        let next = self.covered.range(start..).next();
+        let end = next.map_or(range.end, |(next, _)| (*next).min(range.end));
+        (start < end).then_some(start..end)
     }
 
     /// Bytes written so far.
@@ -163,17 +214,20 @@ impl Journal {
 
     /// Records the length of the file.
     pub fn record_len(&mut self, len: FileOffset) -> Result<()> {
+        if self.has_len {
+            return Ok(());
+        }
+        self.has_len = true;
         self.write(LENGTH, 0, len.get(), &[])
     }
 
     /// Records a range of the file as it is now. What lies past its end is not recorded: an undo
     /// restores the length.
     pub fn record(&mut self, file: &dyn Storage, range: Range<FileOffset>) -> Result<()> {
-        let end = range.end.get().min(file.len()?.get());
-        let mut at = range.start.get();
+        let mut rest = range.start.get()..range.end.get().min(file.len()?.get());
         let mut buffer = Vec::new();
-        while at < end {
-            let len = (end - at).min(RECORD_MAX);
+        while let Some(part) = self.uncovered(&rest) {
+            let (at, len) = (part.start, (part.end - part.start).min(RECORD_MAX));
             buffer.resize(usize::try_from(len).unwrap_or(0), 0);
             file.read_at(FileOffset::new(at), &mut buffer)?;
             if buffer.iter().all(|byte| *byte == 0) {
@@ -181,9 +235,17 @@ impl Journal {
             } else {
                 self.write(BYTES, at, len, &buffer)?;
             }
-            at += len;
+            self.cover(at..at + len);
+            rest.start = at + len;
         }
         Ok(())
+    }
+
+    /// Notes what the file holds from byte 64 to `end`, but for what is recorded.
+    pub fn frame(&mut self, file: &dyn Storage, end: u64) -> Result<()> {
+        let end = end.min(file.len()?.get()).min(FRAME_MAX);
+        let crc = frame(&*self.file, self.end.get(), file, end)?;
+        self.write(FRAME, end, crc.into(), &[])
     }
 
     /// Makes all records durable, the file's name too (step 2).
@@ -212,6 +274,8 @@ struct Sealed {
     end: FileOffset,
     /// Length and checksum that the change left.
     complete: Option<(u64, u64)>,
+    /// End and checksum of the last frame.
+    frame: Option<(u64, u64)>,
 }
 
 fn unsound(why: &str) -> Error {
@@ -221,14 +285,18 @@ fn unsound(why: &str) -> Error {
     )
 }
 
+fn read_head(file: &dyn Storage, at: u64) -> Result<Head> {
+    let mut bytes = [0; HEAD];
+    file.read_at(FileOffset::new(at), &mut bytes)?;
+    Ok(Head::decode(&bytes))
+}
+
 fn read_record(file: &dyn Storage, at: u64, len: u64, bytes: &mut Vec<u8>) -> Result<Option<Head>> {
-    let mut head = [0; HEAD];
     let from = at.saturating_add(len_u64(HEAD));
     if from > len {
         return Ok(None);
     }
-    file.read_at(FileOffset::new(at), &mut head)?;
-    let head = Head::decode(&head);
+    let head = read_head(file, at)?;
     let follows = head.bytes_len();
     if follows > RECORD_MAX || from.saturating_add(follows) > len {
         return Ok(None);
@@ -250,13 +318,14 @@ impl Sealed {
             return Err(unsound("another magic"));
         }
         let (mut at, mut places, mut bytes) = (len_u64(MAGIC.len()), Vec::new(), Vec::new());
-        let (mut sealed, mut complete) = (None, None);
+        let (mut sealed, mut complete, mut frame) = (None, None, None);
         while let Some(head) = read_record(file, at, len, &mut bytes)? {
             let end = at + len_u64(HEAD) + head.bytes_len();
             match head.kind {
                 BYTES | ZEROS | LENGTH => places.push(at),
+                FRAME => frame = Some((head.place, head.len)),
                 SEAL if head.place == len_u64(places.len()) => {
-                    sealed = Some((places.len(), end));
+                    sealed = Some((places.len(), end, frame));
                     complete = None;
                 }
                 COMPLETE => complete = Some((head.place, head.len)),
@@ -264,13 +333,14 @@ impl Sealed {
             }
             at = end;
         }
-        let (count, end) = sealed.ok_or_else(|| unsound("it has no seal"))?;
+        let (count, end, frame) = sealed.ok_or_else(|| unsound("it has no seal"))?;
         places.truncate(count);
         let end = FileOffset::new(end);
         Ok(Self {
             places,
             end,
             complete,
+            frame,
         })
     }
 
@@ -284,9 +354,7 @@ impl Sealed {
         let (mut crc, mut bytes) = (0, Vec::new());
         let file_len = file.len()?.get();
         for place in &self.places {
-            let mut head = [0; HEAD];
-            journal.read_at(FileOffset::new(*place), &mut head)?;
-            let head = Head::decode(&head);
+            let head = read_head(journal, *place)?;
             if !matches!(head.kind, BYTES | ZEROS) {
                 continue;
             }
@@ -301,6 +369,36 @@ impl Sealed {
         }
         Ok(crc)
     }
+}
+
+/// CRC-32C of a file from byte 64 to `end`, without the ranges that the first `len` bytes of a
+/// journal record.
+fn frame(journal: &dyn Storage, len: u64, file: &dyn Storage, end: u64) -> Result<u32> {
+    let mut skip: Vec<Range<u64>> = Vec::new();
+    let mut at = len_u64(MAGIC.len());
+    while at < len {
+        let head = read_head(journal, at)?;
+        if matches!(head.kind, BYTES | ZEROS) && head.place < end {
+            skip.push(head.place..head.place.saturating_add(head.len));
+        }
+        at = at
+            .saturating_add(len_u64(HEAD))
+            .saturating_add(head.bytes_len());
+    }
+    skip.sort_unstable_by_key(|range| range.start);
+    skip.push(end..end);
+    let (mut at, mut crc, mut bytes) = (FRAME_START, 0, Vec::new());
+    for range in skip {
+        while at < range.start.min(end) {
+            let len = (range.start.min(end) - at).min(RECORD_MAX);
+            bytes.resize(len_usize(len).unwrap_or(0), 0);
+            file.read_at(FileOffset::new(at), &mut bytes)?;
+            crc = crc32c::crc32c_append(crc, &bytes);
+            at += len;
+        }
+        at = at.max(range.end);
+    }
+    Ok(crc)
 }
 
 /// True for a file that begins like a journal.
@@ -322,6 +420,10 @@ pub struct Undo {
     pub complete: bool,
     /// It was complete, and the file is no longer what it left.
     pub changed_since: bool,
+    /// All that is recorded is still as it was.
+    pub untouched: bool,
+    /// What the change leaves alone is still as it was.
+    pub frame_holds: bool,
 }
 
 /// Reads what an undo would give back, and checks every record.
@@ -339,17 +441,38 @@ pub fn inspect(journal: &dyn Storage, file: &dyn Storage) -> Result<Undo> {
         first: None,
         complete: sealed.complete.is_some(),
         changed_since,
+        untouched: true,
+        frame_holds: match sealed.frame {
+            None => true,
+            Some((end, crc)) => crc == u64::from(frame(journal, sealed.end.get(), file, end)?),
+        },
     };
+    let file_len = file.len()?;
+    let mut now = Vec::new();
     let mut bytes = Vec::new();
     for place in sealed.places.iter().rev() {
         let head = read_record(journal, *place, sealed.end.get(), &mut bytes)?
             .ok_or_else(|| unsound("a record has changed"))?;
         match head.kind {
-            LENGTH => undo.len = Some(FileOffset::new(head.len)),
+            LENGTH => {
+                undo.len = Some(FileOffset::new(head.len));
+                continue;
+            }
             BYTES if head.place == 0 => undo.first = bytes.first_chunk().copied(),
             _ => {}
         }
+        if undo.untouched {
+            let at = FileOffset::new(head.place);
+            let end = at.saturating_add(head.len);
+            bytes.resize(len_usize(head.len.min(RECORD_MAX)).unwrap_or(0), 0);
+            now.resize(bytes.len(), 0);
+            undo.untouched = end <= file_len && {
+                file.read_at(at, &mut now)?;
+                now == bytes
+            };
+        }
     }
+    undo.untouched &= undo.len.is_none_or(|len| len == file_len);
     Ok(undo)
 }
 

@@ -37,7 +37,7 @@ use crate::delta::walk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{HEADER_LEN, Header};
 use crate::journal::Journal;
-use crate::plan::repair::{Fix, Policy, Refusal, Severity, fixes};
+use crate::plan::repair::{Fix, Policy, Refusal, Severity, Trouble, fixes};
 use crate::storage::{Directory, Keep, Storage};
 use crate::units::{FileOffset, len_u64};
 use std::ops::Range;
@@ -122,9 +122,19 @@ fn refused(refusal: Refusal) -> Error {
 /// Mends an image and leaves a clean check, or says why it cannot. The caller has it locked.
 pub fn repair_image(storage: &dyn Storage, keep: KeepOld<'_>, policy: &Policy) -> Result<Repaired> {
     storage.sync_data()?;
-    let Gathered { checked, space } = check::gather(storage)?;
+    let Gathered {
+        mut checked,
+        mut space,
+    } = check::gather(storage)?;
+    if checked.report.has(Trouble::InUse.word()) {
+        // After a failed sync the host's cache may hold what the medium does not.
+        if let Err(error) = storage.drop_cache() {
+            log::debug!("the host's cache stays: {error}");
+        }
+        Gathered { checked, space } = check::gather(storage)?;
+    }
     let fixes = fixes(&checked.facts, *policy).map_err(refused)?;
-    let mut journal = undo::begin(keep, !fixes.is_empty())?;
+    let mut begun = undo::begin(storage, keep, !fixes.is_empty())?;
     if let (Some(space), false) = (space, fixes.is_empty()) {
         let header = checked.facts.normal.as_ref().map(|normal| normal.header);
         let header = header.map_err(|e| header_error(*e))?;
@@ -138,13 +148,15 @@ pub fn repair_image(storage: &dyn Storage, keep: KeepOld<'_>, policy: &Policy) -
             kept: None,
             end: 0,
         };
-        let result = work
-            .prepare(journal.as_mut(), keep)
-            .and_then(|()| work.carry_out(journal.as_mut()));
-        result.map_err(|e| undo::advise(e, keep))?;
+        if let Err(e) = work.prepare(begun.journal.as_mut(), keep) {
+            undo::abandon(&begun, keep);
+            return Err(e);
+        }
+        work.carry_out(begun.journal.as_mut())
+            .map_err(|e| undo::advise(e, keep))?;
     }
     let after = check::check_image(storage)?;
-    let undo = undo::finish(journal.is_some(), keep)?;
+    let undo = undo::finish(begun.journal.is_some(), keep)?;
     Ok(Repaired {
         before: checked,
         fixes,
@@ -295,7 +307,7 @@ impl Work<'_> {
         if self.has(Fix::Cut) {
             old.data(end..self.file_len.get())?;
         }
-        old.seal(keep)
+        old.seal(keep, self.header.layout().data_start().get())
     }
 
     /// Calls `each` with the bytes of every cluster that nothing names in the end.

@@ -66,7 +66,7 @@ fn old_bytes_and_the_old_length_come_back() {
 }
 
 #[test]
-fn of_two_records_the_older_wins() {
+fn a_range_is_recorded_once() {
     let (log, journal, file) = sealed();
     drop(journal);
     file.write_at(FileOffset::new(500), &[9; 900]).unwrap();
@@ -74,7 +74,10 @@ fn of_two_records_the_older_wins() {
     journal.record_len(FileOffset::new(7)).unwrap();
     journal.record(&file, at(0, 64)).unwrap();
     journal.record(&file, at(400, 2900)).unwrap();
+    let before = journal.len();
     journal.seal(&OneFile(log.clone())).unwrap();
+    assert_eq!(before + 24, journal.len());
+    assert_eq!(inspect(&*log, &file).unwrap().records, 5);
     restore(&*log, &file).unwrap();
     assert_eq!(file.to_vec(), original());
 }
@@ -120,7 +123,40 @@ fn a_complete_change_tells_what_it_left() {
     }
     restore(&*log, &file).unwrap();
     assert_eq!(file.to_vec(), original());
-    assert!(!inspect(&*log, &file).unwrap().complete);
+    let found = inspect(&*log, &file).unwrap();
+    assert!(!found.complete && found.untouched);
+}
+
+#[test]
+fn a_change_of_what_was_to_be_left_alone_is_seen() {
+    let (log, file) = (Arc::new(MemStorage::default()), MemStorage::new(original()));
+    let mut journal = Journal::create(&OneFile(log.clone()), "x").unwrap();
+    for (from, to) in [(300, 400), (0, 64), (900, 1100)] {
+        journal.record(&file, at(from, to)).unwrap();
+    }
+    journal.frame(&file, 1000).unwrap();
+    journal.seal(&OneFile(log.clone())).unwrap();
+    assert!(inspect(&*log, &file).unwrap().untouched);
+    for (place, holds, untouched) in [
+        (5, true, false),
+        (64, false, true),
+        (299, false, true),
+        (300, true, false),
+        (400, false, true),
+        (899, false, true),
+        (900, true, false),
+        (1099, true, false),
+        (1100, true, true),
+    ] {
+        let other = MemStorage::new(original());
+        other.write_at(FileOffset::new(place), &[0x5a]).unwrap();
+        let found = inspect(&*log, &other).unwrap();
+        assert_eq!(
+            (found.frame_holds, found.untouched),
+            (holds, untouched),
+            "{place}"
+        );
+    }
 }
 
 #[test]

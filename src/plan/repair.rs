@@ -424,6 +424,7 @@ pub fn fixes(facts: &Facts, policy: Policy) -> Result<Vec<Fix>, Refusal> {
         || clears
         || extends
         || bad_extension
+        || table.stray_slots > 0
         || raw.in_use == IN_USE
         || !normal.fixes.is_empty();
     if let ExtensionFacts::Valid {

@@ -191,3 +191,72 @@ fn a_sound_bitmap_survives_when_only_space_is_given_back() {
     assert_eq!(check_image(&*storage).expect("readable").bitmaps.len(), 1);
     assert!(now.bytes("x").map(<[u8]>::len) < Some(bytes.len()));
 }
+
+#[test]
+fn an_undo_file_is_not_used_when_somebody_else_has_written_since() {
+    let old = bytes_of(2, &["t-duplicate", "t-leak-tail"]);
+    let (_, moments) = undisturbed(&old);
+    let mut interrupted = 0;
+    for moment in &moments {
+        if !moment.names().contains(&"x.repair") || moment.bytes("x") == Some(&old[..]) {
+            continue;
+        }
+        // Another program takes the image for its own: a new cluster, and closed.
+        let host = Host::new(moment.clone());
+        let image = host.open("x", true).expect("the image is there");
+        let bytes = moment.bytes("x").expect("there").to_vec();
+        let hole = (0..29).find(|n| bytes[64 + 4 * n..68 + 4 * n] == [0; 4]);
+        let at = 64 + 4 * hole.expect("half of it is mapped") as u64;
+        let end = u32::try_from(bytes.len().div_ceil(4096)).expect("small");
+        let place = |at: u64| ploopfs::units::FileOffset::new(at);
+        image
+            .write_at(place(u64::from(end) * 4096), &[7; 4096])
+            .expect("memory");
+        image
+            .write_at(place(at), &end.to_le_bytes())
+            .expect("memory");
+        image.write_at(place(44), &[0; 4]).expect("memory");
+        let refused = undo_image(&*image, &host, "x.repair");
+        assert!(refused.is_err(), "written data was taken back");
+        let done = repair(&host).expect("the image can be repaired");
+        assert!(is_clean(&done.after));
+        let now = host.state();
+        let now = now.bytes("x").expect("there");
+        let entry = u64::from(now[at as usize]) | u64::from(now[at as usize + 1]) << 8;
+        let start = usize::try_from(entry * 4096).expect("small");
+        assert_eq!(now[start..start + 4096], [7; 4096]);
+        interrupted += 1;
+    }
+    assert!(interrupted > 10, "{interrupted}");
+}
+
+/// Bytes of headers and tables changed at random, then a cut at random.
+#[test]
+fn random_damage_is_mended_after_a_cut() {
+    let seed = std::env::var("PLOOPFS_SEED").ok();
+    let first = seed.and_then(|text| text.parse().ok()).unwrap_or(1);
+    let mut repaired = 0;
+    for seed in first..first + 60_u64 {
+        let mut dice = seed;
+        let version = 1 + (seed % 2) as u8;
+        let mut old = bytes_of(version, &[]);
+        for _ in 0..1 + splitmix(&mut dice) % 6 {
+            let cluster = splitmix(&mut dice) as usize % 31;
+            let unit = if version == 1 { 8 } else { 1 };
+            let entry = (splitmix(&mut dice) % 30 * unit) as u32;
+            old[64 + 4 * cluster..68 + 4 * cluster].copy_from_slice(&entry.to_le_bytes());
+        }
+        let len = old.len() - splitmix(&mut dice) as usize % 5000;
+        old.truncate(len);
+        let (good, moments) = undisturbed(&old);
+        for _ in 0..20 {
+            let number = splitmix(&mut dice) as usize % moments.len();
+            let left = moments[number].after_cut(&mut dice);
+            let what = format!("PLOOPFS_SEED={seed}, operation {number}");
+            expect_a_way_back(&left, &old, &what);
+            expect_mended(&left, &old, &good, false, &what);
+        }
+        repaired += 1;
+    }
+    assert_eq!(repaired, 60);
+}

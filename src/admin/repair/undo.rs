@@ -45,17 +45,36 @@ pub fn saved_names<'a>(image: &str, names: &'a [String]) -> Vec<(&'a str, Saved)
     names.iter().filter_map(kind).collect()
 }
 
+/// The undo file of a repair that begins or goes on.
+pub(super) struct Begun {
+    pub(super) journal: Option<Journal>,
+    /// It holds what an interrupted repair has saved, so it must not go.
+    resumed: bool,
+}
+
 /// Starts the undo file, or goes on with that of a repair that was interrupted. None where nothing
 /// will change and nothing was interrupted.
-pub(super) fn begin(keep: KeepOld<'_>, needed: bool) -> Result<Option<Journal>> {
+pub(super) fn begin(storage: &dyn Storage, keep: KeepOld<'_>, needed: bool) -> Result<Begun> {
+    let mut begun = Begun {
+        journal: None,
+        resumed: false,
+    };
     let KeepOld::In { directory, image } = keep else {
-        return Ok(None);
+        return Ok(begun);
     };
     let name = format!("{image}{RUNNING}");
     if directory.entries()?.contains(&name) {
         let file = directory.open(&name, true)?;
         match Journal::resume(file.clone()) {
-            Ok(journal) => return Ok(Some(journal)),
+            Ok(journal) if belongs(storage, &*file)? => {
+                begun.journal = Some(journal);
+                begun.resumed = true;
+                return Ok(begun);
+            }
+            // Somebody has written to the image since: it can neither be undone nor gone on with.
+            Ok(_) => {
+                finish(true, keep)?;
+            }
             // It was cut short before its seal was durable, so nothing was changed on its account.
             Err(e) if e.kind() == ErrorKind::NotAnImage && is_unfinished(&*file)? => {
                 drop(file);
@@ -70,10 +89,43 @@ pub(super) fn begin(keep: KeepOld<'_>, needed: bool) -> Result<Option<Journal>> 
         }
     }
     if needed {
-        Journal::create(directory, &name).map(Some)
-    } else {
-        Ok(None)
+        begun.journal = Some(Journal::create(directory, &name)?);
     }
+    Ok(begun)
+}
+
+/// Removes an undo file that was not sealed, if it can: nothing was changed on its account.
+pub(super) fn abandon(begun: &Begun, keep: KeepOld<'_>) {
+    if let (KeepOld::In { directory, image }, false, true) =
+        (keep, begun.resumed, begun.journal.is_some())
+    {
+        let removed = directory.remove(&format!("{image}{RUNNING}"));
+        if let Err(e) = removed.and_then(|()| directory.sync()) {
+            log::debug!("an unfinished undo file stays: {e}");
+        }
+    }
+}
+
+/// True where the image is what the repair of this undo file found or left, or where that repair
+/// (or an undo) still runs: nobody else has changed it since.
+fn belongs(storage: &dyn Storage, saved: &dyn Storage) -> Result<bool> {
+    let undo = journal::inspect(saved, storage)?;
+    if !undo.frame_holds {
+        return Ok(false);
+    }
+    let Some(old) = undo.first else {
+        // Only space was given back, and nothing was named anew.
+        return Ok(!undo.changed_since);
+    };
+    if storage.len()?.get() < len_u64(HEADER_LEN) {
+        return Ok(false);
+    }
+    let mut now = [0; HEADER_LEN];
+    storage.read_at(FileOffset::ZERO, &mut now)?;
+    // While it runs a repair has the mark set, and so has an undo.
+    let runs = RawHeader::decode(&now).in_use == IN_USE;
+    let as_left = undo.complete && !undo.changed_since;
+    Ok(runs || as_left || (now == old && undo.untouched))
 }
 
 /// A journal without a seal, or a new file whose first bytes were never written.
@@ -152,10 +204,13 @@ impl<'a> Recorder<'a> {
         Ok(())
     }
 
-    /// Makes it durable.
-    pub(super) fn seal(&mut self, keep: KeepOld<'_>) -> Result<()> {
+    /// Makes it durable, with a note of the table's other bytes up to `end`.
+    pub(super) fn seal(&mut self, keep: KeepOld<'_>, end: u64) -> Result<()> {
         match (&mut self.journal, keep) {
-            (Some(journal), KeepOld::In { directory, .. }) => journal.seal(directory),
+            (Some(journal), KeepOld::In { directory, .. }) => {
+                journal.frame(self.storage, end)?;
+                journal.seal(directory)
+            }
             _ => Ok(()),
         }
     }
@@ -168,41 +223,21 @@ pub fn undo_image(storage: &dyn Storage, directory: &dyn Directory, file: &str) 
     storage.sync_data()?;
     let saved = directory.open(file, true)?;
     let undo = journal::inspect(&*saved, storage)?;
-    let changed = || {
+    if !belongs(storage, &*saved)? {
         let why = "the image has been changed since the repair: going back would damage it";
-        Error::why(ErrorKind::Corrupt, why).fix("restore the image from a backup instead")
-    };
-    let Some(old) = undo.first else {
-        if undo.changed_since {
-            return Err(changed());
-        }
-        return give_back(storage, directory, file, &*saved);
-    };
-    let mut now = [0; HEADER_LEN];
-    if storage.len()?.get() < len_u64(HEADER_LEN) {
-        return Err(changed());
+        let error = Error::why(ErrorKind::Corrupt, why);
+        return Err(error.fix("restore the image from a backup instead"));
     }
-    storage.read_at(FileOffset::ZERO, &mut now)?;
-    let mut raw = RawHeader::decode(&now);
-    // While it runs a repair has the mark set, and so has an undo. Closed, the image must be what
-    // the repair left, or what it found.
-    let is_as_left = undo.complete && !undo.changed_since;
-    if raw.in_use != IN_USE && now != old && !is_as_left {
-        return Err(changed());
+    if undo.first.is_some() {
+        let mut now = [0; HEADER_LEN];
+        storage.read_at(FileOffset::ZERO, &mut now)?;
+        let mut raw = RawHeader::decode(&now);
+        raw.in_use = IN_USE;
+        storage.write_at(FileOffset::ZERO, &raw.encode())?;
+        storage.sync_data()?;
     }
-    raw.in_use = IN_USE;
-    storage.write_at(FileOffset::ZERO, &raw.encode())?;
-    storage.sync_data()?;
-    give_back(storage, directory, file, &*saved)
-}
-
-fn give_back(
-    storage: &dyn Storage,
-    directory: &dyn Directory,
-    file: &str,
-    saved: &dyn Storage,
-) -> Result<()> {
-    journal::restore(saved, storage)?;
+    journal::restore(&*saved, storage)?;
+    drop(saved);
     directory.remove(file)?;
     directory.sync()
 }
