@@ -215,7 +215,8 @@ fn open_for_writing(
     }
     let mut chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
     // A plain file has no mark that could tell.
-    if chain.top().header().is_none_or(Header::is_in_use) {
+    let is_doubtful = chain.top().header().is_none_or(Header::is_in_use);
+    if is_doubtful && !planted(Bug::CacheBelieved) {
         if let Err(error) = storage.drop_cache() {
             // Best effort: not every host can, and then what is cached is all there is.
             log::warn!("{}: the host's cache stays: {error}", top.path.display());
