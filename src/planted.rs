@@ -65,6 +65,10 @@ bugs! {
     RunningRoundJoined,
     /// A read-write open believes what may be in the host's cache only.
     NoSyncAtOpen,
+    /// After a kill or a failed sync, what the host has cached is believed.
+    CacheBelieved,
+    /// Entries of lower levels are written to the table of the top.
+    MergedEntryWritten,
     /// The in-use mark is not synced before the first change.
     MarkNotSynced,
     /// The cut of the file is not synced before the mark is cleared.
@@ -81,6 +85,8 @@ bugs! {
     StalePageInserted,
     /// Writes do not keep the clusters that they write to from being freed.
     WritesDoNotPin,
+    /// A job panics between its payload and its publishing.
+    Panic,
 }
 
 #[cfg(feature = "planted")]

@@ -6,13 +6,17 @@ mod forge;
 #[path = "sim/mod.rs"]
 mod sim;
 
-use ploopfs::disk::Resources;
+use ploopfs::disk::{self, DiskOptions, DoneReply, Resources};
+use ploopfs::error::{ErrorKind, Result};
 use ploopfs::planted::{Bug, plant};
+use ploopfs::units::DiskOffset;
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use sim::kinds;
 use sim::replay::{Cuts, replay};
-use sim::storage::{Fault, Kind, Manners};
+use sim::storage::{Fault, Kind, Manners, World};
 use sim::workload::{Plan, run};
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
 
 /// Seeds that are tried before a bug counts as unnoticed.
 const SEEDS: u64 = 400;
@@ -62,7 +66,7 @@ fn kinds_for(bug: Bug) -> Vec<&'static kinds::DiskKind> {
 /// The bugs that show only where something fails.
 fn fault(bug: Bug, seed: u64) -> Option<Fault> {
     let kind = match bug {
-        Bug::SyncErrorSwallowed | Bug::FailedSyncRetried => Kind::Sync,
+        Bug::SyncErrorSwallowed | Bug::FailedSyncRetried | Bug::CacheBelieved => Kind::Sync,
         Bug::AbortKeepsZero => Kind::Write,
         _ => return None,
     };
@@ -78,8 +82,12 @@ fn fault(bug: Bug, seed: u64) -> Option<Fault> {
     })
 }
 
+/// One bug at a time in the whole process.
+static ONE: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
+
 #[test]
 fn each_planted_bug_is_found() {
+    let _one = ONE.lock();
     std::panic::set_hook(Box::new(|_| {}));
     let mut unnoticed = Vec::new();
     let only = std::env::var("PLOOPFS_BUG").ok();
@@ -112,4 +120,56 @@ fn each_planted_bug_is_found() {
         }
     }
     assert!(unnoticed.is_empty(), "unnoticed: {unnoticed:?}");
+}
+
+/// Gives the result of a write to whoever waits for it.
+struct Told(Sender<Result<()>>);
+
+impl DoneReply for Told {
+    fn done(self, result: Result<()>) {
+        self.0.send(result).expect("somebody waits");
+    }
+}
+
+/// A request that panics while its cluster is pending: the process goes on, nobody waits for ever,
+/// what was durable can be read, and nothing more is promised.
+#[test]
+fn a_panic_in_a_job_latches_the_disk() {
+    let _one = ONE.lock();
+    let kind = &kinds::all()[0];
+    let world = World::new(kind.files(), Manners::default(), false);
+    let open = || disk::open(kind.open(&world), &DiskOptions::default());
+    let (disk, _) = open().expect("it opens");
+    let at = |cluster: u64| DiskOffset::new(cluster * 4096);
+    disk.write_at(at(0), &[1; 4096]).expect("it is written");
+    disk.flush_now().expect("it is durable");
+    plant(Some(Bug::Panic));
+    let (told, answers) = channel();
+    for _ in 0..2 {
+        disk.write(at(1), &[2; 512], Told(told.clone()));
+    }
+    let patience = Duration::from_secs(60);
+    for _ in 0..2 {
+        let answer = answers.recv_timeout(patience).expect("an answer");
+        assert_eq!(answer.expect_err("it panicked").kind(), ErrorKind::Latched);
+    }
+    plant(None);
+    let mut found = [0; 4096];
+    disk.read_at(at(0), &mut found).expect("reads go on");
+    assert_eq!(found, [1; 4096]);
+    disk.write_at(at(2), &[3; 512]).expect_err("writes do not");
+    disk.flush(Told(told));
+    let flushed = answers.recv_timeout(patience).expect("an answer");
+    flushed.expect_err("nothing more is durable");
+    assert!(
+        disk.stats()
+            .latched
+            .is_some_and(|why| why.contains("panicked"))
+    );
+    disk.close()
+        .expect_err("it is not closed as if it were well");
+    let (disk, _) = open().expect("it opens again");
+    disk.read_at(at(0), &mut found).expect("it reads");
+    assert_eq!(found, [1; 4096]);
+    disk.close().expect("it closes");
 }

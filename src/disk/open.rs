@@ -44,6 +44,10 @@ use std::time::Duration;
 
 /// Bytes of map pages for a frozen view: people look into one, they do not work on it.
 const VIEW_CACHE: u64 = 4 << 20;
+/// The most table pages of all parts of a split disk: 16 TiB in clusters of 1 MiB.
+const SPLIT_PAGES_MAX: u64 = 1 << 14;
+/// Extensions in larger clusters than any writer makes are not read for a warning.
+const EXTENSION_MAX: u64 = 64 << 20;
 
 /// Threads and memory that several disks can share: a disk and its frozen views do.
 #[derive(Clone, Debug)]
@@ -104,15 +108,18 @@ pub fn open_with(
     options: &DiskOptions,
     resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
+    let caches = look_at_parts(&images, options)?;
     if !options.read_only {
         check_split(&images.parts, options)?;
     }
     let mut notes = images.warnings.clone();
     let mut parts = Vec::with_capacity(images.parts.len());
     let mut marks = Vec::with_capacity(images.parts.len());
-    for opened in &images.parts {
+    for (opened, bat_cache) in images.parts.iter().zip(caches) {
         let (chain, writer) = if options.read_only {
-            (crate::chain::open::chain(opened, false, &mut notes)?, None)
+            let chain = crate::chain::open::chain(opened, false, &mut notes)?;
+            tell_of_extension(chain.top(), &mut notes);
+            (chain, None)
         } else {
             open_for_writing(opened, options, &mut notes)?
         };
@@ -128,7 +135,7 @@ pub fn open_with(
             start,
             chain,
             alloc,
-            options.bat_cache,
+            bat_cache,
             options.grow_step,
             Arc::clone(&resources.pool),
         )?;
@@ -166,6 +173,40 @@ pub fn open_with(
         disk.flusher.start(&disk, interval)?;
     }
     Ok((disk, notes))
+}
+
+/// Looks at the headers of all parts of a split disk before anything is done to any, and gives each
+/// part its share of the memory for table pages. However many parts a descriptor names, they get
+/// no more memory together than one image could.
+fn look_at_parts(images: &OpenedImages, options: &DiskOptions) -> Result<Vec<u64>> {
+    let [_, _, ..] = images.parts.as_slice() else {
+        return Ok(vec![options.bat_cache; images.parts.len()]);
+    };
+    let mut pages = Vec::with_capacity(images.parts.len());
+    for opened in &images.parts {
+        let chain = crate::chain::open::chain(opened, !options.read_only, &mut Vec::new())?;
+        pages.push(
+            chain
+                .top()
+                .layout()
+                .map_or(1, |l| u64::from(l.page_count())),
+        );
+    }
+    let all: u64 = pages.iter().sum();
+    if all > SPLIT_PAGES_MAX {
+        let why = format!(
+            "the tables of its {} parts are too large together",
+            pages.len()
+        );
+        return Err(Error::why(ErrorKind::Unsupported, why)
+            .in_file(&images.named)
+            .fix("nobody makes such a disk; nothing was changed"));
+    }
+    let share = |pages: u64| u128::from(options.bat_cache) * u128::from(pages) / u128::from(all);
+    Ok(pages
+        .into_iter()
+        .map(|pages| u64::try_from(share(pages)).unwrap_or(u64::MAX))
+        .collect())
 }
 
 /// Checks that the parts follow each other without gap or overlap, and adds them up.
@@ -235,7 +276,8 @@ fn open_for_writing(
     }
     let mut chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
     // A plain file has no mark that could tell.
-    if chain.top().header().is_none_or(Header::is_in_use) {
+    let is_doubtful = chain.top().header().is_none_or(Header::is_in_use);
+    if is_doubtful && !planted(Bug::CacheBelieved) {
         if let Err(error) = storage.drop_cache() {
             // Best effort: not every host can, and then what is cached is all there is.
             log::warn!("{}: the host's cache stays: {error}", top.path.display());
@@ -375,9 +417,14 @@ fn mend(image: &Image, header: &Header, found: &Survey, notes: &mut Vec<String>)
         let start = layout.cluster().file_start(whole);
         if found.tail_used {
             storage.set_len(start.saturating_add(layout.cluster().bytes()))?;
+            let cluster = found.faults.first().map_or(0, |fault| fault.0.get());
+            let disk_start = cluster.saturating_mul(layout.cluster().bytes());
             notes.push(format!(
-                "{path}: the last cluster was cut short after {} bytes; the rest reads as zeros",
-                found.tail_len
+                "{path}: the last cluster was cut short after {} bytes: bytes {} to {} of the disk \
+                 are missing and read as zeros",
+                found.tail_len,
+                disk_start.saturating_add(found.tail_len),
+                disk_start.saturating_add(layout.cluster().bytes()),
             ));
         } else {
             storage.set_len(start)?;
@@ -400,7 +447,7 @@ fn find_bitmaps(
     options: &DiskOptions,
     notes: &mut Vec<String>,
 ) -> Result<bool> {
-    let extension = match read_extension(image, header, found)? {
+    let extension = match read_extension(image, header, Some(found))? {
         Ok(None) => return Ok(false),
         Ok(Some(extension)) => extension,
         Err(why) => {
@@ -434,11 +481,31 @@ fn find_bitmaps(
     ))
 }
 
-/// Reads the extension that the header names; the inner error says why it is not believed.
+/// Says that an extension is not valid to those who only read; it harms them in no way.
+fn tell_of_extension(image: &Image, notes: &mut Vec<String>) {
+    let Some(header) = image.header() else {
+        return;
+    };
+    if header.extension().is_none() || header.layout().cluster().bytes() > EXTENSION_MAX {
+        return;
+    }
+    let why = match read_extension(image, header, None) {
+        Ok(Ok(_)) => return,
+        Ok(Err(why)) => why,
+        Err(error) => error.to_string(),
+    };
+    let path = image.path().display();
+    notes.push(format!(
+        "{path}: its format extension is not valid and ignored: {why}"
+    ));
+}
+
+/// Reads the extension that the header names; the inner error says why it is not believed. Without
+/// a survey nobody knows which clusters hold data of the disk.
 fn read_extension(
     image: &Image,
     header: &Header,
-    found: &Survey,
+    found: Option<&Survey>,
 ) -> Result<std::result::Result<Option<Extension>, String>> {
     let file_len = image.storage().len()?;
     let at = match extension::locate(header, file_len) {
@@ -460,7 +527,7 @@ fn read_extension(
     };
     let shared = extension.clusters.iter().find(|sector| {
         let start = FileOffset::new(sector.bytes().unwrap_or(u64::MAX));
-        found.used.contains(cluster.whole_below(start).get())
+        found.is_some_and(|found| found.used.contains(cluster.whole_below(start).get()))
     });
     Ok(match shared {
         Some(sector) => Err(format!(

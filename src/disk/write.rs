@@ -270,6 +270,7 @@ impl Part {
             } else {
                 fill().and_then(|()| payload())
             };
+            assert!(!planted(Bug::Panic), "a planted panic");
             if written.is_ok() {
                 reservation.publish(counters);
             } else {

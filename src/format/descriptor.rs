@@ -24,6 +24,8 @@ use std::collections::{HashMap, HashSet};
 const DEPTH_MAX: usize = 16;
 /// The most bytes of a text that is only shown.
 const TEXT_MAX: usize = 256;
+/// The longest file name with its directories that the host takes.
+const NAME_MAX: usize = 4095;
 /// The most images, and the most snapshots.
 pub const IMAGES_MAX: usize = 4096;
 
@@ -370,6 +372,12 @@ fn images(
         let name = xml::text(file);
         if name.is_empty() {
             return Err(DescriptorError::EmptyName { line: line(file) });
+        }
+        if name.len() > NAME_MAX {
+            return Err(DescriptorError::LongName {
+                line: line(file),
+                len: name.len(),
+            });
         }
         images.push(Image {
             guid,
