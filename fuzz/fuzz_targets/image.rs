@@ -1,5 +1,5 @@
-//! Any bytes as a single image: opened read-only and read, opened for writing and written to,
-//! closed, opened again.
+//! Any bytes as a single image: checked, repaired, opened read-only and read, opened for writing
+//! and written to, closed, opened again.
 //!
 //! Twelve bytes choose the length of the file and what is done to it; the rest is its start. A dumb
 //! reader that knows of nothing but the format says what must be read. README.md says how to run
@@ -9,10 +9,13 @@
 mod support;
 
 use libfuzzer_sys::fuzz_target;
+use ploopfs::admin::check::check_image;
+use ploopfs::admin::repair::{KeepOld, is_clean, repair_image};
 use ploopfs::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain};
 use ploopfs::delta::image::Image;
 use ploopfs::delta::survey::survey;
 use ploopfs::disk::{self, Disk};
+use ploopfs::plan::repair::Policy;
 use ploopfs::units::SectorCount;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -210,12 +213,53 @@ fn check_writing(file: &Arc<SparseFile>, seen: &Windows, dice: &mut Dice) {
     assert!(found.tail_len == 0 || file.same_as(&before));
 }
 
-fn run(file: SparseFile, seed: u64) {
-    let file = Arc::new(file);
-    let Some(seen) = check_reading(&file) else {
+/// Repairs a copy. What could be read before must be read after; a second repair finds nothing to
+/// do, and what is refused is left alone.
+fn check_repair(file: &Arc<SparseFile>, seen: Option<&Windows>, policy: Policy) {
+    let copy = Arc::new(file.copy());
+    let checked = check_image(copy.as_ref()).expect("memory can be read");
+    assert!(copy.same_as(file), "a check changes nothing");
+    let Ok(repaired) = repair_image(copy.as_ref(), KeepOld::Nowhere, &policy) else {
+        assert!(copy.same_as(file), "what is refused is left alone");
         return;
     };
-    if Fields::of(&file).cluster <= u128::from(CLUSTER_MAX) {
+    assert_eq!(repaired.fixes.is_empty(), copy.same_as(file));
+    if !policy.leaks_only {
+        assert!(is_clean(&repaired.after), "{:?}", repaired.after.report);
+        assert!(!is_clean(&checked) || repaired.fixes.is_empty());
+    }
+    let once = copy.copy();
+    let again = repair_image(copy.as_ref(), KeepOld::Nowhere, &policy).expect("it was mended");
+    assert!(
+        again.fixes.is_empty() && copy.same_as(&once),
+        "once is enough"
+    );
+    if let Some(seen) = seen {
+        let after = check_reading(&copy).expect("it could be read before");
+        if seen.is_of_same_disk(&after) {
+            seen.assert_kept_by(&after, "repaired");
+        }
+        if !policy.leaks_only {
+            assert!(after.is_whole(), "repaired, with bad entries");
+        }
+    }
+}
+
+fn run(file: SparseFile, seed: u64) {
+    let file = Arc::new(file);
+    let seen = check_reading(&file);
+    let cluster = file
+        .get(28, 4)
+        .map_or(0, |bytes| u64::from(le32(&bytes, 0)) * 512);
+    if cluster > CLUSTER_MAX {
+        check_image(file.as_ref()).expect("memory can be read");
+        return;
+    }
+    let policy = Policy {
+        leaks_only: seed >> 63 == 1,
+    };
+    check_repair(&file, seen.as_ref(), policy);
+    if let Some(seen) = seen {
         check_writing(&file, &seen, &mut Dice(seed));
     }
 }

@@ -58,6 +58,11 @@ impl Windows {
         self.steps.iter().copied().zip(&self.shown)
     }
 
+    /// True when both look at the same places.
+    pub(crate) fn is_of_same_disk(&self, other: &Self) -> bool {
+        self.steps == other.steps
+    }
+
     /// True when all could be read.
     pub(crate) fn is_whole(&self) -> bool {
         self.shown.iter().all(Option::is_some)
