@@ -59,6 +59,8 @@ pub struct Evidence {
     pub before_first: u64,
     /// Lowest begin of those that are aligned, bytes.
     pub lowest: Option<u64>,
+    /// Lowest begin of those that do not begin before the first block, bytes.
+    pub lowest_readable: Option<u64>,
 }
 
 impl Evidence {
@@ -71,6 +73,9 @@ impl Evidence {
         self.plausible = self.plausible.saturating_add(1);
         if start < layout.data_start() {
             self.before_first = self.before_first.saturating_add(1);
+        } else {
+            let lowest = self.lowest_readable.unwrap_or(u64::MAX);
+            self.lowest_readable = Some(lowest.min(start.get()));
         }
         if layout.entry_cluster(entry).is_ok() {
             self.aligned = self.aligned.saturating_add(1);
@@ -170,6 +175,7 @@ fn first_block(
     let relative = layout.version() == Version::V1
         && !on_border
         && found >= layout.table_end().get()
+        && found <= file_len.get()
         && evidence.aligned.saturating_mul(2) <= evidence.plausible;
     if relative {
         return None;
@@ -183,6 +189,10 @@ fn first_block(
             .checked_mul(cluster.bytes())?;
         up.min(evidence.lowest.unwrap_or(up)).max(minimum)
     };
+    // What can be read now would end up inside the table, and be cleared with it.
+    if evidence.lowest_readable.is_some_and(|at| at < wanted) {
+        return None;
+    }
     let to = u32::try_from(wanted.div_euclid(SECTOR)).ok()?;
     (to != raw.first_block).then_some(to)
 }

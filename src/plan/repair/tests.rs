@@ -1,6 +1,6 @@
 //! Facts, and what follows from them.
 use super::*;
-use crate::format::header::{Header, MAGIC_V2};
+use crate::format::header::{Header, MAGIC_V1, MAGIC_V2};
 use crate::units::FileOffset;
 
 const LEN: u64 = 10 * 4096;
@@ -117,4 +117,43 @@ fn a_header_without_sense_is_refused() {
     assert!(examine(&facts).has_unmendable());
     let refusal = Refusal::Header(HeaderError::Magic);
     assert_eq!(fixes(&facts, Policy::default()), Err(refusal));
+}
+
+/// Ten entries of clusters of 4 KiB in version 1, data from `first` on.
+fn old(first: u32) -> RawHeader {
+    RawHeader {
+        magic: MAGIC_V1,
+        entry_count: 10,
+        size_in_sectors: 80,
+        first_block: first,
+        ..raw()
+    }
+}
+
+/// The first block that a repair would set, where these entries are in the table.
+fn moved(raw: &RawHeader, entries: &[u32]) -> Option<u32> {
+    let len = FileOffset::new(LEN);
+    let layout = count_entries(raw, len).unwrap();
+    let mut evidence = Evidence::default();
+    for entry in entries {
+        evidence.add(&layout, *entry, len);
+    }
+    let normal = normalise(raw, &layout, &evidence, len).unwrap();
+    normal.fixes.iter().find_map(|fix| match fix {
+        HeaderFix::FirstBlock { to, .. } => Some(*to),
+        _ => None,
+    })
+}
+
+#[test]
+fn what_can_be_read_does_not_end_up_in_the_table() {
+    assert_eq!(moved(&old(0), &[8, 16, 24]), Some(8));
+    assert_eq!(moved(&old(0), &[2, 8, 16, 24]), None);
+}
+
+#[test]
+fn data_does_not_begin_past_the_end_of_the_file() {
+    for entries in [&[][..], &[8, 16]] {
+        assert_eq!(moved(&old(1_000_001), entries), Some(8));
+    }
 }
