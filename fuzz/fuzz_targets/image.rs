@@ -149,7 +149,7 @@ fn bless_extension(file: &SparseFile) {
     };
     let at = u64::from(le32(&header, 56)) * 512;
     let len = u64::from(le32(&header, 28)) * 512;
-    if len > 64 << 10 || len < 512 {
+    if !(512..=64 << 10).contains(&len) {
         return;
     }
     if let Some(cluster) = file.get(at, len as usize) {
