@@ -11,7 +11,7 @@
 //!  5  disk                    the flat disk: read, write, flush, discard
 //!  4  chain                   deltas stacked by level; who maps this cluster?
 //!  3  delta                   one image file: header, free clusters, in-use mark
-//!  2  plan                    pure decisions
+//!  2  plan        journal     pure decisions     |  the way back from a repair
 //!  1  format      storage     bytes <-> values   |  the only door to host files
 //!  0  units  error  sys  atomics  sync  planted   numbers; errors; the host's calls; waiting
 //! ```
@@ -73,6 +73,7 @@ pub mod disk;
 pub mod error;
 pub mod format;
 pub mod fuse;
+pub mod journal;
 pub mod plan;
 pub mod planted;
 pub mod storage;

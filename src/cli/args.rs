@@ -51,6 +51,10 @@ pub enum Verb {
     List,
     /// Show what an image is made of
     Info(InfoArgs),
+    /// Find what is wrong with an image, without changing it
+    Check(CheckArgs),
+    /// Mend an image that is not in use
+    Repair(RepairArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completions {
@@ -122,6 +126,9 @@ pub struct ServeArgs {
     /// Drop dirty bitmaps, which writing would turn into a lie
     #[arg(long, help_heading = "Writing")]
     pub drop_bitmaps: bool,
+    /// Where descriptor and header differ about the disk's size, the header is right
+    #[arg(long, help_heading = "Writing")]
+    pub trust_header: bool,
     /// Bytes by which the file grows (16M)
     #[arg(long, value_name = "SIZE", value_parser = parse_step, help_heading = "Writing")]
     pub grow_step: Option<u64>,
@@ -164,6 +171,7 @@ impl ServeArgs {
         }
         let disk = &mut settings.disk;
         disk.drop_bitmaps |= self.drop_bitmaps;
+        settings.selection.trust_header |= self.trust_header;
         disk.grow_step = self.grow_step.unwrap_or(disk.grow_step);
         disk.enospc = self.enospc.unwrap_or(disk.enospc);
         disk.flush_interval_ms = self.flush_interval.unwrap_or(disk.flush_interval_ms);
@@ -262,6 +270,62 @@ pub struct InfoArgs {
     /// Which disk.
     #[command(flatten)]
     pub select: SelectArgs,
+    /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub image: PathBuf,
+}
+
+/// `ploopfs check`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Exit status: 0 clean, 2 corrupt, 3 space is wasted but the data is safe, 1 could not check
+
+Examples:
+  ploopfs check disk.hdd
+  ploopfs check --json root.hds | jq .state")]
+pub struct CheckArgs {
+    /// Look although a program has the image open for writing
+    #[arg(long)]
+    pub no_lock: bool,
+    /// Say nothing; the exit status tells
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Let the descriptor name files in this directory outside the bundle (repeatable)
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub allow_outside: Vec<PathBuf>,
+    /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub image: PathBuf,
+}
+
+/// `ploopfs repair`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Exit status: 0 clean now, 2 still corrupt, 1 could not repair
+
+Examples:
+  ploopfs repair --dry-run disk.hdd       what would be done, and what is lost
+  ploopfs repair --yes disk.hdd
+  ploopfs repair --undo root.hds.undo disk.hdd")]
+pub struct RepairArgs {
+    /// Show what would be done and change nothing
+    #[arg(short = 'n', long, conflicts_with = "undo")]
+    pub dry_run: bool,
+    /// Give wasted space back and change nothing else
+    #[arg(long, conflicts_with = "undo")]
+    pub leaks_only: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Take a repair back with the undo file that it left
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub undo: Option<PathBuf>,
+    /// Say nothing when it worked
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Let the descriptor name files in this directory outside the bundle (repeatable)
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub allow_outside: Vec<PathBuf>,
     /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
     #[arg(value_hint = ValueHint::AnyPath)]
     pub image: PathBuf,

@@ -8,6 +8,10 @@ use crate::error::ErrorKind;
 
 /// The command was not carried out, whatever the reason.
 pub const FAILED: u8 = 1;
+/// `check`, `repair`: the image is corrupt, or still is.
+pub const CORRUPT: u8 = 2;
+/// `check`: space is wasted, the data is safe.
+pub const LEAKS: u8 = 3;
 /// mount(8): the helper could not mount.
 pub const MOUNT_FAILED: u8 = 32;
 
@@ -37,6 +41,16 @@ pub const fn status(kind: ErrorKind) -> u8 {
     }
 }
 
+/// The status of a check that found a disk in this state.
+#[must_use]
+pub fn state(state: &str) -> u8 {
+    match state {
+        "clean" => 0,
+        "leaks" => LEAKS,
+        _ => CORRUPT,
+    }
+}
+
 /// The status that mount(8) expects of its helper: 1 for wrong usage, 32 for a failed mount.
 #[must_use]
 pub const fn helper_status(kind: ErrorKind) -> u8 {
@@ -60,11 +74,11 @@ pub const fn is_refusal(kind: ErrorKind) -> bool {
         | ErrorKind::Descriptor
         | ErrorKind::NoSuchSnapshot
         | ErrorKind::OutsideBundle
+        | ErrorKind::Truncated
+        | ErrorKind::ReadOnly
         | ErrorKind::Usage
         | ErrorKind::Mountpoint => true,
         ErrorKind::Io(_)
-        | ErrorKind::Truncated
-        | ErrorKind::ReadOnly
         | ErrorKind::Latched
         | ErrorKind::OutOfRange
         | ErrorKind::Host

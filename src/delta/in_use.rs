@@ -63,17 +63,25 @@ impl InUseMark {
         Ok(())
     }
 
+    /// The header without the mark.
+    #[must_use]
+    pub fn closed(&self, empty: bool) -> RawHeader {
+        let mut header = self.header;
+        header.in_use = 0;
+        header.flags = if empty {
+            header.flags | FLAG_EMPTY
+        } else {
+            header.flags & !FLAG_EMPTY
+        };
+        header
+    }
+
     /// Takes the mark away, durably (steps 4 and 5). Does nothing where it was never set.
     pub fn clear(&mut self, storage: &dyn Storage, empty: bool) -> Result<()> {
         if !self.set {
             return Ok(());
         }
-        self.header.in_use = 0;
-        self.header.flags = if empty {
-            self.header.flags | FLAG_EMPTY
-        } else {
-            self.header.flags & !FLAG_EMPTY
-        };
+        self.header = self.closed(empty);
         storage.write_at(FileOffset::ZERO, &self.header.encode())?;
         storage.sync_data()?;
         self.set = false;

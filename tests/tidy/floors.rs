@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 const FLOORS: [&[&str]; 8] = [
     &["units", "error", "sys", "atomics", "sync", "planted"],
     &["format", "storage"],
-    &["plan"],
+    &["plan", "journal"],
     &["delta"],
     &["chain"],
     &["disk"],
