@@ -88,28 +88,28 @@ pub fn open_with(
     options: &DiskOptions,
     resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
-    let caches = look_at_parts(&images, options)?;
     let mut notes = images.warnings.clone();
-    let mut parts = Vec::with_capacity(images.parts.len());
-    let mut marks = Vec::with_capacity(images.parts.len());
-    for (opened, bat_cache) in images.parts.iter().zip(caches) {
+    let mut looked = Vec::with_capacity(images.parts.len());
+    for opened in &images.parts {
+        looked.push(look_at(opened, options, &mut notes)?);
+    }
+    let size = total_size(images.parts.iter().zip(&looked))?;
+    let caches = share_cache(&looked, options, &images)?;
+    // From here on files may be changed.
+    let mut parts = Vec::with_capacity(looked.len());
+    let mut marks = Vec::with_capacity(looked.len());
+    for ((opened, looked), bat_cache) in images.parts.iter().zip(looked).zip(caches) {
         let (chain, writer) = if options.read_only {
-            let chain = crate::chain::open::chain(opened, false, &mut notes)?;
-            tell_of_extension(chain.top(), &mut notes);
-            (chain, None)
+            (looked.chain, None)
         } else {
-            open_for_writing(opened, options, &mut notes)?
+            make_ready(opened, looked, &mut notes)?
         };
         let (mark, alloc, is_marked) = match writer {
             Some(writer) => (Some(writer.mark), Some(writer.alloc), writer.is_marked),
             None => (None, None, false),
         };
-        let start = opened
-            .start
-            .bytes()
-            .ok_or_else(|| Error::errno(libc::EFBIG))?;
         let part = Part::new(
-            start,
+            start_of(opened)?,
             chain,
             alloc,
             bat_cache,
@@ -123,7 +123,6 @@ pub fn open_with(
         parts.push(part);
         marks.push(mark);
     }
-    let size = total_size(&parts)?;
     let is_writable = !options.read_only;
     let flush = is_writable.then(|| FlushState::new(marks, &parts));
     let disk = Arc::new(Disk {
@@ -152,78 +151,35 @@ pub fn open_with(
     Ok((disk, notes))
 }
 
-/// Looks at the headers of all parts of a split disk before anything is done to any, and gives each
-/// part its share of the memory for table pages. However many parts a descriptor names, they get
-/// no more memory together than one image could.
-fn look_at_parts(images: &OpenedImages, options: &DiskOptions) -> Result<Vec<u64>> {
-    let [_, _, ..] = images.parts.as_slice() else {
-        return Ok(vec![options.bat_cache; images.parts.len()]);
-    };
-    let mut pages = Vec::with_capacity(images.parts.len());
-    for opened in &images.parts {
-        let chain = crate::chain::open::chain(opened, !options.read_only, &mut Vec::new())?;
-        pages.push(
-            chain
-                .top()
-                .layout()
-                .map_or(1, |l| u64::from(l.page_count())),
-        );
-    }
-    let all: u64 = pages.iter().sum();
-    if all > SPLIT_PAGES_MAX {
-        let why = format!(
-            "the tables of its {} parts are too large together",
-            pages.len()
-        );
-        return Err(Error::why(ErrorKind::Unsupported, why)
-            .in_file(&images.named)
-            .fix("nobody makes such a disk; nothing was changed"));
-    }
-    let share = |pages: u64| u128::from(options.bat_cache) * u128::from(pages) / u128::from(all);
-    Ok(pages
-        .into_iter()
-        .map(|pages| u64::try_from(share(pages)).unwrap_or(u64::MAX))
-        .collect())
+/// What a look at a part found, before anything is changed in any.
+struct Looked {
+    chain: Chain,
+    /// Where the part is to be written to and its top has a table.
+    table: Option<Examined>,
 }
 
-/// Checks that the parts follow each other without gap or overlap, and adds them up.
-fn total_size(parts: &[Part]) -> Result<u64> {
-    let mut end = 0_u64;
-    for part in parts {
-        if part.start != end {
-            let why = format!(
-                "a part starts at byte {}, the one before ends at {end}",
-                part.start
-            );
-            return Err(Error::why(ErrorKind::Descriptor, why)
-                .in_file(part.chain.top().path())
-                .fix("the descriptor's Start and End do not fit the images' sizes"));
-        }
-        end = end
-            .checked_add(part.disk_len())
-            .ok_or_else(|| Error::errno(libc::EFBIG))?;
-    }
-    if i64::try_from(end).is_err() {
-        return Err(Error::why(
-            ErrorKind::Unsupported,
-            "the disk is larger than a file can be",
-        ));
-    }
-    Ok(end)
+/// A table that may be written to.
+struct Examined {
+    header: Header,
+    found: Survey,
+    /// Dirty bitmaps are to be dropped.
+    drops_bitmaps: bool,
 }
 
-/// What writing to an expanding top needs.
-struct Writer {
-    mark: InUseMark,
-    alloc: Allocator,
-    is_marked: bool,
+fn start_of(opened: &OpenedPart) -> Result<u64> {
+    opened
+        .start
+        .bytes()
+        .ok_or_else(|| Error::errno(libc::EFBIG))
 }
 
-fn open_for_writing(
-    opened: &OpenedPart,
-    options: &DiskOptions,
-    notes: &mut Vec<String>,
-) -> Result<(Chain, Option<Writer>)> {
+/// Opens a part without changing it; with writing in view, this is steps 1 to 3.
+fn look_at(opened: &OpenedPart, options: &DiskOptions, notes: &mut Vec<String>) -> Result<Looked> {
+    if options.read_only {
+        let chain = crate::chain::open::chain(opened, false, notes)?;
+        tell_of_extension(chain.top(), notes);
+        return Ok(Looked { chain, table: None });
+    }
     let Some(top) = opened.files.last() else {
         return Err(Error::why(
             ErrorKind::Descriptor,
@@ -240,15 +196,88 @@ fn open_for_writing(
         }
     }
     chain = crate::chain::open::chain(opened, true, notes)?;
-    let Some(header) = chain.top().header().copied() else {
-        lengthen_plain(&chain, notes)?;
-        return Ok((
-            crate::chain::open::chain(opened, true, &mut Vec::new())?,
-            None,
-        ));
+    let header = chain.top().header().copied();
+    let table = header.map(|header| {
+        examine(chain.top(), header, options, notes)
+            .map_err(|e| e.at_level(chain.geometry().top).in_file(&top.path))
+    });
+    let table = table.transpose()?;
+    Ok(Looked { chain, table })
+}
+
+/// The share of each part of the memory for table pages. However many parts a descriptor names,
+/// they get no more memory together than one image could.
+fn share_cache(
+    looked: &[Looked],
+    options: &DiskOptions,
+    images: &OpenedImages,
+) -> Result<Vec<u64>> {
+    let pages = |part: &Looked| {
+        let layout = part.chain.top().layout();
+        layout.map_or(1, |layout| u64::from(layout.page_count()))
     };
-    let writer = prepare(chain.top(), &header, options, notes)
-        .map_err(|e| e.at_level(chain.geometry().top).in_file(&top.path))?;
+    let all: u64 = looked.iter().map(pages).sum();
+    if looked.len() > 1 && all > SPLIT_PAGES_MAX {
+        let why = format!(
+            "the tables of its {} parts are too large together",
+            looked.len()
+        );
+        return Err(Error::why(ErrorKind::Unsupported, why)
+            .in_file(&images.named)
+            .fix("nobody makes such a disk; nothing was changed"));
+    }
+    let share = |part: &Looked| {
+        let share =
+            u128::from(options.bat_cache) * u128::from(pages(part)) / u128::from(all.max(1));
+        u64::try_from(share).unwrap_or(u64::MAX)
+    };
+    Ok(looked.iter().map(share).collect())
+}
+
+/// Checks that the parts follow each other without gap or overlap, and adds them up.
+fn total_size<'a>(parts: impl Iterator<Item = (&'a OpenedPart, &'a Looked)>) -> Result<u64> {
+    let mut end = 0_u64;
+    for (opened, Looked { chain, .. }) in parts {
+        let start = start_of(opened)?;
+        if start != end {
+            let why = format!("a part starts at byte {start}, the one before ends at {end}");
+            return Err(Error::why(ErrorKind::Descriptor, why)
+                .in_file(chain.top().path())
+                .fix("the descriptor's Start and End do not fit the images' sizes"));
+        }
+        end = end
+            .checked_add(chain.geometry().disk_len)
+            .ok_or_else(|| Error::errno(libc::EFBIG))?;
+    }
+    if i64::try_from(end).is_err() {
+        let why = "the disk is larger than a file can be";
+        return Err(Error::why(ErrorKind::Unsupported, why)
+            .fix("no host can show it as one file; nothing was changed"));
+    }
+    Ok(end)
+}
+
+/// What writing to an expanding top needs.
+struct Writer {
+    mark: InUseMark,
+    alloc: Allocator,
+    is_marked: bool,
+}
+
+/// Step 4, and what writing needs.
+fn make_ready(
+    opened: &OpenedPart,
+    looked: Looked,
+    notes: &mut Vec<String>,
+) -> Result<(Chain, Option<Writer>)> {
+    let Looked { chain, table } = looked;
+    let Some(examined) = table else {
+        lengthen_plain(&chain, notes)?;
+        let chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
+        return Ok((chain, None));
+    };
+    let writer = prepare(chain.top(), examined, notes)
+        .map_err(|e| e.at_level(chain.geometry().top).in_file(chain.top().path()))?;
     Ok((chain, Some(writer)))
 }
 
@@ -268,17 +297,14 @@ fn lengthen_plain(chain: &Chain, notes: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// Steps 2 to 4 for the table of the top.
-fn prepare(
+/// Steps 2 and 3 for the table of the top.
+fn examine(
     image: &Image,
-    header: &Header,
+    header: Header,
     options: &DiskOptions,
     notes: &mut Vec<String>,
-) -> Result<Writer> {
-    let storage = image.storage().as_ref();
-    let path = image.path().display();
-    let mut found = survey(image, header)?;
-    let mut mark = InUseMark::new(*header.raw());
+) -> Result<Examined> {
+    let found = survey(image, &header)?;
     let was_in_use = header.is_in_use();
     // Only one cluster can lie across the end: a second such entry would share it.
     let is_tail = |fault: &Fault| matches!(fault, Fault::Entry(EntryError::CutByEnd(_)));
@@ -289,7 +315,26 @@ fn prepare(
     if !mendable {
         return Err(refuse(image, &found, was_in_use));
     }
-    let bitmaps = find_bitmaps(image, header, &found, options, notes)?;
+    let drops_bitmaps = find_bitmaps(image, &header, &found, options, notes)?;
+    Ok(Examined {
+        header,
+        found,
+        drops_bitmaps,
+    })
+}
+
+/// Step 4 for the table of the top.
+fn prepare(image: &Image, examined: Examined, notes: &mut Vec<String>) -> Result<Writer> {
+    let Examined {
+        header,
+        mut found,
+        drops_bitmaps: bitmaps,
+    } = examined;
+    let header = &header;
+    let storage = image.storage().as_ref();
+    let path = image.path().display();
+    let mut mark = InUseMark::new(*header.raw());
+    let was_in_use = header.is_in_use();
     if was_in_use || bitmaps {
         mark.set(storage)?;
     }
