@@ -3,6 +3,8 @@
 //! Imports: `chain` and lower.
 //! Never: serves a request, or prints.
 //!
-//! [`info`] tells what a disk is made of.
+//! [`info`] tells what a disk is made of, [`check`] what is wrong with it, and [`repair`] mends it.
 
+pub mod check;
 pub mod info;
+pub mod repair;

@@ -9,6 +9,7 @@
 
 pub mod args;
 pub mod attach;
+pub mod check;
 mod child;
 pub mod exit;
 mod filesystem;
@@ -17,6 +18,7 @@ pub mod list;
 pub mod mount;
 pub mod options;
 pub mod output;
+pub mod repair;
 pub mod serve;
 pub mod size;
 pub mod umount;
@@ -46,7 +48,8 @@ pub fn main() -> ExitCode {
     if let Err(report) = &result {
         report.print(cli.json);
     }
-    ExitCode::from(serve::exit_status(&result))
+    let refused = serve::exit_status(&result.as_ref().map(|_| ()).map_err(Clone::clone));
+    ExitCode::from(result.unwrap_or(refused))
 }
 
 /// Shows help or what was wrong with the command line. clap's own status for wrong usage means
@@ -77,8 +80,11 @@ fn usage(error: &clap::Error, args: &[OsString]) -> u8 {
     exit::FAILED
 }
 
-fn run(cli: &Cli) -> Result<(), Box<Report>> {
+/// The status of a command that was carried out; only `check` and `repair` have another than 0.
+fn run(cli: &Cli) -> Result<u8, Box<Report>> {
     match &cli.verb {
+        Verb::Check(args) => return check::run(args, cli.json),
+        Verb::Repair(args) => return repair::run(args, cli.json),
         Verb::Mount(args) => mount::run(args, cli.json),
         Verb::Umount(args) => umount::run(args),
         Verb::Attach(args) => attach::attach(args, cli.json),
@@ -91,7 +97,8 @@ fn run(cli: &Cli) -> Result<(), Box<Report>> {
             print(&String::from_utf8_lossy(&text));
             Ok(())
         }
-    }
+    }?;
+    Ok(0)
 }
 
 fn info(args: &InfoArgs, json: bool) -> Result<(), Box<Report>> {

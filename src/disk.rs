@@ -18,9 +18,14 @@
 
 pub mod buffers;
 pub mod epoch;
+pub mod flags;
 pub mod flush;
 pub mod flusher;
 pub mod health;
+#[cfg(all(test, loom))]
+mod models {
+    mod tests;
+}
 pub mod open;
 pub mod part;
 pub mod pool;
@@ -34,12 +39,12 @@ pub mod zero;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{INLINE_ORDER_DEFAULT, RequestOrder};
+use crate::sync::{self, Condvar, Mutex};
 use crate::units::DiskOffset;
 use arc_swap::{ArcSwap, Guard};
 use flush::FlushState;
 use flusher::Flusher;
 use health::Health;
-use parking_lot::{Condvar, Mutex};
 use part::Part;
 use stats::{Counters, DiskStats, bump};
 use std::sync::Arc;
@@ -106,7 +111,9 @@ impl EnospcPolicy {
         match self {
             Self::Wait => false,
             Self::Fail => true,
-            Self::Seconds(seconds) => since.elapsed() >= Duration::from_secs(seconds),
+            Self::Seconds(seconds) => {
+                sync::now().duration_since(since) >= Duration::from_secs(seconds)
+            }
         }
     }
 }

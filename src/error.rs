@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What to do about an image that only its owner may have changed.
-pub const REPAIR_HINT: &str = "read what is intact with `ploopfs mount -r`; to write again it \
-                               needs `ploopfs repair`, which this version does not have yet";
+pub const REPAIR_HINT: &str = "`ploopfs check` tells what is wrong, `ploopfs repair` mends it; \
+                               to read what is intact: `ploopfs mount -r`";
 
 type Source = Box<dyn std::error::Error + Send + Sync + 'static>;
 

@@ -32,6 +32,7 @@ mod aside;
 pub mod attach;
 mod buffer;
 pub mod daemon;
+pub mod dead;
 pub mod errno;
 pub mod holders;
 mod locks;

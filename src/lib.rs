@@ -11,9 +11,9 @@
 //!  5  disk                    the flat disk: read, write, flush, discard
 //!  4  chain                   deltas stacked by level; who maps this cluster?
 //!  3  delta                   one image file: header, free clusters, in-use mark
-//!  2  plan                    pure decisions
+//!  2  plan        journal     pure decisions     |  the way back from a repair
 //!  1  format      storage     bytes <-> values   |  the only door to host files
-//!  0  units  error  sys       numbers with meaning; what went wrong; the host's calls
+//!  0  units  error  sys  atomics  sync  planted   numbers; errors; the host's calls; waiting
 //! ```
 //!
 //! # Words
@@ -58,11 +58,14 @@
 //! * When may a freed cluster be used again? [`delta::alloc`], [`disk::epoch`].
 //! * How are the files of a bundle found, opened and locked? [`chain::bundle`], [`storage::host`],
 //!   [`storage::lock`].
+//! * How are threads and clocks kept out of the way of tests? [`sync`]; which bugs do they plant?
+//!   [`planted`].
 //! * What happens at open? [`disk::open`](mod@disk::open).
 //! * How does a mount start and end? [`fuse::daemon`], [`fuse::signals`], [`cli`].
 //! * What does the mount show? [`fuse`].
 
 pub mod admin;
+pub mod atomics;
 pub mod chain;
 pub mod cli;
 pub mod delta;
@@ -70,7 +73,10 @@ pub mod disk;
 pub mod error;
 pub mod format;
 pub mod fuse;
+pub mod journal;
 pub mod plan;
+pub mod planted;
 pub mod storage;
+pub mod sync;
 pub mod sys;
 pub mod units;

@@ -9,9 +9,12 @@
 //! for; what does not fit is planned when the first part has been carried out, so no request, of
 //! whatever size, needs memory in proportion to its length. A cluster whose page of the map is not
 //! in memory stops the plan with [`Stop::Missing`]: load that page and plan again.
+//!
+//! [`repair`] decides in the same manner what is wrong with an image and what mends it.
 
 pub mod discard;
 pub mod read;
+pub mod repair;
 pub mod request;
 pub mod segments;
 pub mod write;

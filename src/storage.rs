@@ -7,7 +7,11 @@
 //! sync, and the calls that give space back to the host. [`file::FileStorage`] is the real one,
 //! [`mem::MemStorage`] one in memory for tests. Everything above holds an `Arc<dyn Storage>`: a
 //! virtual call is nothing beside a system call.
+//!
+//! A [`Directory`] is the names around it: what makes, renames and removes whole files.
+//! [`directory::HostDirectory`] is the real one.
 
+pub mod directory;
 pub mod file;
 pub mod host;
 pub mod lock;
@@ -102,3 +106,24 @@ pub trait Storage: Send + Sync + Debug {
 
 /// A storage shared by all who read through it.
 pub type SharedStorage = Arc<dyn Storage>;
+
+/// One directory of the host: the names in it. A name is a single component.
+pub trait Directory: Send + Sync + Debug {
+    /// Opens a regular file; never follows a symbolic link.
+    fn open(&self, name: &str, write: bool) -> Result<SharedStorage>;
+
+    /// Creates a file that must not exist yet, for reading and writing.
+    fn create_new(&self, name: &str) -> Result<SharedStorage>;
+
+    /// Renames, replacing what has the new name in one step.
+    fn rename(&self, from: &str, to: &str) -> Result<()>;
+
+    /// Removes a name.
+    fn remove(&self, name: &str) -> Result<()>;
+
+    /// All names but `.` and `..`, sorted.
+    fn entries(&self) -> Result<Vec<String>>;
+
+    /// Makes the names durable: creations, renames and removals before this call.
+    fn sync(&self) -> Result<()>;
+}

@@ -4,6 +4,7 @@
 //! Never: decides anything. Each function is one call, or one loop around it, with its arguments
 //! and results in plain types; errors are `io::Error` with the raw errno.
 
+pub mod directory;
 pub mod file;
 pub mod lock;
 pub mod loopdev;
@@ -11,3 +12,5 @@ pub mod memory;
 pub mod mount;
 pub mod open;
 pub mod process;
+#[cfg(all(test, loom))]
+pub mod raced;

@@ -21,7 +21,9 @@ use support::guards::text;
 use support::harness::{self, trial};
 use support::{Outcome, PLOOPFS, command, scratch};
 
-const VERBS: [&str; 6] = ["mount", "umount", "attach", "detach", "list", "info"];
+const VERBS: [&str; 8] = [
+    "mount", "umount", "attach", "detach", "list", "info", "check", "repair",
+];
 
 fn main() {
     harness::main(vec![

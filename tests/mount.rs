@@ -7,8 +7,12 @@
 mod forge;
 mod support;
 
+#[path = "mount/answers.rs"]
+mod answers;
 #[path = "mount/damage.rs"]
 mod damage;
+#[path = "mount/dead.rs"]
+mod dead;
 #[path = "mount/disks.rs"]
 mod disks;
 #[path = "mount/files.rs"]
@@ -19,6 +23,10 @@ mod life;
 mod load;
 #[path = "mount/locks.rs"]
 mod locks;
+#[path = "mount/memory.rs"]
+mod memory;
+#[path = "mount/process.rs"]
+mod process;
 #[path = "mount/tree.rs"]
 mod tree;
 
@@ -31,6 +39,10 @@ fn main() {
     trials.extend(locks::trials());
     trials.extend(life::trials());
     trials.extend(damage::trials());
+    trials.extend(dead::trials());
+    trials.extend(memory::trials());
+    trials.extend(process::trials());
+    trials.extend(answers::trials());
     trials.extend(tree::trials());
     trials.extend(load::trials());
     harness::main(trials)

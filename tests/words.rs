@@ -51,7 +51,10 @@ fn wrong_usage_is_status_1_and_help_is_0() {
 
 #[test]
 fn help_fits_lines_of_a_terminal() {
-    for verb in ["mount", "umount", "attach", "detach", "list", "info"] {
+    let verbs = [
+        "mount", "umount", "attach", "detach", "list", "info", "check", "repair",
+    ];
+    for verb in verbs {
         let output = ploopfs(&[verb, "--help"]);
         let text = String::from_utf8(output.stdout).expect("help is UTF-8");
         assert!(text.lines().all(|line| line.len() <= 100), "{verb}");

@@ -12,10 +12,12 @@ use super::page::{Frames, MapPage, Word};
 use crate::error::{Error, Result};
 use crate::format::layout::{BAT_PAGE_LEN, BAT_PAGE_SLOTS, Layout, PageIndex};
 use crate::plan::{Lookup, Mapping, State};
+use crate::planted::{Bug, planted};
+use crate::sync::Mutex;
 use crate::units::{DiskCluster, FileOffset, Level, len_u64};
 use arc_swap::{ArcSwapOption, Guard};
 use lru::LruCache;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::MutexGuard;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
@@ -146,7 +148,8 @@ impl PageMap {
             // Beside the list and the directory, only a request that has just loaded the page and
             // plans with it holds on to it.
             let is_planned_with = Arc::strong_count(&page) > 2;
-            if page.is_held() || is_planned_with || page.take_touch() {
+            let is_needed = page.is_held() || is_planned_with;
+            if is_needed && !planted(Bug::DirtyEvicted) || page.take_touch() {
                 resident.pages.put(index, page);
                 continue;
             }
@@ -251,7 +254,7 @@ impl View<'_> {
         };
         Mapping {
             state,
-            pending: word.is_pending(),
+            pending: word.is_pending() && !planted(Bug::PendingIgnored),
             covers_lower: word.covers_lower(),
         }
     }

@@ -51,6 +51,10 @@ pub enum Verb {
     List,
     /// Show what an image is made of
     Info(InfoArgs),
+    /// Find what is wrong with an image, without changing it
+    Check(CheckArgs),
+    /// Mend an image that is not in use
+    Repair(RepairArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completions {
@@ -116,6 +120,9 @@ pub struct ServeArgs {
     /// Write the daemon's process id to this file
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub pid_file: Option<PathBuf>,
+    /// Clear away first what a dead daemon of ours left there
+    #[arg(long)]
+    pub replace_dead: bool,
     /// Drop dirty bitmaps, which writing would turn into a lie
     #[arg(long, help_heading = "Writing")]
     pub drop_bitmaps: bool,
@@ -143,6 +150,9 @@ pub struct ServeArgs {
     /// Threads that serve what does not stay where it arrives (4)
     #[arg(long, value_name = "N", value_parser = parse_threads, help_heading = "Tuning")]
     pub pool_threads: Option<usize>,
+    /// Never let the daemon's memory be swapped out
+    #[arg(long, help_heading = "Tuning")]
+    pub lock_memory: bool,
     /// Which disk.
     #[command(flatten)]
     pub select: SelectArgs,
@@ -168,6 +178,8 @@ impl ServeArgs {
         disk.bat_cache = self.bat_cache.unwrap_or(disk.bat_cache);
         disk.inline_order = self.inline_order.unwrap_or(disk.inline_order);
         disk.pool_threads = self.pool_threads.unwrap_or(disk.pool_threads);
+        settings.replace_dead |= self.replace_dead;
+        settings.lock_memory |= self.lock_memory;
         settings.threads = self.threads.unwrap_or(settings.threads);
         // A snapshot is frozen; nobody asked to write to it.
         if settings.selection.snapshot.is_some() {
@@ -258,6 +270,62 @@ pub struct InfoArgs {
     /// Which disk.
     #[command(flatten)]
     pub select: SelectArgs,
+    /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub image: PathBuf,
+}
+
+/// `ploopfs check`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Exit status: 0 clean, 2 corrupt, 3 space is wasted but the data is safe, 1 could not check
+
+Examples:
+  ploopfs check disk.hdd
+  ploopfs check --json root.hds | jq .state")]
+pub struct CheckArgs {
+    /// Look although a program has the image open for writing
+    #[arg(long)]
+    pub no_lock: bool,
+    /// Say nothing; the exit status tells
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Let the descriptor name files in this directory outside the bundle (repeatable)
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub allow_outside: Vec<PathBuf>,
+    /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub image: PathBuf,
+}
+
+/// `ploopfs repair`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Exit status: 0 clean now, 2 still corrupt, 1 could not repair
+
+Examples:
+  ploopfs repair --dry-run disk.hdd       what would be done, and what is lost
+  ploopfs repair --yes disk.hdd
+  ploopfs repair --undo root.hds.undo disk.hdd")]
+pub struct RepairArgs {
+    /// Show what would be done and change nothing
+    #[arg(short = 'n', long, conflicts_with = "undo")]
+    pub dry_run: bool,
+    /// Give wasted space back and change nothing else
+    #[arg(long, conflicts_with = "undo")]
+    pub leaks_only: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Take a repair back with the undo file that it left
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub undo: Option<PathBuf>,
+    /// Say nothing when it worked
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Let the descriptor name files in this directory outside the bundle (repeatable)
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub allow_outside: Vec<PathBuf>,
     /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
     #[arg(value_hint = ValueHint::AnyPath)]
     pub image: PathBuf,

@@ -4,15 +4,16 @@
 //! Never: prints more than the device on stdout; touches a loop device that is not ours.
 
 use super::args::{AttachArgs, DetachArgs};
-use super::mount::absolute_selection;
+use super::mount::{absolute_selection, orphaned};
 use super::output::{Report, note, print, waiting};
 use super::serve::{Plan, Target, absolute, launch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::attach::{Attached, FileSystemTarget};
-use crate::fuse::mount::{shell_word, unmount_any, visible_mount};
+use crate::fuse::dead::{DeadLoop, make_way};
+use crate::fuse::mount::{expect_free, shell_word, unmount_any, visible_mount};
 use crate::fuse::registry::{Record, Registry, wait_closed};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Runs `attach`.
@@ -50,33 +51,65 @@ fn plan(args: &AttachArgs) -> Result<Plan> {
     absolute_selection(&mut settings)?;
     // Partitions are what a block device is wanted for.
     settings.partitions = true;
+    let image = absolute(&args.image)?;
     let file_system = match &args.mount {
         None => None,
-        Some(directory) => {
-            let fix = format!("mkdir -p {}", shell_word(directory));
-            let found = fs::canonicalize(directory)
-                .ok()
-                .filter(|path| path.is_dir());
-            let directory = found.ok_or_else(|| {
-                Error::why(ErrorKind::Mountpoint, "not a directory")
-                    .in_file(directory)
-                    .fix(fix)
-            })?;
-            Some(FileSystemTarget {
-                directory,
-                partition: args.partition,
-            })
-        }
+        Some(directory) => Some(FileSystemTarget {
+            directory: find_directory(directory, settings.replace_dead)?,
+            partition: args.partition,
+        }),
     };
+    let directory = file_system.as_ref().map(|target| &*target.directory);
+    replace_dead_loops(&image, directory, settings.replace_dead)?;
     Ok(Plan {
         shown: args.image.display().to_string(),
-        image: absolute(&args.image)?,
+        image,
         target: Target::Loop(file_system),
         settings,
         pid_file: args.serve.pid_file.as_deref().map(absolute).transpose()?,
         foreground: args.serve.foreground || args.serve.debug,
         debug: args.serve.debug,
     })
+}
+
+/// The directory for `-m`, in full, once nothing of ours is in the way.
+fn find_directory(directory: &Path, replace: bool) -> Result<PathBuf> {
+    for device in make_way(directory, replace)? {
+        note(&orphaned(&device, directory));
+    }
+    let found = fs::canonicalize(directory).ok();
+    let full = found.filter(|path| path.is_dir()).ok_or_else(|| {
+        Error::why(ErrorKind::Mountpoint, "not a directory")
+            .in_file(directory)
+            .fix(format!("mkdir -p {}", shell_word(directory)))
+    })?;
+    expect_free(&full)?;
+    Ok(full)
+}
+
+/// Clears away, or tells of, loop devices of this image whose daemon has died.
+fn replace_dead_loops(image: &Path, directory: Option<&Path>, replace: bool) -> Result<()> {
+    for dead in DeadLoop::all(image, directory) {
+        let device = dead.path();
+        let shown = device.display();
+        if replace {
+            dead.clear()?;
+            note(&format!("{shown}, whose daemon has died, was detached"));
+        } else if let Some(directory) = directory.filter(|directory| dead.covers(directory)) {
+            let why = format!("{shown} is mounted there, whose daemon has died");
+            return Err(Error::why(ErrorKind::Mountpoint, why)
+                .in_file(directory)
+                .fix(format!(
+                    "add --replace-dead, or first: ploopfs detach {shown}"
+                )));
+        } else {
+            note(&format!(
+                "{shown} has the disk of a daemon that has died; add --replace-dead, or: \
+                 ploopfs detach {shown}"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Runs `detach`.

@@ -141,6 +141,9 @@ impl Daemon<'_> {
     pub(super) fn run(&self) -> Result<(), Box<Report>> {
         let what = what(self.plan);
         daemon::prepare_process();
+        if self.plan.settings.lock_memory {
+            daemon::lock_memory().map_err(|e| Report::refused(&what, &e))?;
+        }
         let signals = Signals::start().map_err(|e| Report::new(&what, &e.into()))?;
         self.answer
             .watch_parent()

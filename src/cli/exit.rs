@@ -8,6 +8,10 @@ use crate::error::ErrorKind;
 
 /// The command was not carried out, whatever the reason.
 pub const FAILED: u8 = 1;
+/// `check`, `repair`: the image is corrupt, or still is.
+pub const CORRUPT: u8 = 2;
+/// `check`: space is wasted, the data is safe.
+pub const LEAKS: u8 = 3;
 /// mount(8): the helper could not mount.
 pub const MOUNT_FAILED: u8 = 32;
 
@@ -34,6 +38,16 @@ pub const fn status(kind: ErrorKind) -> u8 {
         | ErrorKind::Mountpoint
         | ErrorKind::Host
         | ErrorKind::TimedOut => FAILED,
+    }
+}
+
+/// The status of a check that found a disk in this state.
+#[must_use]
+pub fn state(state: &str) -> u8 {
+    match state {
+        "clean" => 0,
+        "leaks" => LEAKS,
+        _ => CORRUPT,
     }
 }
 

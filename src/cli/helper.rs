@@ -121,6 +121,7 @@ fn run_mount(request: &Request) -> Result<(), Box<Report>> {
             debug: false,
             options: request.options.clone(),
             pid_file: None,
+            replace_dead: false,
             drop_bitmaps: false,
             trust_header: false,
             grow_step: None,
@@ -130,6 +131,7 @@ fn run_mount(request: &Request) -> Result<(), Box<Report>> {
             inline_order: None,
             pool_threads: None,
             threads: None,
+            lock_memory: false,
             select: SelectArgs {
                 snapshot: None,
                 lower: Vec::new(),

@@ -4,9 +4,10 @@
 //! Never: prints anything on success when nobody sits at a terminal.
 
 use super::args::MountArgs;
-use super::output::{Report, print};
+use super::output::{Report, note, print};
 use super::serve::{Plan, Served, Target, absolute, describe, launch};
 use crate::error::Result;
+use crate::fuse::dead::make_way;
 use crate::fuse::mount::{Shape, examine, shell_word};
 use std::io::IsTerminal;
 use std::path::Path;
@@ -40,6 +41,9 @@ pub fn run(args: &MountArgs, json: bool) -> Result<(), Box<Report>> {
 }
 
 fn plan(args: &MountArgs, mut settings: super::options::Settings) -> Result<Plan> {
+    for device in make_way(&args.mountpoint, settings.replace_dead)? {
+        note(&orphaned(&device, &args.mountpoint));
+    }
     let (mountpoint, shape) = examine(&args.mountpoint, &settings.mount)?;
     absolute_selection(&mut settings)?;
     let pid_file = args.serve.pid_file.as_deref().map(absolute).transpose()?;
@@ -52,6 +56,15 @@ fn plan(args: &MountArgs, mut settings: super::options::Settings) -> Result<Plan
         foreground: args.serve.foreground || args.serve.debug,
         debug: args.serve.debug,
     })
+}
+
+/// What is to be done about a loop device over the disk of a mount that was dead.
+pub fn orphaned(device: &Path, mountpoint: &Path) -> String {
+    let (device, place) = (device.display(), shell_word(mountpoint));
+    format!(
+        "{device} still has the disk of the dead mount at {place}, and fails: \
+         umount what lies on it, then: losetup -d {device}"
+    )
 }
 
 /// Makes the paths of the selection absolute.

@@ -43,7 +43,7 @@ const IGNORED: [&str; 26] = [
 ];
 
 /// Words with no value that do something.
-const FLAGS: [&str; 13] = [
+const FLAGS: [&str; 15] = [
     "ro",
     "noexec",
     "noatime",
@@ -57,6 +57,8 @@ const FLAGS: [&str; 13] = [
     "drop_bitmaps",
     "trust_header",
     "raw",
+    "replace_dead",
+    "lock_memory",
 ];
 
 /// Words with a value.
@@ -112,6 +114,10 @@ pub struct Settings {
     pub partitions: bool,
     /// A missing image is no failure.
     pub nofail: bool,
+    /// What a dead daemon of ours left makes way.
+    pub replace_dead: bool,
+    /// The daemon's memory stays in memory.
+    pub lock_memory: bool,
 }
 
 impl Default for Settings {
@@ -132,6 +138,8 @@ impl Default for Settings {
             threads: 8,
             partitions: true,
             nofail: false,
+            replace_dead: false,
+            lock_memory: false,
         }
     }
 }
@@ -256,6 +264,8 @@ impl Settings {
             "drop_bitmaps" => self.disk.drop_bitmaps = true,
             "trust_header" => self.selection.trust_header = true,
             "raw" => self.selection.raw = true,
+            "replace_dead" => self.replace_dead = true,
+            "lock_memory" => self.lock_memory = true,
             _ if VALUES.contains(&name) => return Err(format!("-o {name} needs a value")),
             _ => return Err(unknown(name)),
         }
@@ -373,6 +383,9 @@ mod tests {
         let text =
             "snapshot=a\\,b,cache=1M,enospc=wait,threads=3,fmask=022,allow_root,grow_step=2M";
         let settings = parsed(text).unwrap();
+        assert!(!settings.replace_dead && !settings.lock_memory);
+        let both = parsed("replace_dead,lock_memory").unwrap();
+        assert!(both.replace_dead && both.lock_memory);
         assert_eq!(settings.selection.snapshot.as_deref(), Some("a,b"));
         assert_eq!(settings.disk.bat_cache, 1 << 20);
         assert_eq!(settings.disk.enospc, EnospcPolicy::Wait);

@@ -22,6 +22,7 @@
 
 use super::bits::BitSet;
 use crate::error::Result;
+use crate::planted::{Bug, planted};
 use crate::units::FileCluster;
 use std::ops::Range;
 
@@ -48,6 +49,7 @@ pub struct Allocator {
     /// Whole clusters inside the file.
     file_end: u64,
     mapped: u64,
+    reserved_ever: u64,
 }
 
 impl Allocator {
@@ -61,15 +63,20 @@ impl Allocator {
             free.remove(cluster);
             next = used.first_from(cluster + 1);
         }
+        let mut zero_known = BitSet::new(limit)?;
+        if planted(Bug::FreeIsZero) {
+            zero_known.insert_range(first..file_end.min(limit));
+        }
         Ok(Self {
             free,
-            zero_known: BitSet::new(limit)?,
+            zero_known,
             quarantined: BitSet::new(limit)?,
             sealed: BitSet::new(limit)?,
             first,
             limit,
             file_end,
             mapped,
+            reserved_ever: 0,
         })
     }
 
@@ -77,6 +84,12 @@ impl Allocator {
     #[must_use]
     pub fn free(&self) -> u64 {
         self.free.len()
+    }
+
+    /// How many clusters were ever reserved: a plan that finds it changed is out of date.
+    #[must_use]
+    pub fn reserved_ever(&self) -> u64 {
+        self.reserved_ever
     }
 
     /// Clusters that the file still may grow by.
@@ -114,6 +127,7 @@ impl Allocator {
     pub fn reserve(&mut self) -> Option<Reserved> {
         let cluster = self.free.first_from(self.first)?;
         self.free.remove(cluster);
+        self.reserved_ever += 1;
         let zero_known = self.zero_known.remove(cluster);
         Some(Reserved {
             cluster: FileCluster::new(cluster),
@@ -124,6 +138,9 @@ impl Allocator {
     /// Gives a reserved cluster back; what it holds by now is not known.
     pub fn abort(&mut self, cluster: FileCluster) {
         self.free.insert(cluster.get());
+        if planted(Bug::AbortKeepsZero) {
+            self.zero_known.insert(cluster.get());
+        }
     }
 
     /// A reserved cluster has become the place of a disk cluster.
@@ -135,6 +152,10 @@ impl Allocator {
     /// foreign writer may have left, is forgotten until the next open.
     pub fn unmapped(&mut self, cluster: FileCluster) {
         self.mapped -= 1;
+        if planted(Bug::NoQuarantine) {
+            self.free.insert(cluster.get());
+            return;
+        }
         self.quarantined.insert(cluster.get());
     }
 

@@ -11,7 +11,7 @@ const WORDS: usize = 512;
 const CHUNK_BITS: u64 = 64 * 512;
 
 /// A set of numbers below a fixed bound.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct BitSet {
     chunks: Vec<Option<Box<[u64; WORDS]>>>,
     /// Members in each chunk.

@@ -15,6 +15,7 @@
 
 use crate::error::Result;
 use crate::format::header::{FLAG_CONVERTING, FLAG_EMPTY, IN_USE, RawHeader, Version};
+use crate::planted::{Bug, planted};
 use crate::storage::Storage;
 use crate::units::FileOffset;
 
@@ -55,9 +56,24 @@ impl InUseMark {
             self.header.size_in_sectors &= u64::from(u32::MAX);
         }
         storage.write_at(FileOffset::ZERO, &self.header.encode())?;
-        storage.sync_data()?;
+        if !planted(Bug::MarkNotSynced) {
+            storage.sync_data()?;
+        }
         self.set = true;
         Ok(())
+    }
+
+    /// The header without the mark.
+    #[must_use]
+    pub fn closed(&self, empty: bool) -> RawHeader {
+        let mut header = self.header;
+        header.in_use = 0;
+        header.flags = if empty {
+            header.flags | FLAG_EMPTY
+        } else {
+            header.flags & !FLAG_EMPTY
+        };
+        header
     }
 
     /// Takes the mark away, durably (steps 4 and 5). Does nothing where it was never set.
@@ -65,12 +81,7 @@ impl InUseMark {
         if !self.set {
             return Ok(());
         }
-        self.header.in_use = 0;
-        self.header.flags = if empty {
-            self.header.flags | FLAG_EMPTY
-        } else {
-            self.header.flags & !FLAG_EMPTY
-        };
+        self.header = self.closed(empty);
         storage.write_at(FileOffset::ZERO, &self.header.encode())?;
         storage.sync_data()?;
         self.set = false;

@@ -1,22 +1,19 @@
 //! One pass over a whole table: which clusters are used, and all that is wrong with the entries.
 //!
 //! Every read-write open makes this pass; it is the only way to see two entries that share a
-//! cluster. The table is read in pieces of 64 KiB, and the holes of a sparse table are skipped, so
-//! a fresh disk of 16 TiB costs nothing.
+//! cluster.
 
 use super::bits::BitSet;
+use super::classify::{Class, Classifier};
 use super::image::Image;
+use super::walk;
 use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
 use crate::format::bat::EntryError;
 use crate::format::header::Header;
 use crate::format::layout::Layout;
-use crate::units::{DiskCluster, FileCluster, FileOffset, len_u64};
+use crate::units::{DiskCluster, FileOffset};
 use std::fmt;
 
-const PIECE: u64 = 64 * 1024;
-/// The most entries beyond [`Survey::limit`], as another program's shrinking of a disk leaves some.
-/// They are kept one by one, so their number must not be the image's to choose.
-const BEYOND_MAX: usize = 1 << 20;
 /// Findings that are kept word for word; of the others only the number is known.
 const KEPT: usize = 16;
 
@@ -86,28 +83,9 @@ impl Survey {
     }
 }
 
-/// One past the highest file cluster that may ever be handed out: the table and one cluster for
-/// each entry, as far as an entry can name it.
-fn limit_of(layout: &Layout) -> u64 {
-    let first = layout.first_cluster().get();
-    let wanted = first.saturating_add(layout.entry_count().into());
-    if layout
-        .entry_for(FileCluster::new(wanted.saturating_sub(1)))
-        .is_some()
-    {
-        return wanted;
-    }
-    let unit = match layout.version() {
-        crate::format::header::Version::V1 => layout.cluster().sectors().get(),
-        crate::format::header::Version::V2 => 1,
-    };
-    u64::from(u32::MAX) / unit + 1
-}
-
 struct Walk<'a> {
     layout: &'a Layout,
-    file_len: FileOffset,
-    beyond: Vec<u64>,
+    classifier: Classifier<'a>,
     survey: Survey,
 }
 
@@ -120,49 +98,30 @@ impl Walk<'_> {
     }
 
     fn entry(&mut self, cluster: DiskCluster, entry: u32) -> Result<()> {
-        if entry == 0 {
-            return Ok(());
-        }
-        self.survey.mapped += 1;
-        let place = self.layout.check_entry(entry, self.file_len);
-        let file_cluster = match place.and_then(|()| self.layout.entry_cluster(entry)) {
-            Ok(file_cluster) => file_cluster.get(),
-            Err(EntryError::CutByEnd(_)) if self.layout.entry_cluster(entry).is_ok() => {
+        self.survey.mapped += u64::from(entry != 0);
+        match self
+            .classifier
+            .class(entry)
+            .map_err(|e| e.at_cluster(cluster))?
+        {
+            Class::Hole => {}
+            Class::Good(number) => self.survey.used_end = self.survey.used_end.max(number + 1),
+            Class::Cut(_) => {
                 self.survey.tail_used = true;
                 self.fault(cluster, Fault::Entry(EntryError::CutByEnd(entry)));
-                return Ok(());
             }
-            Err(error) => {
-                self.fault(cluster, Fault::Entry(error));
-                return Ok(());
-            }
-        };
-        self.survey.used_end = self.survey.used_end.max(file_cluster + 1);
-        if file_cluster >= self.survey.limit {
-            if self.beyond.len() >= BEYOND_MAX {
-                let why = format!(
-                    "more than {BEYOND_MAX} entries name clusters behind all that {} entries need",
-                    self.layout.entry_count()
-                );
-                return Err(Error::why(ErrorKind::Unsupported, why)
-                    .at_cluster(cluster)
-                    .fix("mount it read-only (`ploopfs mount -r`)"));
-            }
-            self.beyond
-                .try_reserve(1)
-                .map_err(|_| Error::errno(libc::ENOMEM))?;
-            self.beyond.push(file_cluster);
-        } else if !self.survey.used.insert(file_cluster) {
-            self.fault(cluster, Fault::Duplicate(entry));
+            Class::Shared(_) => self.fault(cluster, Fault::Duplicate(entry)),
+            Class::Misaligned => self.fault(cluster, Fault::Entry(EntryError::Misaligned(entry))),
+            Class::Bad(error) => self.fault(cluster, Fault::Entry(error)),
         }
         Ok(())
     }
 
-    fn piece(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+    fn piece(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
         let entries_end = self.layout.table_end().get();
-        for (index, word) in bytes.chunks_exact(4).enumerate() {
-            let entry = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
-            let position = at + len_u64(index) * 4;
+        let positions = (at.get()..).step_by(4);
+        for (position, word) in positions.zip(bytes.chunks_exact(4)) {
+            let entry = walk::word(word);
             if position < entries_end {
                 self.entry(DiskCluster::new((position - 64) / 4), entry)?;
             } else if entry != 0 {
@@ -170,20 +129,6 @@ impl Walk<'_> {
             }
         }
         Ok(())
-    }
-
-    fn finish(mut self) -> Survey {
-        self.beyond.sort_unstable();
-        let shared = self
-            .beyond
-            .windows(2)
-            .filter(|pair| pair[0] == pair[1])
-            .count();
-        for _ in 0..shared {
-            // Which disk clusters share it is `check`'s business; here it is enough to refuse.
-            self.fault(DiskCluster::new(0), Fault::Duplicate(u32::MAX));
-        }
-        self.survey
     }
 }
 
@@ -193,13 +138,13 @@ pub fn survey(image: &Image, header: &Header) -> Result<Survey> {
     let storage = image.storage();
     let file_len = storage.len()?;
     let whole = layout.cluster().whole_below(file_len);
-    let limit = limit_of(layout);
+    let classifier = Classifier::new(layout, file_len)?;
+    let limit = classifier.limit();
     let mut walk = Walk {
         layout,
-        file_len,
-        beyond: Vec::new(),
+        classifier,
         survey: Survey {
-            used: BitSet::new(limit)?,
+            used: BitSet::new(0)?,
             mapped: 0,
             used_end: 0,
             limit,
@@ -210,29 +155,11 @@ pub fn survey(image: &Image, header: &Header) -> Result<Survey> {
             tail_used: false,
         },
     };
-    let end = layout.data_start().get().min(file_len.get());
-    let mut buffer = vec![0; usize::try_from(PIECE).unwrap_or(usize::MAX)];
-    let mut at = 64;
-    while at < end {
-        let Some(data) = storage.next_data(FileOffset::new(at))? else {
-            break;
-        };
-        // Entries are 4 bytes; a file system's blocks are more, so only the first start can be odd.
-        at = at.max(data.start.get() & !3);
-        let data_end = data.end.get().min(end);
-        while at < data_end {
-            let len = (data_end - at).min(PIECE) & !3;
-            if len == 0 {
-                break;
-            }
-            let piece = &mut buffer[..usize::try_from(len).unwrap_or(0)];
-            storage.read_at(FileOffset::new(at), piece)?;
-            walk.piece(at, piece)?;
-            at += len;
-        }
-        at = at.max(data_end);
-    }
-    Ok(walk.finish())
+    walk::words(storage.as_ref(), layout.data_start(), |at, bytes| {
+        walk.piece(at, bytes)
+    })?;
+    walk.survey.used = walk.classifier.finish().into_bits();
+    Ok(walk.survey)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! alone with the buffer that every such thread owns, so there is always progress.
 
 use crate::error::{Error, Result};
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
@@ -68,6 +68,18 @@ impl Buffers {
             Class::new(LARGE_LEN, LARGE_COUNT)?,
         ];
         Ok(Arc::new(Self { classes }))
+    }
+
+    /// No buffers but what the heap gives without being asked twice.
+    #[must_use]
+    pub fn none() -> Arc<Self> {
+        let none = |len| Class {
+            len,
+            free: Mutex::default(),
+        };
+        Arc::new(Self {
+            classes: [none(SMALL_LEN), none(LARGE_LEN)],
+        })
     }
 
     /// A buffer of `len` bytes of any content, or `None` while there is none.

@@ -8,7 +8,7 @@
 //! The order that all of this rests on is sequential consistency: count then look up on one side,
 //! remove then end the epoch then read the count on the other.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::atomics::{AtomicU64, Ordering};
 
 /// The epoch that runs now, and how many requests each of the last two still has.
 #[derive(Debug, Default)]
@@ -42,6 +42,12 @@ impl Epochs {
                 return pin;
             }
         }
+    }
+
+    /// The epoch that runs now.
+    #[must_use]
+    pub fn current(&self) -> u64 {
+        self.current.load(Ordering::SeqCst)
     }
 
     /// Ends the current epoch and returns its number. The epoch before it must have drained.

@@ -22,26 +22,27 @@
 //! More dirty pages than the copy area holds take steps 3 to 5 again for each areaful; entries do
 //! not depend on each other, because a cluster never changes hands within a round.
 //!
-//! `tests/crash.rs` cuts the power at every operation of this on simulated files, and fails if one
-//! of the syncs is left out.
+//! `tests/sim.rs` cuts the power at every operation of this on simulated files, and
+//! `tests/planted.rs` proves that it notices when one of these steps is left out or moved.
 //!
 //! The first failure latches the disk: nothing after it is ever reported as durable again.
 
 use super::Disk;
 use super::part::Part;
 use super::stats::bump;
-use super::table::Wait;
+use super::table::{Table, Wait};
 use crate::chain::page::MapPage;
 use crate::delta::in_use::InUseMark;
 use crate::error::{Error, Result};
 use crate::format::layout::{BAT_PAGE_LEN, PageIndex};
+use crate::planted::{Bug, planted};
 use crate::storage::Keep;
+use crate::sync;
 use crate::units::{FileCluster, FileOffset};
 use parking_lot::MutexGuard;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Pages that are copied between one data sync and the next.
 const AREA_PAGES: usize = 256;
@@ -97,7 +98,7 @@ impl Disk {
     pub fn ensure_marked(&self, index: usize) -> Result<()> {
         let parts = self.parts();
         let part = &parts[index];
-        if part.marked.load(Ordering::Acquire) {
+        if part.marked.is_open() {
             return Ok(());
         }
         let mut state = self.flush.lock();
@@ -116,7 +117,7 @@ impl Disk {
             })?;
         }
         part.reserve_table();
-        part.marked.store(true, Ordering::Release);
+        part.marked.open();
         Ok(())
     }
 
@@ -149,6 +150,10 @@ impl Disk {
         for (part, flush) in self.parts().iter().zip(parts) {
             self.round_of_part(part, flush, area).map_err(|error| {
                 let error = error.in_file(part.chain.top().path());
+                if planted(Bug::FailedSyncRetried) {
+                    keep_pages(part, flush);
+                    return error;
+                }
                 self.health.latch(&format!("a flush failed: {error}"));
                 error
             })?;
@@ -165,13 +170,11 @@ impl Disk {
                 .pages
                 .extend(table.dirty.drain(..).map(|page| (page, 0)));
             table.in_flush = flush.pages.len();
-            if let Some(alloc) = table.alloc.as_mut() {
-                if alloc.quarantined() > 0 && alloc.seal() {
-                    flush.sealed = Some((part.epochs.end(), false));
-                }
+            if !planted(Bug::SealLate) {
+                seal(part, table, flush);
             }
         }
-        let was_dirty = part.data_dirty.swap(false, Ordering::SeqCst);
+        let was_dirty = part.data_dirty.take();
         if flush.pages.is_empty() {
             if was_dirty {
                 part.top_storage().sync_data()?;
@@ -181,10 +184,21 @@ impl Disk {
             flush.pages.sort_unstable_by_key(|(page, _)| page.index());
             for pages in flush.pages.chunks_mut(AREA_PAGES) {
                 copy_pages(part, pages, area);
-                part.top_storage().sync_data()?;
+                if !skips_data_sync(part) {
+                    part.top_storage().sync_data()?;
+                }
+                if planted(Bug::LivePages) {
+                    copy_pages(part, pages, area);
+                }
                 self.write_pages(part, pages, area)?;
             }
-            part.top_storage().sync_data()?;
+            let synced = part.top_storage().sync_data();
+            if !planted(Bug::SyncErrorSwallowed) {
+                synced?;
+            }
+        }
+        if planted(Bug::SealLate) {
+            seal(part, &mut part.table.lock(), flush);
         }
         settle_pages(part, flush);
         if let Some((_, through)) = flush.sealed.as_mut() {
@@ -197,13 +211,13 @@ impl Disk {
     fn write_pages(&self, part: &Part, pages: &[(Arc<MapPage>, u64)], area: &[u8]) -> Result<()> {
         for (range, bytes) in page_runs(part, pages) {
             let bytes = &area[bytes];
-            let since = Instant::now();
+            let since = sync::now();
             loop {
                 match part.top_storage().write_at(range.start, bytes) {
                     Ok(()) => break,
                     Err(error) if error.is_no_space() && !self.enospc.is_over(since) => {
                         self.note_no_space(&error);
-                        std::thread::sleep(Duration::from_millis(500));
+                        sync::sleep(Duration::from_millis(500));
                     }
                     Err(error) => return Err(error),
                 }
@@ -222,7 +236,7 @@ impl Disk {
             let Some((epoch, true)) = flush.sealed else {
                 continue;
             };
-            if !part.epochs.has_drained(epoch) {
+            if !part.epochs.has_drained(epoch) && !planted(Bug::ReleaseBeforeDrain) {
                 continue;
             }
             flush.sealed = None;
@@ -251,10 +265,10 @@ impl Disk {
     pub(super) fn close_files(&self) -> Result<()> {
         self.flush_now()?;
         let mut guard = self.flush.lock();
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while self.has_sealed(&guard) && Instant::now() < deadline {
+        let deadline = sync::now() + Duration::from_secs(10);
+        while self.has_sealed(&guard) && sync::now() < deadline {
             self.release_drained(&mut guard);
-            std::thread::sleep(Duration::from_millis(1));
+            sync::sleep(Duration::from_millis(1));
         }
         self.round(&mut guard)?;
         self.release_drained(&mut guard);
@@ -267,7 +281,7 @@ impl Disk {
             error
         };
         for part in self.parts().iter() {
-            if part.marked.load(Ordering::Acquire) && !part.chain.is_plain() {
+            if part.marked.is_open() && !part.chain.is_plain() {
                 trim(part).map_err(|e| latch(part, e))?;
             }
         }
@@ -283,7 +297,7 @@ impl Disk {
                 .map_or(0, |alloc| alloc.mapped());
             mark.clear(part.top_storage().as_ref(), mapped == 0)
                 .map_err(|e| latch(part, e))?;
-            part.marked.store(false, Ordering::Release);
+            part.marked.close();
         }
         Ok(())
     }
@@ -293,6 +307,31 @@ impl Disk {
             .as_ref()
             .is_some_and(|state| state.parts.iter().any(|part| part.sealed.is_some()))
     }
+}
+
+/// Step 1: what is freed from now on belongs to the next batch.
+fn seal(part: &Part, table: &mut Table, flush: &mut PartFlush) {
+    if let Some(alloc) = table.alloc.as_mut() {
+        if alloc.quarantined() > 0 && alloc.seal() {
+            flush.sealed = Some((part.epochs.end(), false));
+        }
+    }
+}
+
+/// True when a planted bug leaves out step 4.
+fn skips_data_sync(part: &Part) -> bool {
+    planted(Bug::NoDataSync)
+        || planted(Bug::OneBarrierForCopies) && part.chain.levels().len() > 1
+        || planted(Bug::OneBarrierForReused) && part.epochs.current() > 0
+}
+
+/// A planted bug: the pages of a failed round are tried again.
+fn keep_pages(part: &Part, flush: &mut PartFlush) {
+    let mut table = part.table.lock();
+    table
+        .dirty
+        .extend(flush.pages.drain(..).map(|(page, _)| page));
+    table.in_flush = 0;
 }
 
 /// Step 3: copies pages into the area, one after the other, each under the lock for itself.
@@ -341,7 +380,7 @@ fn settle_pages(part: &Part, flush: &mut PartFlush) {
     for pages in flush.pages.chunks(AREA_PAGES) {
         let mut table = part.table.lock();
         for (page, generation) in pages {
-            if page.generation() == *generation {
+            if page.generation() == *generation || planted(Bug::PagesAlwaysClean) {
                 page.cleaned();
             } else {
                 table.dirty.push(Arc::clone(page));
@@ -359,8 +398,15 @@ fn release_sealed(part: &Part) {
     while let Some(clusters) = run(part) {
         let place = |number| cluster.file_start(FileCluster::new(number));
         let range = place(clusters.start)..place(clusters.end);
+        if planted(Bug::PunchAfterHandOver) {
+            if let Some(alloc) = part.table.lock().alloc.as_mut() {
+                alloc.release(clusters.clone(), false);
+            }
+        }
         let punched = part.top_storage().zero(range, Keep::Nothing);
-        part.note_data();
+        if !planted(Bug::ZeroNotNoted) {
+            part.note_data();
+        }
         if let Err(error) = &punched {
             log::warn!("freed clusters could not be punched: {error}");
         }
@@ -406,6 +452,9 @@ fn trim(part: &Part) -> Result<()> {
         if let Some(alloc) = part.table.lock().alloc.as_mut() {
             alloc.truncated(used_end);
         }
+    }
+    if planted(Bug::TrimNotSynced) {
+        return Ok(());
     }
     storage.sync_data()
 }

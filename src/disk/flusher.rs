@@ -7,11 +7,11 @@ use super::Disk;
 use super::stats::bump;
 use super::table::Wait;
 use crate::error::{Error, ErrorKind, Result};
-use parking_lot::{Condvar, Mutex};
+use crate::planted::{Bug, planted};
+use crate::sync::{self, Condvar, Mutex, Thread};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How often requests that wait for space try again, and freed clusters are looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -34,7 +34,7 @@ struct State {
 pub struct Flusher {
     state: Mutex<State>,
     wake: Condvar,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Mutex<Option<Thread>>,
 }
 
 impl std::fmt::Debug for Flusher {
@@ -58,9 +58,7 @@ impl Flusher {
     /// Starts the thread, which runs a round after each `interval` in which entries changed.
     pub fn start(self: &Arc<Self>, disk: &Arc<Disk>, interval: Option<Duration>) -> Result<()> {
         let (flusher, disk) = (Arc::clone(self), Arc::downgrade(disk));
-        let thread = std::thread::Builder::new()
-            .name("flusher".to_owned())
-            .spawn(move || flusher.run(&disk, interval))
+        let thread = sync::spawn("flusher", move || flusher.run(&disk, interval))
             .map_err(|e| Error::why(ErrorKind::Host, "cannot start a thread").because(e))?;
         *self.thread.lock() = Some(thread);
         Ok(())
@@ -85,15 +83,15 @@ impl Flusher {
         self.state.lock().stop = true;
         self.wake.notify_one();
         if let Some(thread) = self.thread.lock().take() {
-            if thread.join().is_err() {
+            if !thread.join() {
                 log::error!("the flusher panicked");
             }
         }
     }
 
     fn run(&self, disk: &Weak<Disk>, interval: Option<Duration>) {
-        let mut next_timer = interval.map(|interval| Instant::now() + interval);
-        let mut next_tick = Instant::now() + TICK;
+        let mut next_timer = interval.map(|interval| sync::now() + interval);
+        let mut next_tick = sync::now() + TICK;
         loop {
             let mut state = self.state.lock();
             if state.callers.is_none() && !state.requested && !state.stop {
@@ -105,9 +103,9 @@ impl Flusher {
             let stop = state.stop && callers.is_none();
             drop(state);
             let Some(disk) = disk.upgrade() else { return };
-            let timer = next_timer.is_some_and(|at| at <= Instant::now());
+            let timer = next_timer.is_some_and(|at| at <= sync::now());
             if timer {
-                next_timer = interval.map(|interval| Instant::now() + interval);
+                next_timer = interval.map(|interval| sync::now() + interval);
             }
             if callers.is_some() || requested || (timer && disk.has_unflushed()) {
                 let guarded = || disk.run_round();
@@ -116,6 +114,9 @@ impl Flusher {
                     disk.health.latch("the flusher panicked");
                     Err(disk.health.error())
                 });
+                if planted(Bug::RunningRoundJoined) && callers.is_some() {
+                    join_late(&mut callers, self.state.lock().callers.take());
+                }
                 while let Some(caller) = callers {
                     let answer = match &result {
                         Ok(()) => Ok(()),
@@ -129,8 +130,8 @@ impl Flusher {
             }
             // Not after every round: who waits for space asks for one each time it has to wait
             // again, and would otherwise try as fast as the host can refuse.
-            if stop || next_tick <= Instant::now() {
-                next_tick = Instant::now() + TICK;
+            if stop || next_tick <= sync::now() {
+                next_tick = sync::now() + TICK;
                 disk.tick();
             }
             if stop {
@@ -138,6 +139,15 @@ impl Flusher {
             }
         }
     }
+}
+
+/// A planted bug: those who came during a round are told of its end too.
+fn join_late(callers: &mut Option<Box<Caller>>, late: Option<Box<Caller>>) {
+    let mut end = callers;
+    while let Some(caller) = end {
+        end = &mut caller.next;
+    }
+    *end = late;
 }
 
 impl Disk {

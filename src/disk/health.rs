@@ -5,7 +5,7 @@
 //! process reports success, whoever started the one that failed.
 
 use crate::error::{Error, ErrorKind, Result};
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Whether the disk may still be written to.

@@ -4,8 +4,9 @@
 //! A read-write open makes sure of the image first, in this order:
 //!
 //! 1. sync the file. What a killed process wrote may be in the host's cache only; believing it and
-//!    losing it later would give one cluster to two owners. If the in-use mark is set, drop the
-//!    cache too: after a failed sync it may hold what the medium does not;
+//!    losing it later would give one cluster to two owners. If the in-use mark is set, or there is
+//!    none because the file is plain, drop the cache too: after a failed sync it may hold what the
+//!    medium does not;
 //! 2. read header and table (again), through the locked descriptor;
 //! 3. refuse what writing would make worse: invalid or shared entries, a dirty bitmap;
 //! 4. mend what is harmless, if the mark is set or a bitmap is dropped: first make the mark durable
@@ -32,12 +33,13 @@ use crate::format::bat::EntryError;
 use crate::format::extension::{self, Extension};
 use crate::format::header::Header;
 use crate::plan::RequestOrder;
+use crate::planted::{Bug, planted};
 use crate::storage::{Keep, Storage};
+use crate::sync::{Condvar, Mutex};
 use crate::units::{FileOffset, len_usize};
 use arc_swap::ArcSwap;
-use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::Duration;
 
 /// Bytes of map pages for a frozen view: people look into one, they do not work on it.
@@ -55,6 +57,24 @@ pub struct Resources {
 }
 
 impl Resources {
+    /// These buffers with another pool.
+    #[must_use]
+    pub fn with_pool(&self, pool: Arc<dyn Spawn>) -> Self {
+        Self {
+            pool,
+            buffers: Arc::clone(&self.buffers),
+        }
+    }
+
+    /// A pool, and no buffers at all: every request is served where it arrives.
+    #[must_use]
+    pub fn without_buffers(pool: Arc<dyn Spawn>) -> Self {
+        Self {
+            pool,
+            buffers: Buffers::none(),
+        }
+    }
+
     /// Starts this many threads and sets all buffers aside.
     pub fn new(pool_threads: usize) -> Result<Self> {
         Ok(Self {
@@ -88,28 +108,31 @@ pub fn open_with(
     options: &DiskOptions,
     resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
-    let mut notes = images.warnings.clone();
-    let mut looked = Vec::with_capacity(images.parts.len());
-    for opened in &images.parts {
-        looked.push(look_at(opened, options, &mut notes)?);
+    let caches = look_at_parts(&images, options)?;
+    if !options.read_only {
+        check_split(&images.parts, options)?;
     }
-    let size = total_size(images.parts.iter().zip(&looked))?;
-    let caches = share_cache(&looked, options, &images)?;
-    // From here on files may be changed.
-    let mut parts = Vec::with_capacity(looked.len());
-    let mut marks = Vec::with_capacity(looked.len());
-    for ((opened, looked), bat_cache) in images.parts.iter().zip(looked).zip(caches) {
+    let mut notes = images.warnings.clone();
+    let mut parts = Vec::with_capacity(images.parts.len());
+    let mut marks = Vec::with_capacity(images.parts.len());
+    for (opened, bat_cache) in images.parts.iter().zip(caches) {
         let (chain, writer) = if options.read_only {
-            (looked.chain, None)
+            let chain = crate::chain::open::chain(opened, false, &mut notes)?;
+            tell_of_extension(chain.top(), &mut notes);
+            (chain, None)
         } else {
-            make_ready(opened, looked, &mut notes)?
+            open_for_writing(opened, options, &mut notes)?
         };
         let (mark, alloc, is_marked) = match writer {
             Some(writer) => (Some(writer.mark), Some(writer.alloc), writer.is_marked),
             None => (None, None, false),
         };
+        let start = opened
+            .start
+            .bytes()
+            .ok_or_else(|| Error::errno(libc::EFBIG))?;
         let part = Part::new(
-            start_of(opened)?,
+            start,
             chain,
             alloc,
             bat_cache,
@@ -118,11 +141,12 @@ pub fn open_with(
         )?;
         if is_marked {
             part.reserve_table();
-            part.marked.store(true, Ordering::Release);
+            part.marked.open();
         }
         parts.push(part);
         marks.push(mark);
     }
+    let size = total_size(&parts)?;
     let is_writable = !options.read_only;
     let flush = is_writable.then(|| FlushState::new(marks, &parts));
     let disk = Arc::new(Disk {
@@ -151,108 +175,62 @@ pub fn open_with(
     Ok((disk, notes))
 }
 
-/// What a look at a part found, before anything is changed in any.
-struct Looked {
-    chain: Chain,
-    /// Where the part is to be written to and its top has a table.
-    table: Option<Examined>,
-}
-
-/// A table that may be written to.
-struct Examined {
-    header: Header,
-    found: Survey,
-    /// Dirty bitmaps are to be dropped.
-    drops_bitmaps: bool,
-}
-
-fn start_of(opened: &OpenedPart) -> Result<u64> {
-    opened
-        .start
-        .bytes()
-        .ok_or_else(|| Error::errno(libc::EFBIG))
-}
-
-/// Opens a part without changing it; with writing in view, this is steps 1 to 3.
-fn look_at(opened: &OpenedPart, options: &DiskOptions, notes: &mut Vec<String>) -> Result<Looked> {
-    if options.read_only {
-        let chain = crate::chain::open::chain(opened, false, notes)?;
-        tell_of_extension(chain.top(), notes);
-        return Ok(Looked { chain, table: None });
-    }
-    let Some(top) = opened.files.last() else {
-        return Err(Error::why(
-            ErrorKind::Descriptor,
-            "a part of the disk has no image",
-        ));
+/// Looks at the headers of all parts of a split disk before anything is done to any, and gives each
+/// part its share of the memory for table pages. However many parts a descriptor names, they get
+/// no more memory together than one image could.
+fn look_at_parts(images: &OpenedImages, options: &DiskOptions) -> Result<Vec<u64>> {
+    let [_, _, ..] = images.parts.as_slice() else {
+        return Ok(vec![options.bat_cache; images.parts.len()]);
     };
-    let storage: &dyn Storage = top.storage.as_ref();
-    storage.sync_data().map_err(|e| e.in_file(&top.path))?;
-    let mut chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
-    if chain.top().header().is_some_and(Header::is_in_use) {
-        if let Err(error) = storage.drop_cache() {
-            // Best effort: not every host can, and then what is cached is all there is.
-            log::warn!("{}: the host's cache stays: {error}", top.path.display());
-        }
+    let mut pages = Vec::with_capacity(images.parts.len());
+    for opened in &images.parts {
+        let chain = crate::chain::open::chain(opened, !options.read_only, &mut Vec::new())?;
+        pages.push(
+            chain
+                .top()
+                .layout()
+                .map_or(1, |l| u64::from(l.page_count())),
+        );
     }
-    chain = crate::chain::open::chain(opened, true, notes)?;
-    let header = chain.top().header().copied();
-    let table = header.map(|header| {
-        examine(chain.top(), header, options, notes)
-            .map_err(|e| e.at_level(chain.geometry().top).in_file(&top.path))
-    });
-    let table = table.transpose()?;
-    Ok(Looked { chain, table })
-}
-
-/// The share of each part of the memory for table pages. However many parts a descriptor names,
-/// they get no more memory together than one image could.
-fn share_cache(
-    looked: &[Looked],
-    options: &DiskOptions,
-    images: &OpenedImages,
-) -> Result<Vec<u64>> {
-    let pages = |part: &Looked| {
-        let layout = part.chain.top().layout();
-        layout.map_or(1, |layout| u64::from(layout.page_count()))
-    };
-    let all: u64 = looked.iter().map(pages).sum();
-    if looked.len() > 1 && all > SPLIT_PAGES_MAX {
+    let all: u64 = pages.iter().sum();
+    if all > SPLIT_PAGES_MAX {
         let why = format!(
             "the tables of its {} parts are too large together",
-            looked.len()
+            pages.len()
         );
         return Err(Error::why(ErrorKind::Unsupported, why)
             .in_file(&images.named)
             .fix("nobody makes such a disk; nothing was changed"));
     }
-    let share = |part: &Looked| {
-        let share =
-            u128::from(options.bat_cache) * u128::from(pages(part)) / u128::from(all.max(1));
-        u64::try_from(share).unwrap_or(u64::MAX)
-    };
-    Ok(looked.iter().map(share).collect())
+    let share = |pages: u64| u128::from(options.bat_cache) * u128::from(pages) / u128::from(all);
+    Ok(pages
+        .into_iter()
+        .map(|pages| u64::try_from(share(pages)).unwrap_or(u64::MAX))
+        .collect())
 }
 
 /// Checks that the parts follow each other without gap or overlap, and adds them up.
-fn total_size<'a>(parts: impl Iterator<Item = (&'a OpenedPart, &'a Looked)>) -> Result<u64> {
+fn total_size(parts: &[Part]) -> Result<u64> {
     let mut end = 0_u64;
-    for (opened, Looked { chain, .. }) in parts {
-        let start = start_of(opened)?;
-        if start != end {
-            let why = format!("a part starts at byte {start}, the one before ends at {end}");
+    for part in parts {
+        if part.start != end {
+            let why = format!(
+                "a part starts at byte {}, the one before ends at {end}",
+                part.start
+            );
             return Err(Error::why(ErrorKind::Descriptor, why)
-                .in_file(chain.top().path())
+                .in_file(part.chain.top().path())
                 .fix("the descriptor's Start and End do not fit the images' sizes"));
         }
         end = end
-            .checked_add(chain.geometry().disk_len)
+            .checked_add(part.disk_len())
             .ok_or_else(|| Error::errno(libc::EFBIG))?;
     }
     if i64::try_from(end).is_err() {
-        let why = "the disk is larger than a file can be";
-        return Err(Error::why(ErrorKind::Unsupported, why)
-            .fix("no host can show it as one file; nothing was changed"));
+        return Err(Error::why(
+            ErrorKind::Unsupported,
+            "the disk is larger than a file can be",
+        ));
     }
     Ok(end)
 }
@@ -264,20 +242,57 @@ struct Writer {
     is_marked: bool,
 }
 
-/// Step 4, and what writing needs.
-fn make_ready(
+/// Makes sure that no part of a split disk is refused after another one has been changed. What is
+/// found here is not believed later: the file is synced first, and then looked at again.
+fn check_split(parts: &[OpenedPart], options: &DiskOptions) -> Result<()> {
+    if parts.len() == 1 {
+        return Ok(());
+    }
+    for opened in parts {
+        let chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
+        let top = chain.top();
+        if let Some(header) = top.header() {
+            examine(top, header, options, &mut Vec::new())
+                .map_err(|e| e.at_level(chain.geometry().top).in_file(top.path()))?;
+        }
+    }
+    Ok(())
+}
+
+fn open_for_writing(
     opened: &OpenedPart,
-    looked: Looked,
+    options: &DiskOptions,
     notes: &mut Vec<String>,
 ) -> Result<(Chain, Option<Writer>)> {
-    let Looked { chain, table } = looked;
-    let Some(examined) = table else {
-        lengthen_plain(&chain, notes)?;
-        let chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
-        return Ok((chain, None));
+    let Some(top) = opened.files.last() else {
+        return Err(Error::why(
+            ErrorKind::Descriptor,
+            "a part of the disk has no image",
+        ));
     };
-    let writer = prepare(chain.top(), examined, notes)
-        .map_err(|e| e.at_level(chain.geometry().top).in_file(chain.top().path()))?;
+    let storage: &dyn Storage = top.storage.as_ref();
+    if !planted(Bug::NoSyncAtOpen) {
+        storage.sync_data().map_err(|e| e.in_file(&top.path))?;
+    }
+    let mut chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
+    // A plain file has no mark that could tell.
+    let is_doubtful = chain.top().header().is_none_or(Header::is_in_use);
+    if is_doubtful && !planted(Bug::CacheBelieved) {
+        if let Err(error) = storage.drop_cache() {
+            // Best effort: not every host can, and then what is cached is all there is.
+            log::warn!("{}: the host's cache stays: {error}", top.path.display());
+        }
+    }
+    chain = crate::chain::open::chain(opened, true, notes)?;
+    let Some(header) = chain.top().header().copied() else {
+        lengthen_plain(&chain, notes)?;
+        return Ok((
+            crate::chain::open::chain(opened, true, &mut Vec::new())?,
+            None,
+        ));
+    };
+    let writer = prepare(chain.top(), &header, options, notes)
+        .map_err(|e| e.at_level(chain.geometry().top).in_file(&top.path))?;
     Ok((chain, Some(writer)))
 }
 
@@ -297,14 +312,21 @@ fn lengthen_plain(chain: &Chain, notes: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// Steps 2 and 3 for the table of the top.
+/// What the table of a top is like that may be written to.
+struct Examined {
+    found: Survey,
+    /// It carries bitmaps that the options allow to drop.
+    bitmaps: bool,
+}
+
+/// Step 3: refuses, or tells what must be mended. Changes nothing.
 fn examine(
     image: &Image,
-    header: Header,
+    header: &Header,
     options: &DiskOptions,
     notes: &mut Vec<String>,
 ) -> Result<Examined> {
-    let found = survey(image, &header)?;
+    let found = survey(image, header)?;
     let was_in_use = header.is_in_use();
     // Only one cluster can lie across the end: a second such entry would share it.
     let is_tail = |fault: &Fault| matches!(fault, Fault::Entry(EntryError::CutByEnd(_)));
@@ -315,24 +337,20 @@ fn examine(
     if !mendable {
         return Err(refuse(image, &found, was_in_use));
     }
-    let drops_bitmaps = find_bitmaps(image, &header, &found, options, notes)?;
-    Ok(Examined {
-        header,
-        found,
-        drops_bitmaps,
-    })
+    let bitmaps = find_bitmaps(image, header, &found, options, notes)?;
+    Ok(Examined { found, bitmaps })
 }
 
-/// Step 4 for the table of the top.
-fn prepare(image: &Image, examined: Examined, notes: &mut Vec<String>) -> Result<Writer> {
-    let Examined {
-        header,
-        mut found,
-        drops_bitmaps: bitmaps,
-    } = examined;
-    let header = &header;
+/// Steps 2 to 4 for the table of the top.
+fn prepare(
+    image: &Image,
+    header: &Header,
+    options: &DiskOptions,
+    notes: &mut Vec<String>,
+) -> Result<Writer> {
     let storage = image.storage().as_ref();
     let path = image.path().display();
+    let Examined { mut found, bitmaps } = examine(image, header, options, notes)?;
     let mut mark = InUseMark::new(*header.raw());
     let was_in_use = header.is_in_use();
     if was_in_use || bitmaps {
@@ -552,27 +570,28 @@ mod tests {
         Arc::new(MemStorage::new(bytes))
     }
 
-    fn open_image(storage: &Arc<MemStorage>) -> Result<Arc<Disk>> {
-        let file = OpenedFile {
-            path: PathBuf::from("x.hds"),
-            storage: Arc::clone(storage) as crate::storage::SharedStorage,
-            plain: Plain::No,
-            guid: None,
-        };
-        let part = OpenedPart {
-            start: SectorCount::ZERO,
+    /// A disk of one part for each image.
+    fn open_images(storages: &[&Arc<MemStorage>]) -> Result<Arc<Disk>> {
+        let part = |(number, storage): (u64, &&Arc<MemStorage>)| OpenedPart {
+            start: SectorCount::new(80 * number),
             end: None,
             blocksize: None,
-            files: vec![file],
+            files: vec![OpenedFile {
+                path: PathBuf::from("x.hds"),
+                storage: Arc::clone(storage) as crate::storage::SharedStorage,
+                plain: Plain::No,
+                guid: None,
+            }],
         };
-        let images = OpenedImages::from_parts(PathBuf::from("x.hds"), vec![part]);
+        let parts = (0..).zip(storages).map(part).collect();
+        let images = OpenedImages::from_parts(PathBuf::from("x.hds"), parts);
         open(Arc::new(images), &DiskOptions::default()).map(|(disk, _)| disk)
     }
 
     #[test]
     fn a_cluster_that_the_end_cuts_is_filled_up_with_zeros() {
         let storage = image(&[(0, 1), (4, 3)]);
-        let disk = open_image(&storage).unwrap();
+        let disk = open_images(&[&storage]).unwrap();
         let mut found = [1; 4096];
         disk.read_at(crate::units::DiskOffset::new(4 * 4096), &mut found)
             .unwrap();
@@ -586,8 +605,22 @@ mod tests {
     fn two_that_share_it_are_refused_and_left_alone() {
         let storage = image(&[(0, 1), (4, 3), (5, 3)]);
         let before = storage.to_vec();
-        let error = open_image(&storage).unwrap_err();
+        let error = open_images(&[&storage]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InUse);
         assert!(storage.to_vec() == before, "a refused open changes nothing");
+    }
+
+    #[test]
+    fn a_part_is_mended_only_if_all_parts_can_be_opened() {
+        let (mendable, broken) = (image(&[(0, 1), (4, 3)]), image(&[(0, 1), (5, 1)]));
+        let before = mendable.to_vec();
+        let error = open_images(&[&mendable, &broken]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse);
+        assert!(
+            mendable.to_vec() == before,
+            "a refused open changes nothing"
+        );
+        open_images(&[&mendable, &image(&[])]).unwrap();
+        assert!(mendable.to_vec() != before);
     }
 }

@@ -3,9 +3,11 @@
 //! Lock order, outermost first: the disk's `flush`, this part's `grow`, this part's `table`.
 
 use super::epoch::Epochs;
+use super::flags::{Gate, Unsynced};
 use super::pool::Spawn;
 use super::stats::{Counters, bump};
 use super::table::{Parked, Table, Wait};
+use super::write::Need;
 use crate::chain::Chain;
 use crate::chain::map::{self, PageMap, Resident, View};
 use crate::chain::page::MapPage;
@@ -13,11 +15,11 @@ use crate::delta::alloc::Allocator;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::layout::PageIndex;
 use crate::plan::Stop;
+use crate::planted::{Bug, planted};
 use crate::storage::{Keep, SharedStorage};
+use crate::sync::{self, Condvar, Mutex};
 use crate::units::{DiskCluster, FileOffset};
-use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Bytes of the table for which blocks are reserved: what a disk of 16 TiB with clusters of 1 MiB
@@ -40,9 +42,9 @@ pub struct Part {
     /// Who may still use freed clusters.
     pub epochs: Epochs,
     /// Set after bytes were written, cut or zeroed; cleared by the flush that syncs them.
-    pub data_dirty: AtomicBool,
+    pub data_dirty: Unsynced,
     /// True once the file may be changed: its in-use mark is durable.
-    pub marked: AtomicBool,
+    pub marked: Gate,
     /// Held while the file's length changes.
     pub grow: Mutex<()>,
     /// Clusters by which the file grows at a time.
@@ -90,9 +92,9 @@ impl Part {
             table: Mutex::new(table),
             changed: Condvar::new(),
             epochs: Epochs::default(),
-            data_dirty: AtomicBool::new(false),
+            data_dirty: Unsynced::default(),
             // A plain file has no header to carry a mark.
-            marked: AtomicBool::new(chain.is_plain()),
+            marked: Gate::new(chain.is_plain()),
             grow: Mutex::new(()),
             grow_clusters: (grow_step / cluster).max(1),
             pool,
@@ -136,13 +138,14 @@ impl Part {
     /// between syncs them, one that runs later sees the flag.
     #[inline]
     pub fn note_data(&self) {
-        self.data_dirty.store(true, Ordering::SeqCst);
+        self.data_dirty.note();
     }
 
     /// The page of the map, read from the files if it is not in memory. May wait for the host.
     pub fn load(&self, index: PageIndex, counters: &Counters) -> Result<Arc<MapPage>> {
-        let _sole_loader = self.map.loading(index);
-        if let Some(page) = self.map.get(index).as_ref() {
+        let stale = planted(Bug::StalePageInserted);
+        let _sole_loader = (!stale).then(|| self.map.loading(index));
+        if let Some(page) = self.map.get(index).as_ref().filter(|_| !stale) {
             return Ok(Arc::clone(page));
         }
         let page = loop {
@@ -152,7 +155,7 @@ impl Part {
             // No memory anywhere: some page must go, and those in use go soon.
             let evicted = self.map.evict_one(&mut self.table.lock().resident);
             if !evicted {
-                std::thread::sleep(Duration::from_millis(1));
+                sync::sleep(Duration::from_millis(1));
             }
         };
         let top_len = self.top_storage().len()?;
@@ -192,7 +195,7 @@ impl Part {
         }
     }
 
-    /// Makes at least `count` clusters free inside the file, by lengthening it.
+    /// Makes as many clusters free inside the file as a plan needs, by lengthening it.
     ///
     /// 1. cut what a failed extension, or another program, left beyond the last whole cluster, so
     ///    that all that is added reads as zeros;
@@ -201,9 +204,10 @@ impl Part {
     ///    makes the length durable first: an entry past the end would make the image unusable.
     ///
     /// With [`Keep::Nothing`] the new clusters are a hole without blocks of their own, for masks.
-    pub fn grow(&self, count: u64, blocks: Keep) -> Result<Next> {
+    pub fn grow(&self, need: Need) -> Result<Next> {
+        let Need { count, blocks, .. } = need;
         let _length = self.grow.lock();
-        let (free, file_end, growable, waiting) = {
+        let (free, file_end, growable, waiting, is_current) = {
             let table = self.table.lock();
             let Some(alloc) = &table.alloc else {
                 return Err(Error::errno(libc::EROFS));
@@ -213,6 +217,7 @@ impl Part {
                 alloc.file_end(),
                 alloc.growable(),
                 alloc.waiting(),
+                alloc.reserved_ever() == need.reserved_ever,
             )
         };
         if free >= count {
@@ -220,12 +225,12 @@ impl Part {
         }
         let missing = count - free;
         if growable < missing {
-            // The disk needs no more than its entries: what is missing is in quarantine.
-            let quarantined = waiting > 0;
-            return if quarantined {
-                Ok(Next::Wait(Wait::Flush))
-            } else {
-                Err(Error::errno(libc::ENOSPC).in_file(self.chain.top().path()))
+            // The disk needs no more than its entries: what is missing is in quarantine, or others
+            // have taken it, for the same disk clusters.
+            return match (waiting > 0, is_current) {
+                (true, _) => Ok(Next::Wait(Wait::Flush)),
+                (false, false) => Ok(Next::Again(None)),
+                (false, true) => Err(Error::errno(libc::ENOSPC).in_file(self.chain.top().path())),
             };
         }
         let cluster = self.chain.geometry().cluster;

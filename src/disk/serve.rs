@@ -9,6 +9,7 @@ use super::{Disk, DoneReply, ReadReply, SPACE_WAITERS_MAX};
 use crate::error::{Error, Result};
 use crate::format::layout::Layout;
 use crate::plan::RequestOrder;
+use crate::sync;
 use crate::units::{DiskCluster, DiskOffset, len_u64, len_usize};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -163,7 +164,7 @@ impl Disk {
             let position = DiskOffset::new(at.get() + len_u64(done));
             let (index, within) = Self::locate(&parts, position);
             let part = &parts[index];
-            if !part.marked.load(Ordering::Acquire) {
+            if !part.marked.is_open() {
                 return Ok(false);
             }
             let left = len_usize(part.disk_len() - within.get()).unwrap_or(usize::MAX);
@@ -213,7 +214,7 @@ impl Disk {
     fn change_blocking(&self, at: DiskOffset, change: Change<'_>) -> Result<()> {
         let len = change.len();
         self.check_change(at, len)?;
-        let since = Instant::now();
+        let since = sync::now();
         let mut done = 0;
         while done < len {
             let at = DiskOffset::new(at.get() + done);
@@ -241,7 +242,7 @@ impl Disk {
             Wait::Flush => {
                 self.flush_now()?;
                 // A reader of a freed cluster may still be at it.
-                std::thread::sleep(Duration::from_millis(1));
+                sync::sleep(Duration::from_millis(1));
             }
             Wait::Space => {
                 let error = Error::errno(libc::ENOSPC);
@@ -250,7 +251,7 @@ impl Disk {
                 if self.enospc.is_over(since) {
                     return Err(error);
                 }
-                std::thread::sleep(Duration::from_millis(100));
+                sync::sleep(Duration::from_millis(100));
             }
         }
         Ok(())
@@ -261,7 +262,7 @@ impl Disk {
     /// threads of their own, but never for space: then it needs a buffer, or fails.
     fn write_alone<R: DoneReply>(self: &Arc<Self>, at: DiskOffset, data: &[u8], reply: R) {
         bump(&self.counters.alone_requests, 1);
-        let since = Instant::now();
+        let since = sync::now();
         let mut done = 0;
         while done < data.len() {
             let rest = &data[done..];
@@ -458,7 +459,7 @@ impl<R: DoneReply> ChangeJob<R> {
                 disk.space_waiters.fetch_sub(1, Ordering::Relaxed);
                 return (*self).finish(Err(error));
             }
-            self.space_since = Some(Instant::now());
+            self.space_since = Some(sync::now());
         }
         let is_over = self
             .space_since

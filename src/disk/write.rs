@@ -6,14 +6,14 @@
 //! 2. fill: copy the lower level's content, or zeros, into the new place. After 3 it would
 //!    overwrite the payload of this write; after 4, that of another one;
 //! 3. payload;
-//! 4. publish: the map names the new place. Before 2 and 3, a read would see bytes of whoever had
-//!    the place before;
-//! 5. note that there is unsynced data. Before 3, a flush that runs in between would clear the note
+//! 4. note that there is unsynced data. Before 3, a flush that runs in between would clear the note
 //!    without syncing the payload;
-//! 6. reply. Before 4, a later read could still see the old content.
+//! 5. publish: the map names the new place. Before 2 and 3, a read would see bytes of whoever had
+//!    the place before;
+//! 6. reply. Before 5, a later read could still see the old content.
 //!
 //! The entry reaches the file only in a later flush, behind a sync of the data (see `flush`).
-//! A reservation that is dropped before 4 gives its clusters back, and the map never changed.
+//! A reservation that is dropped before 5 gives its clusters back, and the map never changed.
 
 use super::part::{Next, Part, Progress};
 use super::stats::{Counters, bump};
@@ -23,6 +23,7 @@ use crate::delta::alloc::{Allocator, Reserved};
 use crate::error::{Error, Result};
 use crate::format::layout::{BAT_PAGE_SLOTS, Layout};
 use crate::plan::{Fill, Segment, Segments, Stop, Target, plan_write};
+use crate::planted::{Bug, planted};
 use crate::storage::Keep;
 use crate::units::{DiskCluster, DiskOffset, FileCluster, FileOffset, Level, len_u64, len_usize};
 use smallvec::SmallVec;
@@ -103,6 +104,16 @@ impl<'a> Reservation<'a> {
         self.settle(true);
     }
 
+    /// A planted bug: readers find the new places before their content is there.
+    fn publish_early(&self) {
+        let _table = self.part.table.lock();
+        for taken in &self.list {
+            let (_, slot) = Layout::page_of(taken.cluster);
+            let word = Word::mapped(self.part.chain.geometry().top, taken.entry);
+            self.page.set_word(slot, word.pending());
+        }
+    }
+
     fn settle(&mut self, keep: bool) {
         let top = self.part.chain.geometry().top;
         let list = std::mem::take(&mut self.list);
@@ -144,17 +155,37 @@ impl Drop for Reservation<'_> {
     }
 }
 
+/// Clusters that a plan needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Need {
+    /// How many must be free.
+    pub count: u64,
+    /// With blocks of their own, or without.
+    pub blocks: Keep,
+    /// What the allocator had given out ever when the plan was made.
+    pub reserved_ever: u64,
+}
+
 /// Why a step could not be made under the lock.
 #[derive(Clone, Copy, Debug)]
 pub enum Refused {
     /// The plan stopped.
     Stop(Stop),
-    /// This many clusters must be free inside the file, with blocks of their own or without.
-    Grow(u64, Keep),
+    /// The file needs more free clusters.
+    Grow(Need),
     /// Something must happen first.
     Wait(Wait),
     /// All clusters turned out to be mapped by now.
     NotNeeded,
+}
+
+/// The file must grow first.
+fn grow_by(table: &Table, count: u64, blocks: Keep) -> Refused {
+    Refused::Grow(Need {
+        count,
+        blocks,
+        reserved_ever: table.alloc.as_ref().map_or(0, Allocator::reserved_ever),
+    })
 }
 
 impl Part {
@@ -162,7 +193,7 @@ impl Part {
     /// without allocating. `false` when it does not; part of the data may have been written, which
     /// the full write then does again.
     pub fn write_in_place(&self, at: DiskOffset, data: &[u8]) -> Result<bool> {
-        let _pin = self.epochs.pin();
+        let _pin = (!planted(Bug::WritesDoNotPin)).then(|| self.epochs.pin());
         let view = self.view();
         let mut segments = Segments::inline();
         let mut done = 0;
@@ -201,7 +232,7 @@ impl Part {
         // The page that was loaded last, kept in memory until the step is done.
         let mut held = None;
         loop {
-            let _pin = self.epochs.pin();
+            let _pin = (!planted(Bug::WritesDoNotPin)).then(|| self.epochs.pin());
             segments.clear();
             let zero = |start, len| range_is_zero(data, start, len);
             let (geometry, len) = (self.chain.geometry(), len_u64(data.len()));
@@ -229,12 +260,19 @@ impl Part {
                     }
                 },
             };
-            let written = self
-                .fill(&segments, &reservation.list, counters)
-                .and_then(|()| self.write_segments(&segments, data, &reservation.list));
+            let payload = || self.write_segments(&segments, data, &reservation.list);
+            let fill = || self.fill(&segments, &reservation.list, counters);
+            let written = if planted(Bug::FillLate) {
+                payload().and_then(|()| fill())
+            } else if planted(Bug::PublishEarly) {
+                reservation.publish_early();
+                fill().and_then(|()| payload())
+            } else {
+                fill().and_then(|()| payload())
+            };
+            assert!(!planted(Bug::Panic), "a planted panic");
             if written.is_ok() {
                 reservation.publish(counters);
-                self.note_data();
             } else {
                 drop(reservation);
             }
@@ -247,7 +285,7 @@ impl Part {
         match refused {
             Refused::NotNeeded => Ok(Next::Again(None)),
             Refused::Wait(wait) => Ok(Next::Wait(wait)),
-            Refused::Grow(count, blocks) => self.grow(count, blocks),
+            Refused::Grow(need) => self.grow(need),
             Refused::Stop(stop) => self.after_stop(stop, counters),
         }
     }
@@ -310,7 +348,7 @@ impl Part {
             .as_ref()
             .is_none_or(|alloc| alloc.free() < len_u64(fresh))
         {
-            return Err(Refused::Grow(len_u64(fresh), Keep::Blocks));
+            return Err(grow_by(&table, len_u64(fresh), Keep::Blocks));
         }
         for cluster in clusters {
             self.take_one(&mut table, &page, cluster, Keep::Blocks, list)?;
@@ -329,11 +367,9 @@ impl Part {
         blocks: Keep,
         list: &mut TakenList,
     ) -> std::result::Result<(), Refused> {
-        let (Some(alloc), Some(layout)) = (table.alloc.as_mut(), self.chain.top().layout()) else {
-            return Err(Refused::Grow(1, blocks));
-        };
-        let Some(place) = alloc.reserve() else {
-            return Err(Refused::Grow(1, blocks));
+        let place = table.alloc.as_mut().and_then(Allocator::reserve);
+        let (Some(place), Some(layout)) = (place, self.chain.top().layout()) else {
+            return Err(grow_by(table, 1, blocks));
         };
         let entry = layout
             .entry_for(place.cluster)
@@ -390,7 +426,9 @@ impl Part {
                     start: from,
                     len,
                 } => {
-                    self.copy_up(level, from, len, start)?;
+                    if !planted(Bug::NoFill) {
+                        self.copy_up(level, from, len, start)?;
+                    }
                     zero(len, size)?;
                     bump(&counters.clusters_copied, 1);
                 }
@@ -470,9 +508,14 @@ impl Part {
         let piece = bounds
             .and_then(|(from, to)| data.get(from..to))
             .ok_or_else(|| Error::errno(libc::EIO))?;
+        if planted(Bug::DirtyNotedEarly) {
+            self.note_data();
+        }
         let written = self.top_storage().write_at(at, piece);
         // On failure too: part of it may be down.
-        self.note_data();
+        if !planted(Bug::DirtyNotedEarly) {
+            self.note_data();
+        }
         written.map_err(|e| e.in_file(self.chain.top().path()))
     }
 }

@@ -21,6 +21,7 @@ use super::write::{Refused, Reservation, TakenList, wait_for_space};
 use crate::error::Result;
 use crate::format::layout::{BAT_PAGE_SLOTS, Layout};
 use crate::plan::{Stop, Unmapping, plan_discard};
+use crate::planted::{Bug, planted};
 use crate::storage::Keep;
 use crate::units::{DiskCluster, DiskOffset, FileOffset, len_u64, len_usize};
 use smallvec::SmallVec;
@@ -125,7 +126,13 @@ impl Part {
                 break;
             }
             let place = |at: FileOffset| at..at.saturating_add(geometry.cluster.bytes());
-            let taken = match plan_discard(&self.view(), geometry, cluster) {
+            let planned = match plan_discard(&self.view(), geometry, cluster) {
+                Ok(Unmapping::ZeroInPlace { at }) if planted(Bug::DiscardUncovers) => {
+                    Ok(Unmapping::Unmap { at })
+                }
+                planned => planned,
+            };
+            let taken = match planned {
                 Ok(Unmapping::Nothing) => Ok(true),
                 Ok(Unmapping::ZeroInPlace { at }) => Ok(collected.add_punch(place(at))),
                 Ok(_) if over_budget => Err(Refused::Wait(Wait::Flush)),
@@ -181,7 +188,9 @@ impl Part {
         let mut result = Ok(());
         for range in collected.punch.iter().cloned().chain(covers) {
             result = top.zero(range, Keep::Nothing);
-            self.note_data();
+            if !planted(Bug::ZeroNotNoted) {
+                self.note_data();
+            }
             if result.is_err() {
                 break;
             }

@@ -93,7 +93,8 @@ pub struct Shot {
     pub temporary: bool,
 }
 
-/// A checked descriptor: parts without gaps, every GUID unique where it must be, a top that exists.
+/// A checked descriptor: parts without gaps (the bounds of an only part mean nothing, see
+/// [`Oddity::Bounds`]), every GUID unique where it must be, a top that exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Descriptor {
     /// The root element.

@@ -23,10 +23,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Others may be faster at taking a free device; so often is enough.
 const TRIES: u32 = 64;
+
+/// Longer than the kernel believes the attributes that a daemon of ours told it.
+const BELIEVED: Duration = Duration::from_secs(3);
 
 /// A loop device of ours.
 #[derive(Clone, Debug)]
@@ -183,16 +186,40 @@ impl Attached {
         numbers
     }
 
-    /// Where file systems of the device or its partitions are mounted.
-    pub fn mounts(&self) -> Result<Vec<PathBuf>> {
+    /// True once nobody serves the file below. Until the kernel stops to believe what it was told
+    /// of the file, that cannot be seen, so this may take a moment.
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        let deadline = Instant::now() + BELIEVED;
+        loop {
+            let status = File::open(self.path()).and_then(|device| loopdev::status(device.as_fd()));
+            match status {
+                Ok(_) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                status => {
+                    let errno = status.err().and_then(|e| e.raw_os_error());
+                    return errno == Some(libc::ENOTCONN);
+                }
+            }
+        }
+    }
+
+    /// Tells what is the device or a partition of it.
+    pub(super) fn sources(&self) -> impl Fn(&Path) -> bool + use<> {
         let device = self.path();
         let prefix = format!("{}p", device.display());
-        let of_this = |source: &Path| {
+        move |source| {
             source == device
                 || source
                     .to_str()
                     .is_some_and(|text| text.starts_with(&prefix))
-        };
+        }
+    }
+
+    /// Where file systems of the device or its partitions are mounted.
+    pub fn mounts(&self) -> Result<Vec<PathBuf>> {
+        let of_this = self.sources();
         let table = mount_table()?;
         let ours = table
             .into_iter()

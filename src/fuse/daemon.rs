@@ -17,9 +17,11 @@
 
 use super::logging;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::memory;
 use crate::sys::process::{self, Fork};
+use log::Level;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
@@ -239,12 +241,28 @@ fn notify_service_manager(status: &str) -> Result<()> {
 
 /// Makes the process fit to serve a block device; call it before any thread is started. What the
 /// host does not allow is left out.
+///
+/// Each thread has the mark of an I/O flusher for itself, and hands it to the threads it starts: so
+/// it is set here, by the only one.
 pub fn prepare_process() {
     if let Err(e) = process::ignore_signals() {
         log::debug!("cannot ignore signals: {e}");
     }
+    let root = nix::unistd::geteuid().is_root();
+    // Nobody expects these for users; root misses them only where it lacks a capability.
+    let level = if root { Level::Info } else { Level::Debug };
     if let Err(e) = process::set_io_flusher() {
-        log::debug!("cannot become an I/O flusher: {e}");
+        log::log!(
+            level,
+            "not marked as an I/O flusher (needs CAP_SYS_RESOURCE): {e}"
+        );
+        if memory::waits_for_write_back() {
+            // Not marked, this process waits for memory that only it can write back.
+            log::warn!(
+                "this memory control group must not hold those who write to the disk through a \
+                 loop device as well: both would come to a standstill"
+            );
+        }
     }
     let wanted = match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((soft, hard)) if soft < hard => setrlimit(Resource::RLIMIT_NOFILE, hard, hard),
@@ -254,12 +272,40 @@ pub fn prepare_process() {
     if let Err(e) = wanted {
         log::debug!("cannot raise the limit of open files: {e}");
     }
-    if nix::unistd::geteuid().is_root() {
+    if root {
         // The disk on top of a daemon that gets killed for memory is lost to its users.
         if let Err(e) = fs::write("/proc/self/oom_score_adj", "-500") {
-            log::debug!("cannot lower the out-of-memory score: {e}");
+            log::log!(
+                level,
+                "may be killed for memory (CAP_SYS_RESOURCE is missing): {e}"
+            );
         }
     }
+}
+
+/// Locks the process's memory, that of now and that of later. A fork does not inherit it, so the
+/// daemon itself must call this; before its threads are started, as their stacks count too and
+/// what is wrong is then told at the start.
+pub fn lock_memory() -> Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).map_err(io::Error::from)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard).map_err(io::Error::from)?;
+    }
+    let error = |why: String| {
+        Error::why(ErrorKind::Host, why)
+            .fix("ulimit -l unlimited (systemd: LimitMEMLOCK=infinity), or leave --lock-memory out")
+    };
+    // Below a limit the kernel would go along now, and refuse memory when it is needed.
+    if hard != RLIM_INFINITY && !process::ignores_memory_limits()? {
+        let why = format!(
+            "memory cannot be locked: RLIMIT_MEMLOCK is {} KiB, and CAP_IPC_LOCK is missing",
+            hard >> 10
+        );
+        return Err(error(why));
+    }
+    process::lock_memory().map_err(|e| {
+        error("memory cannot be locked (see RLIMIT_MEMLOCK and CAP_IPC_LOCK)".into()).because(e)
+    })
 }
 
 #[cfg(test)]

@@ -149,31 +149,37 @@ pub fn is_ours(entry: &MountEntry) -> bool {
     entry.fs_type == FS_TYPE
 }
 
+/// Refuses a place, given in full, where an image is mounted.
+pub fn expect_free(place: &Path) -> Result<()> {
+    if !visible_mount(place)?.is_some_and(|entry| is_ours(&entry)) {
+        return Ok(());
+    }
+    let word = shell_word(place);
+    Err(
+        Error::why(ErrorKind::Mountpoint, "an image is mounted there already")
+            .in_file(place)
+            .fix(format!(
+                "choose another one, or first: ploopfs umount {word}"
+            )),
+    )
+}
+
 /// Checks that the mountpoint can be used, and gives its path in full.
 pub fn examine(mountpoint: &Path, options: &MountOptions) -> Result<(PathBuf, Shape)> {
     let word = shell_word(mountpoint);
     let bad = |why: String| Error::why(ErrorKind::Mountpoint, why).in_file(mountpoint);
-    let metadata = match fs::metadata(mountpoint) {
-        Ok(metadata) => metadata,
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
-            let why = "a file system is mounted there whose daemon has died";
-            return Err(bad(why.into()).fix(format!(
-                "ploopfs umount {word}      or: fusermount3 -uz {word}"
-            )));
-        }
+    // The table is asked first: even looking at a mount whose daemon hangs would hang.
+    let full = match absolute(mountpoint) {
+        Ok(full) => full,
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return Err(bad("it does not exist".into()).fix(format!(
                 "mkdir -p {word}      or, to mount over a file: touch {word}"
             )));
         }
-        Err(e) => return Err(bad(format!("cannot look at it: {e}"))),
+        Err(e) => return Err(bad(format!("cannot find its full path: {e}"))),
     };
-    let full = absolute(mountpoint).map_err(|e| bad(format!("cannot find its full path: {e}")))?;
-    if visible_mount(&full)?.is_some_and(|entry| is_ours(&entry)) {
-        return Err(bad("an image is mounted there already".into()).fix(format!(
-            "choose another one, or first: ploopfs umount {word}"
-        )));
-    }
+    expect_free(&full)?;
+    let metadata = fs::metadata(&full).map_err(|e| bad(format!("cannot look at it: {e}")))?;
     sys_mount::may_cover(&full).map_err(|e| {
         bad(format!("you may not write there: {e}"))
             .fix("choose a mountpoint of your own, or ask its owner")

@@ -412,6 +412,9 @@ mod tests {
         assert!(registry.all().unwrap().is_empty());
 
         let entry = |fs_type: &str| MountEntry {
+            id: 1,
+            parent: 0,
+            owner: None,
             device: "0:39".into(),
             mountpoint: "/mnt".into(),
             fs_type: fs_type.into(),

@@ -5,7 +5,7 @@ use nix::unistd::{AccessFlags, access, getuid};
 use std::ffi::{CStr, OsString};
 use std::fs;
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
@@ -126,6 +126,10 @@ pub fn receive_fd(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
 /// One line of the host's mount table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountEntry {
+    /// The mount's number; another mount may get it once this one has gone and nobody holds it.
+    pub id: u64,
+    /// The number of the mount that this one lies in.
+    pub parent: u64,
     /// `major:minor` of the file system.
     pub device: String,
     /// Where it is mounted.
@@ -134,6 +138,8 @@ pub struct MountEntry {
     pub fs_type: String,
     /// What was mounted.
     pub source: OsString,
+    /// Of a FUSE file system: the user who mounted it.
+    pub owner: Option<u32>,
 }
 
 /// The mounts that this process sees, in the order they were made: of several at one place, the
@@ -149,17 +155,37 @@ pub fn mount_table() -> io::Result<Vec<MountEntry>> {
 
 fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let mut words = line.split(|byte| *byte == b' ');
-    let device = words.by_ref().nth(2)?;
+    let mut number = || std::str::from_utf8(words.next()?).ok()?.parse().ok();
+    let (id, parent) = (number()?, number()?);
+    let device = words.by_ref().next()?;
     let mountpoint = words.by_ref().nth(1)?;
     // Optional fields end in a lone dash.
     words.by_ref().find(|word| *word == b"-")?;
     let (fs_type, source) = (words.next()?, words.next()?);
+    let mut options = words.next().unwrap_or_default().split(|byte| *byte == b',');
+    let owner = options.find_map(|word| {
+        let digits = std::str::from_utf8(word.strip_prefix(b"user_id=")?);
+        digits.ok()?.parse().ok()
+    });
     Some(MountEntry {
+        id,
+        parent,
         device: String::from_utf8_lossy(device).into_owned(),
         mountpoint: PathBuf::from(unescape(mountpoint)),
         fs_type: String::from_utf8_lossy(fs_type).into_owned(),
         source: unescape(source),
+        owner,
     })
+}
+
+/// The number of the mount that an open file is in. While the file is open, no other mount has it.
+pub fn mount_id(file: BorrowedFd<'_>) -> io::Result<u64> {
+    let path = format!("/proc/self/fdinfo/{}", file.as_raw_fd());
+    let info = fs::read_to_string(&path)?;
+    let mut lines = info.lines();
+    lines
+        .find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())
+        .ok_or_else(|| io::Error::other(format!("{path} does not name the mount")))
 }
 
 /// The kernel writes blanks, tabs, newlines and backslashes as `\` and three octal digits.
@@ -204,19 +230,35 @@ pub fn may_cover(place: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
     use std::path::Path;
 
     #[test]
     fn a_line_of_the_table_is_read_with_its_escapes() {
-        let line =
-            br"36 35 0:45 / /mnt/a\040b\134c rw,nosuid shared:7 master:1 - fuse.ploopfs /x\011y rw";
-        let entry = parse_line(line).unwrap();
+        let line = [
+            br"36 35 0:45 / /mnt/a\040b\134c rw,nosuid shared:7 master:1".as_slice(),
+            br" - fuse.ploopfs /x\011y rw,user_id=7,group_id=8",
+        ]
+        .concat();
+        let entry = parse_line(&line).unwrap();
+        assert_eq!((entry.id, entry.parent, entry.owner), (36, 35, Some(7)));
         assert_eq!(entry.device, "0:45");
         assert_eq!(entry.mountpoint, PathBuf::from("/mnt/a b\\c"));
         assert_eq!(entry.fs_type, "fuse.ploopfs");
         assert_eq!(entry.source, OsString::from("/x\ty"));
         assert_eq!(parse_line(b""), None);
         assert_eq!(parse_line(b"36 35 0:45 / /mnt rw no dash"), None);
+        let plain = parse_line(b"1 0 0:1 / / rw - tmpfs none rw,user_id=x").unwrap();
+        assert_eq!(plain.owner, None);
+    }
+
+    #[test]
+    fn an_open_file_names_its_mount() {
+        let root = fs::File::open("/").unwrap();
+        let id = mount_id(root.as_fd()).unwrap();
+        let table = mount_table().unwrap();
+        let entry = table.iter().find(|entry| entry.id == id).unwrap();
+        assert_eq!(entry.mountpoint, Path::new("/"));
     }
 
     #[test]

@@ -10,6 +10,9 @@ use std::process::Command;
 /// linux/prctl.h; newer than the `libc` crate's list.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
+/// linux/capability.h.
+const CAP_IPC_LOCK: u32 = 14;
+
 /// Which side of a fork this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fork {
@@ -123,6 +126,29 @@ pub fn set_io_flusher() -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Keeps from now on what this process has touched of its memory in memory: never swapped out, nor
+/// read again from the program's file. What it has not touched costs nothing.
+pub fn lock_memory() -> io::Result<()> {
+    // SAFETY: plain numbers; the call changes how the kernel treats pages, not what is in them.
+    #[allow(unsafe_code)]
+    let result =
+        unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// True if this process may lock any amount of memory, whatever its limits.
+pub fn ignores_memory_limits() -> io::Result<bool> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let mut lines = status.lines();
+    let mask = lines.find_map(|line| line.strip_prefix("CapEff:"));
+    let mask = mask.and_then(|digits| u64::from_str_radix(digits.trim(), 16).ok());
+    Ok(mask.unwrap_or(0) & (1 << CAP_IPC_LOCK) != 0)
 }
 
 /// A descriptor of a process: it becomes readable when the process has ended.

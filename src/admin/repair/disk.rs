@@ -1,0 +1,184 @@
+//! Repairs a whole disk: the top of each part. Frozen images are never touched, because other
+//! chains may stand on them.
+
+use super::{KeepOld, is_clean, plan_image, repair_image, saved_names, undo_image};
+use crate::admin::check::say::{self, Said};
+use crate::admin::check::{check_image, disk::parent_of};
+use crate::chain::bundle::{self, OpenedImages, Plain, Selection};
+use crate::error::{Error, ErrorKind, Result};
+use crate::plan::repair::{Fix, Policy};
+use crate::storage::SharedStorage;
+use crate::storage::directory::HostDirectory;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// Version of the JSON document; grows when a field changes its meaning or goes away.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// A disk whose images are open and locked for a repair, or for a look at what one would do.
+#[derive(Debug)]
+pub struct Session {
+    images: OpenedImages,
+}
+
+/// What a repair will do, or has done.
+#[derive(Clone, Debug, Serialize)]
+pub struct DiskRepair {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// As the user named it.
+    pub image: String,
+    /// `clean`, `leaks` or `corrupt`: before, where nothing was changed.
+    pub state: &'static str,
+    /// The images that can be written to, one for each part.
+    pub files: Vec<FileRepair>,
+}
+
+/// What a repair does to one image.
+#[derive(Clone, Debug, Serialize)]
+pub struct FileRepair {
+    /// Where it is.
+    pub path: String,
+    /// `clean`, `leaks` or `corrupt`: afterwards, where it was changed.
+    pub state: &'static str,
+    /// What was found, the worst first.
+    pub findings: Vec<Said>,
+    /// The steps, in order.
+    pub steps: Vec<&'static str>,
+    /// The steps in words.
+    #[serde(skip)]
+    pub phrases: Vec<&'static str>,
+    /// Sound dirty bitmaps are dropped: the next backup must be a full one.
+    pub drops_bitmaps: bool,
+    /// Where the old bytes are.
+    pub undo: Option<String>,
+}
+
+/// Opens the images of a disk. Without `write` they are only read, and nothing can be carried out.
+pub fn open(image: &Path, allow_outside: &[PathBuf], write: bool) -> Result<Session> {
+    let selection = Selection {
+        write,
+        allow_outside: allow_outside.to_vec(),
+        ..Selection::default()
+    };
+    let images = bundle::open(image, &selection)?;
+    Ok(Session { images })
+}
+
+struct Target<'a> {
+    path: &'a Path,
+    storage: &'a SharedStorage,
+}
+
+impl Target<'_> {
+    fn name(&self) -> Result<&str> {
+        let name = self.path.file_name().and_then(|name| name.to_str());
+        name.ok_or_else(|| {
+            let why = "its name is not UTF-8, so that of its undo file cannot be made from it";
+            Error::why(ErrorKind::Unsupported, why).in_file(self.path)
+        })
+    }
+
+    fn repair(&self, policy: &Policy) -> Result<FileRepair> {
+        let directory = HostDirectory::open(parent_of(self.path))?;
+        let keep = KeepOld::In {
+            directory: &directory,
+            image: self.name()?,
+        };
+        let done = repair_image(&**self.storage, keep, policy)?;
+        let undo = done.undo.map(|name| directory.path().join(name));
+        Ok(FileRepair {
+            path: self.path.display().to_string(),
+            state: say::state(done.after.report.worst()),
+            findings: say::findings(&done.before),
+            steps: words(&done.fixes),
+            phrases: phrases(&done.fixes),
+            drops_bitmaps: say::has_bitmaps(&done.before) && !say::has_bitmaps(&done.after),
+            undo: undo.map(|path| path.display().to_string()),
+        })
+    }
+
+    fn plan(&self, policy: &Policy) -> Result<FileRepair> {
+        let planned = plan_image(&**self.storage, policy)?;
+        let marks = planned.fixes.contains(&Fix::Mark);
+        Ok(FileRepair {
+            path: self.path.display().to_string(),
+            state: say::state(planned.checked.report.worst()),
+            findings: say::findings(&planned.checked),
+            steps: words(&planned.fixes),
+            phrases: phrases(&planned.fixes),
+            drops_bitmaps: marks && say::has_bitmaps(&planned.checked),
+            undo: None,
+        })
+    }
+}
+
+fn words(fixes: &[Fix]) -> Vec<&'static str> {
+    fixes.iter().map(|fix| fix.word()).collect()
+}
+
+fn phrases(fixes: &[Fix]) -> Vec<&'static str> {
+    fixes.iter().map(|fix| fix.phrase()).collect()
+}
+
+impl Session {
+    fn targets(&self) -> impl Iterator<Item = Target<'_>> {
+        let tops = self
+            .images
+            .parts
+            .iter()
+            .filter_map(|part| part.files.last());
+        tops.filter(|top| top.plain == Plain::No).map(|top| Target {
+            path: &top.path,
+            storage: &top.storage,
+        })
+    }
+
+    fn each(&self, act: impl Fn(&Target<'_>) -> Result<FileRepair>) -> Result<DiskRepair> {
+        let mut files = Vec::new();
+        for target in self.targets() {
+            files.push(act(&target).map_err(|e| e.in_file(target.path))?);
+        }
+        let states = ["corrupt", "leaks"];
+        let worst = states
+            .into_iter()
+            .find(|state| files.iter().any(|file| file.state == *state));
+        Ok(DiskRepair {
+            schema_version: SCHEMA_VERSION,
+            image: self.images.named.display().to_string(),
+            state: worst.unwrap_or("clean"),
+            files,
+        })
+    }
+
+    /// What a repair would do. Nothing is changed.
+    pub fn plan(&self, policy: &Policy) -> Result<DiskRepair> {
+        self.each(|target| target.plan(policy))
+    }
+
+    /// Repairs all images that can be written to.
+    pub fn repair(&self, policy: &Policy) -> Result<DiskRepair> {
+        self.each(|target| target.repair(policy))
+    }
+
+    /// Gives the image that an undo file belongs to its old bytes back. True where it then is
+    /// clean.
+    pub fn undo(&self, file: &Path) -> Result<bool> {
+        let name = file.file_name().and_then(|name| name.to_str());
+        let other = || {
+            let why = "this undo file belongs to none of the disk's images: its name begins with \
+                       that of its image";
+            Error::why(ErrorKind::Usage, why).in_file(file)
+        };
+        let name = name.ok_or_else(other)?;
+        let list = [name.to_owned()];
+        let owns = |target: &Target<'_>| {
+            let own = target.path.file_name().and_then(|own| own.to_str());
+            own.is_some_and(|own| !saved_names(own, &list).is_empty())
+        };
+        let target = self.targets().find(owns).ok_or_else(other)?;
+        let directory = HostDirectory::open(parent_of(file))?;
+        undo_image(&**target.storage, &directory, name).map_err(|e| e.in_file(target.path))?;
+        Ok(is_clean(&check_image(&**target.storage)?))
+    }
+}

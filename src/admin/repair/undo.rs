@@ -1,0 +1,243 @@
+//! The undo file of a repair: where it is, what its name says, and how it is used.
+//!
+//! While a repair runs it is `IMAGE.repair`; when the image is mended it becomes `IMAGE.undo`, or
+//! `IMAGE.undo.2` and so on where there is one already. A file of the first name is therefore of a
+//! repair that was interrupted: the next one goes on with it, so that it still holds what the image
+//! was before the first.
+
+use super::KeepOld;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::{HEADER_LEN, IN_USE, RawHeader};
+use crate::journal::{self, Journal};
+use crate::storage::{Directory, Storage};
+use crate::units::{FileOffset, len_u64};
+use std::ops::Range;
+
+const RUNNING: &str = ".repair";
+const DONE: &str = ".undo";
+/// Undo files of one image that are kept.
+const DONE_MAX: u32 = 1000;
+
+/// What a file beside an image is to it, by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Saved {
+    /// The undo file of a repair that was interrupted.
+    Interrupted,
+    /// The undo file of a repair.
+    Complete,
+}
+
+/// The undo files of an image among the names of its directory.
+#[must_use]
+pub fn saved_names<'a>(image: &str, names: &'a [String]) -> Vec<(&'a str, Saved)> {
+    let kind = |name: &'a String| {
+        let rest = name.strip_prefix(image)?;
+        if rest == RUNNING {
+            return Some((name.as_str(), Saved::Interrupted));
+        }
+        let number = rest.strip_prefix(DONE)?;
+        let is_done = number.is_empty()
+            || number
+                .strip_prefix('.')
+                .is_some_and(|digits| digits.parse::<u32>().is_ok());
+        is_done.then_some((name.as_str(), Saved::Complete))
+    };
+    names.iter().filter_map(kind).collect()
+}
+
+/// The undo file of a repair that begins or goes on.
+pub(super) struct Begun {
+    pub(super) journal: Option<Journal>,
+    /// It holds what an interrupted repair has saved, so it must not go.
+    resumed: bool,
+}
+
+/// Starts the undo file, or goes on with that of a repair that was interrupted. None where nothing
+/// will change and nothing was interrupted.
+pub(super) fn begin(storage: &dyn Storage, keep: KeepOld<'_>, needed: bool) -> Result<Begun> {
+    let mut begun = Begun {
+        journal: None,
+        resumed: false,
+    };
+    let KeepOld::In { directory, image } = keep else {
+        return Ok(begun);
+    };
+    let name = format!("{image}{RUNNING}");
+    if directory.entries()?.contains(&name) {
+        let file = directory.open(&name, true)?;
+        match Journal::resume(file.clone()) {
+            Ok(journal) if belongs(storage, &*file)? => {
+                begun.journal = Some(journal);
+                begun.resumed = true;
+                return Ok(begun);
+            }
+            // Somebody has written to the image since: it can neither be undone nor gone on with.
+            Ok(_) => {
+                finish(true, keep)?;
+            }
+            // It was cut short before its seal was durable, so nothing was changed on its account.
+            Err(e) if e.kind() == ErrorKind::NotAnImage && is_unfinished(&*file)? => {
+                drop(file);
+                directory.remove(&name)?;
+                directory.sync()?;
+            }
+            Err(e) if e.kind() == ErrorKind::NotAnImage => {
+                let why = format!("{name} is in the way, and it is no undo file");
+                return Err(Error::why(ErrorKind::Usage, why).fix("move it elsewhere first"));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    if needed {
+        begun.journal = Some(Journal::create(directory, &name)?);
+    }
+    Ok(begun)
+}
+
+/// Removes an undo file that was not sealed, if it can: nothing was changed on its account.
+pub(super) fn abandon(begun: &Begun, keep: KeepOld<'_>) {
+    if let (KeepOld::In { directory, image }, false, true) =
+        (keep, begun.resumed, begun.journal.is_some())
+    {
+        let removed = directory.remove(&format!("{image}{RUNNING}"));
+        if let Err(e) = removed.and_then(|()| directory.sync()) {
+            log::debug!("an unfinished undo file stays: {e}");
+        }
+    }
+}
+
+/// True where the image is what the repair of this undo file found or left, or where that repair
+/// (or an undo) still runs: nobody else has changed it since.
+fn belongs(storage: &dyn Storage, saved: &dyn Storage) -> Result<bool> {
+    let undo = journal::inspect(saved, storage)?;
+    if !undo.frame_holds {
+        return Ok(false);
+    }
+    let Some(old) = undo.first else {
+        // Only space was given back, and nothing was named anew.
+        return Ok(!undo.changed_since);
+    };
+    if storage.len()?.get() < len_u64(HEADER_LEN) {
+        return Ok(false);
+    }
+    let mut now = [0; HEADER_LEN];
+    storage.read_at(FileOffset::ZERO, &mut now)?;
+    // While it runs a repair has the mark set, and so has an undo.
+    let runs = RawHeader::decode(&now).in_use == IN_USE;
+    let as_left = undo.complete && !undo.changed_since;
+    Ok(runs || as_left || (now == old && undo.untouched))
+}
+
+/// A journal without a seal, or a new file whose first bytes were never written.
+fn is_unfinished(file: &dyn Storage) -> Result<bool> {
+    let mut bytes = [0; 16];
+    let len = usize::try_from(file.len()?.get().min(16)).unwrap_or(16);
+    file.read_at(FileOffset::ZERO, &mut bytes[..len])?;
+    Ok(bytes == [0; 16] || journal::is_journal(file))
+}
+
+/// Gives the undo file its final name, durably.
+pub(super) fn finish(written: bool, keep: KeepOld<'_>) -> Result<Option<String>> {
+    let (KeepOld::In { directory, image }, true) = (keep, written) else {
+        return Ok(None);
+    };
+    let names = directory.entries()?;
+    let mut candidates = std::iter::once(format!("{image}{DONE}"))
+        .chain((2..DONE_MAX).map(|number| format!("{image}{DONE}.{number}")));
+    let free = candidates.find(|name| !names.contains(name));
+    let name = free.ok_or_else(|| Error::errno(libc::EEXIST))?;
+    directory.rename(&format!("{image}{RUNNING}"), &name)?;
+    directory.sync()?;
+    Ok(Some(name))
+}
+
+/// Adds what can be done after a repair that failed half-way.
+pub(super) fn advise(error: Error, keep: KeepOld<'_>) -> Error {
+    match keep {
+        KeepOld::In { image, .. } => error.fix(format!(
+            "run the repair again, which goes on where it stopped; or go back to what was: \
+             `ploopfs repair --undo {image}{RUNNING} IMAGE`"
+        )),
+        KeepOld::Nowhere => error,
+    }
+}
+
+/// Writes old bytes to the undo file, if there is to be one.
+pub(super) struct Recorder<'a> {
+    journal: Option<&'a mut Journal>,
+    storage: &'a dyn Storage,
+}
+
+impl<'a> Recorder<'a> {
+    pub(super) fn new(journal: Option<&'a mut Journal>, storage: &'a dyn Storage) -> Self {
+        Self { journal, storage }
+    }
+
+    /// The length of the file.
+    pub(super) fn len(&mut self, len: FileOffset) -> Result<()> {
+        match &mut self.journal {
+            Some(journal) => journal.record_len(len),
+            None => Ok(()),
+        }
+    }
+
+    /// All bytes of a range.
+    pub(super) fn range(&mut self, range: Range<u64>) -> Result<()> {
+        let range = FileOffset::new(range.start)..FileOffset::new(range.end);
+        match &mut self.journal {
+            Some(journal) => journal.record(self.storage, range),
+            None => Ok(()),
+        }
+    }
+
+    /// The bytes of a range that are no hole of the file.
+    pub(super) fn data(&mut self, range: Range<u64>) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end && self.journal.is_some() {
+            let Some(data) = self.storage.next_data(FileOffset::new(at))? else {
+                break;
+            };
+            let end = data.end.get().min(range.end);
+            self.range(at.max(data.start.get())..end)?;
+            at = data.end.get().max(at + 1);
+        }
+        Ok(())
+    }
+
+    /// Makes it durable, with a note of the table's other bytes up to `end`.
+    pub(super) fn seal(&mut self, keep: KeepOld<'_>, end: u64) -> Result<()> {
+        match (&mut self.journal, keep) {
+            (Some(journal), KeepOld::In { directory, .. }) => {
+                journal.frame(self.storage, end)?;
+                journal.seal(directory)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Gives an image back what a repair changed, and removes the undo file. The caller has the image
+/// locked. The order: the in-use mark, so that an image that is neither old nor new never passes
+/// for a closed one; the old bytes and the old length; the old header; the undo file's name.
+pub fn undo_image(storage: &dyn Storage, directory: &dyn Directory, file: &str) -> Result<()> {
+    storage.sync_data()?;
+    let saved = directory.open(file, true)?;
+    let undo = journal::inspect(&*saved, storage)?;
+    if !belongs(storage, &*saved)? {
+        let why = "the image has been changed since the repair: going back would damage it";
+        let error = Error::why(ErrorKind::Corrupt, why);
+        return Err(error.fix("restore the image from a backup instead"));
+    }
+    if undo.first.is_some() {
+        let mut now = [0; HEADER_LEN];
+        storage.read_at(FileOffset::ZERO, &mut now)?;
+        let mut raw = RawHeader::decode(&now);
+        raw.in_use = IN_USE;
+        storage.write_at(FileOffset::ZERO, &raw.encode())?;
+        storage.sync_data()?;
+    }
+    journal::restore(&*saved, storage)?;
+    drop(saved);
+    directory.remove(file)?;
+    directory.sync()
+}

@@ -1,0 +1,516 @@
+//! Makes a change of a file undoable: the old bytes, in a file of their own, before the change.
+//!
+//! Imports: `storage` and lower.
+//! Never: runs in the data path, or knows what the bytes mean.
+//!
+//! The order, and what each reordering would break:
+//!
+//! 1. every range that will be changed is recorded, with its old bytes;
+//! 2. `seal`: the number of records so far is written, the file synced, then its directory. Only
+//!    now may the first change be made: were it made before, a power cut could leave a changed file
+//!    and no way back, or a record whose bytes never reached the disk;
+//! 3. ... the changes ...
+//! 4. the journal is renamed from its first name to its last, and the directory synced. A journal
+//!    under its first name belongs to a change that was interrupted.
+//!
+//! A record is its kind, the place and length of the range, the bytes, and a CRC-32C over all of
+//! these. What follows the last sound seal is of a recording that was cut short: nothing was
+//! changed on its account, so it is not looked at. A range is recorded once: what a change that goes
+//! on after an interruption would record again is no longer what it was.
+//!
+//! Two records tell whether somebody else has changed the file meanwhile. The frame is a checksum
+//! of a part of the file that the change leaves alone, but for what is recorded. When the change is
+//! complete, a last record says what the recorded ranges hold by then.
+//!
+//! | offset | size | field |
+//! |-------:|-----:|-------|
+//! |      0 |    4 | kind: 1 bytes, 2 zeros, 3 length of the file, 4 seal, 5 complete, 6 frame |
+//! |      4 |    4 | CRC-32C of the record with this field 0 |
+//! |      8 |    8 | place of the range; number of records before a seal; the file's length; end |
+//! |     16 |    8 | length of the range, or of the file; CRC-32C of the file's ranges, or frame |
+//! |     24 |      | the bytes, of kind 1 |
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{Directory, Keep, SharedStorage, Storage};
+use crate::units::{FileOffset, len_u64, len_usize};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// First bytes of a journal.
+const MAGIC: [u8; 16] = *b"ploopfs undo 1\n\0";
+const HEAD: usize = 24;
+/// The most bytes of one record.
+const RECORD_MAX: u64 = 1 << 20;
+
+const BYTES: u32 = 1;
+const ZEROS: u32 = 2;
+const LENGTH: u32 = 3;
+const SEAL: u32 = 4;
+const COMPLETE: u32 = 5;
+const FRAME: u32 = 6;
+/// Where every frame begins: behind the file's first bytes.
+const FRAME_START: u64 = 64;
+/// No frame ends behind this: the longest table does not.
+const FRAME_MAX: u64 = 1 << 32;
+
+/// A journal that is being written.
+#[derive(Debug)]
+pub struct Journal {
+    file: SharedStorage,
+    end: FileOffset,
+    records: u64,
+    /// What is recorded: starts and ends, apart from each other.
+    covered: BTreeMap<u64, u64>,
+    has_len: bool,
+    /// The file is longer than what is believed of it.
+    trim: bool,
+}
+
+/// A record without its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Head {
+    kind: u32,
+    crc: u32,
+    place: u64,
+    len: u64,
+}
+
+impl Head {
+    fn encode(&self) -> [u8; HEAD] {
+        let mut bytes = [0; HEAD];
+        bytes[..4].copy_from_slice(&self.kind.to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.crc.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.place.to_le_bytes());
+        bytes[16..].copy_from_slice(&self.len.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8; HEAD]) -> Self {
+        let word = |at: usize| {
+            bytes[at..]
+                .first_chunk()
+                .map_or(0, |b| u32::from_le_bytes(*b))
+        };
+        let long = |at: usize| {
+            bytes[at..]
+                .first_chunk()
+                .map_or(0, |b| u64::from_le_bytes(*b))
+        };
+        Self {
+            kind: word(0),
+            crc: word(4),
+            place: long(8),
+            len: long(16),
+        }
+    }
+
+    fn checksum(&self, bytes: &[u8]) -> u32 {
+        let bare = Self { crc: 0, ..*self };
+        crc32c::crc32c_append(crc32c::crc32c(&bare.encode()), bytes)
+    }
+
+    fn bytes_len(&self) -> u64 {
+        if self.kind == BYTES { self.len } else { 0 }
+    }
+}
+
+impl Journal {
+    /// Starts a journal in a new file.
+    pub fn create(directory: &dyn Directory, name: &str) -> Result<Self> {
+        let file = directory.create_new(name)?;
+        file.write_at(FileOffset::ZERO, &MAGIC)?;
+        Ok(Self {
+            file,
+            end: FileOffset::new(len_u64(MAGIC.len())),
+            records: 0,
+            covered: BTreeMap::new(),
+            has_len: false,
+            trim: false,
+        })
+    }
+
+    /// Goes on with a journal of a change that was interrupted. What was not sealed is dropped with
+    /// the first record that is added, and so is the note that the change was complete.
+    pub fn resume(file: SharedStorage) -> Result<Self> {
+        let sealed = Sealed::read(&*file)?;
+        let mut journal = Self {
+            end: sealed.end,
+            records: len_u64(sealed.places.len()),
+            covered: BTreeMap::new(),
+            has_len: false,
+            trim: true,
+            file,
+        };
+        for place in &sealed.places {
+            let head = read_head(&*journal.file, *place)?;
+            if head.kind == LENGTH {
+                journal.has_len = true;
+            } else {
+                journal.cover(head.place..head.place.saturating_add(head.len));
+            }
+        }
+        Ok(journal)
+    }
+
+    /// Notes that a range is recorded, which was not.
+    fn cover(&mut self, range: Range<u64>) {
+        let before = self.covered.range(..=range.start).next_back();
+        match before {
+            Some((start, end)) if *end >= range.start => {
+                let (start, end) = (*start, (*end).max(range.end));
+                self.covered.insert(start, end);
+            }
+            _ => {
+                self.covered.insert(range.start, range.end);
+            }
+        }
+    }
+
+    /// The first part of a range that is not recorded.
+    fn uncovered(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        let mut start = range.start;
+        while let Some((_, end)) = self.covered.range(..=start).next_back() {
+            if *end <= start {
+                break;
+            }
+            start = *end;
+        }
+        let next = self.covered.range(start..).next();
+        let end = next.map_or(range.end, |(next, _)| (*next).min(range.end));
+        (start < end).then_some(start..end)
+    }
+
+    /// Bytes written so far.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.end.get()
+    }
+
+    /// True before the first record.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.records == 0
+    }
+
+    fn write(&mut self, kind: u32, place: u64, len: u64, bytes: &[u8]) -> Result<()> {
+        let mut head = Head {
+            kind,
+            crc: 0,
+            place,
+            len,
+        };
+        head.crc = head.checksum(bytes);
+        if self.trim {
+            self.file.set_len(self.end)?;
+            self.trim = false;
+        }
+        self.file.write_at(self.end, &head.encode())?;
+        let at = self.end.saturating_add(len_u64(HEAD));
+        self.file.write_at(at, bytes)?;
+        self.end = at.saturating_add(len_u64(bytes.len()));
+        self.records += u64::from(matches!(kind, BYTES | ZEROS | LENGTH));
+        Ok(())
+    }
+
+    /// Records the length of the file.
+    pub fn record_len(&mut self, len: FileOffset) -> Result<()> {
+        if self.has_len {
+            return Ok(());
+        }
+        self.has_len = true;
+        self.write(LENGTH, 0, len.get(), &[])
+    }
+
+    /// Records a range of the file as it is now. What lies past its end is not recorded: an undo
+    /// restores the length.
+    pub fn record(&mut self, file: &dyn Storage, range: Range<FileOffset>) -> Result<()> {
+        let mut rest = range.start.get()..range.end.get().min(file.len()?.get());
+        let mut buffer = Vec::new();
+        while let Some(part) = self.uncovered(&rest) {
+            let (at, len) = (part.start, (part.end - part.start).min(RECORD_MAX));
+            buffer.resize(usize::try_from(len).unwrap_or(0), 0);
+            file.read_at(FileOffset::new(at), &mut buffer)?;
+            if buffer.iter().all(|byte| *byte == 0) {
+                self.write(ZEROS, at, len, &[])?;
+            } else {
+                self.write(BYTES, at, len, &buffer)?;
+            }
+            self.cover(at..at + len);
+            rest.start = at + len;
+        }
+        Ok(())
+    }
+
+    /// Notes what the file holds from byte 64 to `end`, but for what is recorded.
+    pub fn frame(&mut self, file: &dyn Storage, end: u64) -> Result<()> {
+        let end = end.min(file.len()?.get()).min(FRAME_MAX);
+        let crc = frame(&*self.file, self.end.get(), file, end)?;
+        self.write(FRAME, end, crc.into(), &[])
+    }
+
+    /// Makes all records durable, the file's name too (step 2).
+    pub fn seal(&mut self, directory: &dyn Directory) -> Result<()> {
+        self.write(SEAL, self.records, 0, &[])?;
+        self.file.sync_data()?;
+        directory.sync()
+    }
+
+    /// Says that the change is complete, and what the file holds by now, but for its first bytes
+    /// where they have yet to be written.
+    pub fn complete(&mut self, file: &dyn Storage, first: Option<[u8; 64]>) -> Result<()> {
+        let sealed = Sealed::read(&*self.file)?;
+        let crc = sealed.checksum(&*self.file, file, first)?;
+        self.write(COMPLETE, file.len()?.get(), crc.into(), &[])?;
+        self.file.sync_data()
+    }
+}
+
+/// What a sound journal holds, without the bytes.
+#[derive(Debug)]
+struct Sealed {
+    /// Where each record begins, the oldest first.
+    places: Vec<u64>,
+    /// End of the last seal.
+    end: FileOffset,
+    /// Length and checksum that the change left.
+    complete: Option<(u64, u64)>,
+    /// End and checksum of the last frame.
+    frame: Option<(u64, u64)>,
+}
+
+fn unsound(why: &str) -> Error {
+    Error::why(
+        ErrorKind::NotAnImage,
+        format!("not a sound undo file: {why}"),
+    )
+}
+
+fn read_head(file: &dyn Storage, at: u64) -> Result<Head> {
+    let mut bytes = [0; HEAD];
+    file.read_at(FileOffset::new(at), &mut bytes)?;
+    Ok(Head::decode(&bytes))
+}
+
+fn read_record(file: &dyn Storage, at: u64, len: u64, bytes: &mut Vec<u8>) -> Result<Option<Head>> {
+    let from = at.saturating_add(len_u64(HEAD));
+    if from > len {
+        return Ok(None);
+    }
+    let head = read_head(file, at)?;
+    let follows = head.bytes_len();
+    if follows > RECORD_MAX || from.saturating_add(follows) > len {
+        return Ok(None);
+    }
+    bytes.resize(len_usize(follows).unwrap_or(0), 0);
+    file.read_at(FileOffset::new(from), bytes)?;
+    Ok((head.checksum(bytes) == head.crc).then_some(head))
+}
+
+impl Sealed {
+    fn read(file: &dyn Storage) -> Result<Self> {
+        let len = file.len()?.get();
+        let mut magic = [0; MAGIC.len()];
+        if len < len_u64(MAGIC.len()) {
+            return Err(unsound("it is too short"));
+        }
+        file.read_at(FileOffset::ZERO, &mut magic)?;
+        if magic != MAGIC {
+            return Err(unsound("another magic"));
+        }
+        let (mut at, mut places, mut bytes) = (len_u64(MAGIC.len()), Vec::new(), Vec::new());
+        let (mut sealed, mut complete, mut frame) = (None, None, None);
+        while let Some(head) = read_record(file, at, len, &mut bytes)? {
+            let end = at + len_u64(HEAD) + head.bytes_len();
+            match head.kind {
+                BYTES | ZEROS | LENGTH => places.push(at),
+                FRAME => frame = Some((head.place, head.len)),
+                SEAL if head.place == len_u64(places.len()) => {
+                    sealed = Some((places.len(), end, frame));
+                    complete = None;
+                }
+                COMPLETE => complete = Some((head.place, head.len)),
+                _ => break,
+            }
+            at = end;
+        }
+        let (count, end, frame) = sealed.ok_or_else(|| unsound("it has no seal"))?;
+        places.truncate(count);
+        let end = FileOffset::new(end);
+        Ok(Self {
+            places,
+            end,
+            complete,
+            frame,
+        })
+    }
+
+    /// CRC-32C of what the file holds in all recorded ranges.
+    fn checksum(
+        &self,
+        journal: &dyn Storage,
+        file: &dyn Storage,
+        first: Option<[u8; 64]>,
+    ) -> Result<u32> {
+        let (mut crc, mut bytes) = (0, Vec::new());
+        let file_len = file.len()?.get();
+        for place in &self.places {
+            let head = read_head(journal, *place)?;
+            if !matches!(head.kind, BYTES | ZEROS) {
+                continue;
+            }
+            let end = head.place.saturating_add(head.len).min(file_len);
+            let len = end.saturating_sub(head.place).min(RECORD_MAX);
+            bytes.resize(len_usize(len).unwrap_or(0), 0);
+            file.read_at(FileOffset::new(head.place.min(file_len)), &mut bytes)?;
+            if let (Some(first), 0) = (first, head.place) {
+                bytes.splice(..bytes.len().min(64), first);
+            }
+            crc = crc32c::crc32c_append(crc, &bytes);
+        }
+        Ok(crc)
+    }
+}
+
+/// CRC-32C of a file from byte 64 to `end`, without the ranges that the first `len` bytes of a
+/// journal record.
+fn frame(journal: &dyn Storage, len: u64, file: &dyn Storage, end: u64) -> Result<u32> {
+    let mut skip: Vec<Range<u64>> = Vec::new();
+    let mut at = len_u64(MAGIC.len());
+    while at < len {
+        let head = read_head(journal, at)?;
+        if matches!(head.kind, BYTES | ZEROS) && head.place < end {
+            skip.push(head.place..head.place.saturating_add(head.len));
+        }
+        at = at
+            .saturating_add(len_u64(HEAD))
+            .saturating_add(head.bytes_len());
+    }
+    skip.sort_unstable_by_key(|range| range.start);
+    skip.push(end..end);
+    let (mut at, mut crc, mut bytes) = (FRAME_START, 0, Vec::new());
+    for range in skip {
+        while at < range.start.min(end) {
+            let len = (range.start.min(end) - at).min(RECORD_MAX);
+            bytes.resize(len_usize(len).unwrap_or(0), 0);
+            file.read_at(FileOffset::new(at), &mut bytes)?;
+            crc = crc32c::crc32c_append(crc, &bytes);
+            at += len;
+        }
+        at = at.max(range.end);
+    }
+    Ok(crc)
+}
+
+/// True for a file that begins like a journal.
+pub fn is_journal(file: &dyn Storage) -> bool {
+    let mut magic = [0; MAGIC.len()];
+    file.read_at(FileOffset::ZERO, &mut magic).is_ok() && magic == MAGIC
+}
+
+/// What an undo gives back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Undo {
+    /// Records.
+    pub records: u64,
+    /// Length that the file gets.
+    pub len: Option<FileOffset>,
+    /// The first bytes of the file as they were, where they were recorded.
+    pub first: Option<[u8; 64]>,
+    /// The change was complete.
+    pub complete: bool,
+    /// It was complete, and the file is no longer what it left.
+    pub changed_since: bool,
+    /// All that is recorded is still as it was.
+    pub untouched: bool,
+    /// What the change leaves alone is still as it was.
+    pub frame_holds: bool,
+}
+
+/// Reads what an undo would give back, and checks every record.
+pub fn inspect(journal: &dyn Storage, file: &dyn Storage) -> Result<Undo> {
+    let sealed = Sealed::read(journal)?;
+    let changed_since = match sealed.complete {
+        None => false,
+        Some((len, crc)) => {
+            len != file.len()?.get() || crc != u64::from(sealed.checksum(journal, file, None)?)
+        }
+    };
+    let mut undo = Undo {
+        records: len_u64(sealed.places.len()),
+        len: None,
+        first: None,
+        complete: sealed.complete.is_some(),
+        changed_since,
+        untouched: true,
+        frame_holds: match sealed.frame {
+            None => true,
+            Some((end, crc)) => crc == u64::from(frame(journal, sealed.end.get(), file, end)?),
+        },
+    };
+    let file_len = file.len()?;
+    let mut now = Vec::new();
+    let mut bytes = Vec::new();
+    for place in sealed.places.iter().rev() {
+        let head = read_record(journal, *place, sealed.end.get(), &mut bytes)?
+            .ok_or_else(|| unsound("a record has changed"))?;
+        match head.kind {
+            LENGTH => {
+                undo.len = Some(FileOffset::new(head.len));
+                continue;
+            }
+            BYTES if head.place == 0 => undo.first = bytes.first_chunk().copied(),
+            _ => {}
+        }
+        if undo.untouched {
+            let at = FileOffset::new(head.place);
+            let end = at.saturating_add(head.len);
+            bytes.resize(len_usize(head.len.min(RECORD_MAX)).unwrap_or(0), 0);
+            now.resize(bytes.len(), 0);
+            undo.untouched = end <= file_len && {
+                file.read_at(at, &mut now)?;
+                now == bytes
+            };
+        }
+    }
+    undo.untouched &= undo.len.is_none_or(|len| len == file_len);
+    Ok(undo)
+}
+
+/// Gives the file its old length and its old bytes back, the first 64 of them last, and makes
+/// them durable. Repeating it changes nothing.
+pub fn restore(journal: &dyn Storage, file: &dyn Storage) -> Result<()> {
+    let undo = inspect(journal, file)?;
+    let sealed = Sealed::read(journal)?;
+    // From here on the file is neither what the change left nor what it was.
+    journal.set_len(sealed.end)?;
+    journal.sync_data()?;
+    let mut bytes = Vec::new();
+    for place in sealed.places.iter().rev() {
+        let head = read_record(journal, *place, sealed.end.get(), &mut bytes)?
+            .ok_or_else(|| unsound("a record has changed"))?;
+        let at = FileOffset::new(head.place);
+        match head.kind {
+            BYTES if head.place != 0 => file.write_at(at, &bytes)?,
+            ZEROS => {
+                // What lies past the end of the file becomes zeros with its length.
+                let end = at.saturating_add(head.len).min(file.len()?);
+                if at < end {
+                    file.zero(at..end, Keep::Nothing)?;
+                }
+            }
+            _ => {}
+        }
+    }
+    if let Some(len) = undo.len {
+        file.set_len(len)?;
+    }
+    file.sync_data()?;
+    if let Some(first) = undo.first {
+        file.write_at(FileOffset::ZERO, &first)?;
+        file.sync_data()?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,113 @@
+//! Bugs on purpose, one at a time, so that the tests can prove that they would find them.
+//!
+//! Imports: nothing.
+//! Never: does anything unless the crate is built with the feature `planted`, which only its own
+//! tests ask for; without it `planted` is the constant `false` and leaves no code behind.
+//!
+//! Each bug is one line at the place where somebody might write it by mistake. `tests/planted.rs`
+//! plants each and expects the simulation of `tests/sim` to complain.
+
+#[cfg(feature = "planted")]
+use std::sync::atomic::{AtomicU8, Ordering};
+
+macro_rules! bugs {
+    ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
+        /// A way to lose or mix data.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u8)]
+        pub enum Bug {
+            $($(#[doc = $doc])+ $name,)+
+        }
+
+        impl Bug {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$name,)+];
+        }
+    };
+}
+
+bugs! {
+    /// The table is written without a sync of the data before it.
+    NoDataSync,
+    /// One barrier instead of two where clusters were copied up from a lower level.
+    OneBarrierForCopies,
+    /// One barrier instead of two where freed clusters have been used again.
+    OneBarrierForReused,
+    /// A sync that fails is taken for one that did not.
+    SyncErrorSwallowed,
+    /// After a failed sync the next one is believed.
+    FailedSyncRetried,
+    /// A freed cluster is free at once.
+    NoQuarantine,
+    /// A freed cluster is given out while a request still uses it.
+    ReleaseBeforeDrain,
+    /// The quarantine's batch is sealed after the pages were copied.
+    SealLate,
+    /// A freed cluster is punched after it was made free.
+    PunchAfterHandOver,
+    /// What a write does not cover of a copied cluster is left as it is.
+    NoFill,
+    /// What a write does not cover is filled after the payload was written.
+    FillLate,
+    /// A cluster is published before it holds its payload.
+    PublishEarly,
+    /// A discard drops the entry although a lower level maps the cluster too.
+    DiscardUncovers,
+    /// Pages are copied for the file after the data was synced.
+    LivePages,
+    /// Pages that changed since they were copied count as clean.
+    PagesAlwaysClean,
+    /// That there is unsynced data is noted before the bytes are down.
+    DirtyNotedEarly,
+    /// Zeroing does not count as unsynced data.
+    ZeroNotNoted,
+    /// A flush that comes during a round is answered with that round.
+    RunningRoundJoined,
+    /// A read-write open believes what may be in the host's cache only.
+    NoSyncAtOpen,
+    /// After a kill or a failed sync, what the host has cached is believed.
+    CacheBelieved,
+    /// Entries of lower levels are written to the table of the top.
+    MergedEntryWritten,
+    /// The in-use mark is not synced before the first change.
+    MarkNotSynced,
+    /// The cut of the file is not synced before the mark is cleared.
+    TrimNotSynced,
+    /// All free clusters inside the file are taken for zeros.
+    FreeIsZero,
+    /// A cluster that was given back unused is still taken for zeros.
+    AbortKeepsZero,
+    /// A write does not wait for another one that gives the same cluster a place.
+    PendingIgnored,
+    /// Changed pages are evicted.
+    DirtyEvicted,
+    /// Two load the same page, and the slower one wins.
+    StalePageInserted,
+    /// Writes do not keep the clusters that they write to from being freed.
+    WritesDoNotPin,
+    /// A job panics between its payload and its publishing.
+    Panic,
+}
+
+#[cfg(feature = "planted")]
+static PLANTED: AtomicU8 = AtomicU8::new(u8::MAX);
+
+/// Plants one bug in the whole process, in place of any other; `None` for none.
+#[cfg(feature = "planted")]
+pub fn plant(bug: Option<Bug>) {
+    PLANTED.store(bug.map_or(u8::MAX, |bug| bug as u8), Ordering::SeqCst);
+}
+
+/// True when this bug is planted.
+#[must_use]
+#[inline(always)]
+pub fn planted(bug: Bug) -> bool {
+    #[cfg(feature = "planted")]
+    let planted = PLANTED.load(Ordering::SeqCst) == bug as u8;
+    #[cfg(not(feature = "planted"))]
+    let planted = {
+        let _ = bug;
+        false
+    };
+    planted
+}

@@ -1,0 +1,182 @@
+//! A real directory of the host.
+//!
+//! The directory is opened once; all names are looked up in it and nowhere else, so that renaming
+//! the directory itself, or one above it, leads nothing astray.
+
+use super::file::FileStorage;
+use super::{Directory, SharedStorage};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::{directory as sys, open};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+/// A real directory of the host.
+#[derive(Debug)]
+pub struct HostDirectory {
+    fd: OwnedFd,
+    /// As it is shown to people.
+    path: PathBuf,
+}
+
+impl HostDirectory {
+    /// Opens a directory that the user named.
+    pub fn open(path: &Path) -> Result<Self> {
+        let fd = sys::open(path).map_err(|e| Error::from(e).in_file(path))?;
+        Ok(Self {
+            fd,
+            path: path.to_owned(),
+        })
+    }
+
+    /// The directory's name, for messages.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn failed(&self, name: &str, error: io::Error) -> Error {
+        let path = self.path.join(name);
+        match error.raw_os_error() {
+            Some(libc::ENOENT) => Error::new(ErrorKind::Missing).because(error).in_file(&path),
+            Some(libc::ELOOP | libc::ENXIO | libc::EISDIR | libc::ENODEV) => not_plain(&path),
+            _ => Error::from(error).in_file(&path),
+        }
+    }
+
+    fn storage(&self, name: &str, file: File) -> Result<SharedStorage> {
+        let path = self.path.join(name);
+        let meta = file.metadata().map_err(|e| self.failed(name, e))?;
+        if !meta.is_file() {
+            return Err(not_plain(&path));
+        }
+        Ok(Arc::new(
+            FileStorage::new(file).map_err(|e| e.in_file(&path))?,
+        ))
+    }
+}
+
+fn not_plain(path: &Path) -> Error {
+    Error::why(ErrorKind::OutsideBundle, "not a plain file").in_file(path)
+}
+
+/// A name that stays in the directory.
+fn single<'a>(path: &Path, name: &'a str) -> Result<&'a Path> {
+    let mut parts = Path::new(name).components();
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(only)), None) if only == name && !name.contains('\0') => {
+            Ok(Path::new(name))
+        }
+        _ => {
+            let why = format!("{name:?} is no name of a file in a directory");
+            Err(Error::why(ErrorKind::OutsideBundle, why).in_file(path))
+        }
+    }
+}
+
+impl Directory for HostDirectory {
+    fn open(&self, name: &str, write: bool) -> Result<SharedStorage> {
+        let file = open::beneath(self.fd.as_fd(), single(&self.path, name)?, write)
+            .map_err(|e| self.failed(name, e))?;
+        self.storage(name, file)
+    }
+
+    fn create_new(&self, name: &str) -> Result<SharedStorage> {
+        let file = sys::create_new(self.fd.as_fd(), single(&self.path, name)?)
+            .map_err(|e| self.failed(name, e))?;
+        self.storage(name, file)
+    }
+
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        let (old, new) = (single(&self.path, from)?, single(&self.path, to)?);
+        sys::rename(self.fd.as_fd(), old, new).map_err(|e| self.failed(from, e))
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        sys::remove(self.fd.as_fd(), single(&self.path, name)?).map_err(|e| self.failed(name, e))
+    }
+
+    fn entries(&self) -> Result<Vec<String>> {
+        let found = sys::entries(self.fd.as_fd()).map_err(|e| self.failed("", e))?;
+        // A name that is not UTF-8 is listed as well as it can be; no descriptor can name it.
+        let mut names: Vec<String> = found
+            .iter()
+            .map(|name| name.to_string_lossy().into_owned())
+            .collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn sync(&self) -> Result<()> {
+        sys::sync(self.fd.as_fd()).map_err(|e| self.failed("", e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::FileOffset;
+
+    #[test]
+    fn names_are_made_renamed_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = HostDirectory::open(dir.path()).unwrap();
+        let file = host.create_new("a").unwrap();
+        file.write_at(FileOffset::ZERO, b"old").unwrap();
+        let again = host.create_new("a").unwrap_err();
+        assert_eq!(again.kind(), ErrorKind::Io(libc::EEXIST));
+        host.create_new("c").unwrap();
+        assert_eq!(host.entries().unwrap(), ["a", "c"]);
+        host.rename("a", "c").unwrap();
+        host.sync().unwrap();
+        assert_eq!(host.entries().unwrap(), ["c"]);
+        let found = host.open("c", false).unwrap();
+        assert_eq!(found.len().unwrap().get(), 3);
+        host.remove("c").unwrap();
+        assert_eq!(host.entries().unwrap(), [""; 0]);
+        for missing in [host.open("c", true).map(|_| ()), host.remove("c")] {
+            assert_eq!(missing.unwrap_err().kind(), ErrorKind::Missing);
+        }
+    }
+
+    #[test]
+    fn nothing_leads_out_of_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("sub")).unwrap();
+        std::fs::write(dir.path().join("sub/file"), "x").unwrap();
+        std::os::unix::fs::symlink("sub/file", dir.path().join("link")).unwrap();
+        let host = HostDirectory::open(dir.path()).unwrap();
+        for name in [
+            "",
+            ".",
+            "..",
+            "sub/file",
+            "/etc/passwd",
+            "file/",
+            "./file",
+            "a\0",
+        ] {
+            for result in [
+                host.open(name, false).map(|_| ()),
+                host.create_new(name).map(|_| ()),
+                host.rename(name, "x"),
+                host.rename("link", name),
+                host.remove(name),
+            ] {
+                assert_eq!(
+                    result.unwrap_err().kind(),
+                    ErrorKind::OutsideBundle,
+                    "{name:?}"
+                );
+            }
+        }
+        for name in ["link", "sub"] {
+            let refused = host.open(name, false).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::OutsideBundle, "{name}");
+        }
+        assert!(host.create_new("link").is_err());
+        assert!(host.remove("sub").is_err());
+    }
+}

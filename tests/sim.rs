@@ -1,0 +1,217 @@
+//! Power cuts, kills and failing hosts, in a world that a seed fixes: what fsync returned for
+//! stays, a sector shows its old or its new content, never another's.
+//!
+//! A failing seed says how it is repeated: `PLOOPFS_SEED=N cargo test --test sim NAME`. With
+//! `PLOOPFS_SEEDS=N` each kind of disk gets so many seeds, from `PLOOPFS_SEED` on.
+
+#[path = "sim/check.rs"]
+mod check;
+#[path = "../tools/forge/mod.rs"]
+mod forge;
+#[path = "sim/mod.rs"]
+mod sim;
+
+use ploopfs::disk::Resources;
+use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
+use sim::heap::Heap;
+use sim::kinds::{self, DiskKind};
+use sim::replay::{Cuts, Found, replay};
+use sim::storage::{Fault, Kind, Manners};
+use sim::workload::{Plan, run};
+
+#[global_allocator]
+static HEAP: Heap = Heap;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Seeds of each kind of disk when nothing else is asked for.
+const SEEDS: u64 = 70;
+
+fn seeds(usual: u64) -> std::ops::Range<u64> {
+    let count = number("PLOOPFS_SEEDS");
+    match number("PLOOPFS_SEED") {
+        Some(seed) => seed..seed + count.unwrap_or(1),
+        None => 1..1 + count.unwrap_or(usual),
+    }
+}
+
+/// One seed on one kind of disk: twice, and then with the power cut after every operation.
+fn with_cuts(kind: &DiskKind, seed: u64, resources: &Resources) -> (u64, Found) {
+    let story = format!("PLOOPFS_SEED={seed} cargo test --test sim nothing_is_lost");
+    let plan = Plan {
+        seed,
+        manners: Manners {
+            poor_host: seed % 2 == 0,
+            scarce_memory: seed % 3 == 0,
+            ..Manners::default()
+        },
+        lives: 4,
+        requests: 40,
+    };
+    let outcome = run(kind, plan, resources, &story);
+    let again = run(kind, plan, resources, &story);
+    let log = outcome.world.log();
+    let cuts = Cuts {
+        states: 2,
+        from: 0,
+        every: 1,
+    };
+    let mut found = replay(kind, &log, cuts, seed, resources);
+    found.complaints.extend(outcome.complaints);
+    if outcome.trace != again.trace || log != again.world.log() {
+        found
+            .complaints
+            .push("two runs of one seed differ".to_owned());
+    }
+    for complaint in &mut found.complaints {
+        *complaint = format!("{}: {complaint}; {story}", kind.name);
+    }
+    (outcome.world.total(), found)
+}
+
+#[test]
+fn nothing_is_lost() {
+    let seeds: Vec<_> = seeds(SEEDS).collect();
+    for kind in kinds::all() {
+        let (operations, found) = seeds
+            .par_iter()
+            .map_init(
+                || Resources::new(1).expect("threads and memory"),
+                |resources, seed| with_cuts(kind, *seed, resources),
+            )
+            .reduce(<(u64, Found)>::default, |(sum, mut all), (count, one)| {
+                all.add(one);
+                (sum + count, all)
+            });
+        assert!(found.complaints.is_empty(), "{:#?}", found.complaints);
+        println!(
+            "{}: {} seeds, {operations} operations, {} states, none wrong",
+            kind.name,
+            seeds.len(),
+            found.states
+        );
+    }
+}
+
+/// Files whose syncs do nothing must be found out.
+#[test]
+fn a_host_that_lies_is_noticed() {
+    let resources = Resources::new(1).expect("threads and memory");
+    let kind = &kinds::all()[0];
+    let caught = (1..20).any(|seed| {
+        let plan = Plan {
+            seed,
+            manners: Manners {
+                lying_syncs: true,
+                ..Manners::default()
+            },
+            lives: 1,
+            requests: 40,
+        };
+        let log = run(kind, plan, &resources, "lying").world.log();
+        let cuts = Cuts {
+            states: 2,
+            from: 0,
+            every: 1,
+        };
+        !replay(kind, &log, cuts, seed, &resources)
+            .complaints
+            .is_empty()
+    });
+    assert!(caught);
+}
+
+/// Workloads in which every operation fails once, and from then on.
+const FAULTY: u64 = 3;
+
+/// All faults that a workload with these numbers of operations can meet.
+fn faults(counts: &[(Kind, u64)]) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    for (kind, count) in counts {
+        let errnos: &[i32] = match kind {
+            Kind::Write | Kind::Allocate | Kind::SetLen | Kind::Zero | Kind::Copy => {
+                &[libc::EIO, libc::ENOSPC]
+            }
+            _ => &[libc::EIO],
+        };
+        for nth in 0..*count {
+            for errno in errnos {
+                faults.extend([false, true].map(|for_ever| Fault {
+                    kind: *kind,
+                    nth,
+                    errno: *errno,
+                    for_ever,
+                }));
+            }
+        }
+    }
+    faults
+}
+
+/// One workload with one fault: what is wrong with it, and the states it was judged by.
+fn with_fault(kind: &DiskKind, mut plan: Plan, fault: Fault, resources: &Resources) -> Found {
+    plan.manners.fault = Some(fault);
+    let seed = plan.seed;
+    let story = format!(
+        "PLOOPFS_SEED={seed} cargo test --test sim whatever_fails, {}, {fault:?}",
+        kind.name
+    );
+    let outcome = run(kind, plan, resources, &story);
+    let log = outcome.world.log();
+    let cuts = Cuts {
+        states: 1,
+        from: log.len() / 4,
+        every: 12,
+    };
+    let mut found = replay(kind, &log, cuts, seed, resources);
+    found.complaints.extend(outcome.complaints);
+    for complaint in &mut found.complaints {
+        complaint.push_str(&format!("; {story}"));
+    }
+    found
+}
+
+#[test]
+fn whatever_fails_nothing_is_lost() {
+    let kinds = kinds::all();
+    let work: Vec<_> = kinds
+        .iter()
+        .flat_map(|kind| seeds(FAULTY).map(move |seed| (kind, seed)))
+        .collect();
+    let (mut runs, mut states) = (0, 0);
+    for (kind, seed) in &work {
+        let resources = Resources::new(1).expect("threads and memory");
+        let plan = Plan {
+            seed: *seed,
+            manners: Manners {
+                poor_host: seed % 3 == 0,
+                ..Manners::default()
+            },
+            lives: 1,
+            requests: 16,
+        };
+        let counts = run(kind, plan, &resources, "without a fault")
+            .world
+            .counts();
+        let faults = faults(&counts);
+        let found = faults
+            .par_iter()
+            .map_init(
+                || Resources::new(1).expect("threads and memory"),
+                |resources, fault| with_fault(kind, plan, *fault, resources),
+            )
+            .reduce(Found::default, |mut all, one| {
+                all.add(one);
+                all
+            });
+        assert!(found.complaints.is_empty(), "{:#?}", found.complaints);
+        runs += faults.len();
+        states += found.states;
+    }
+    println!(
+        "{} workloads, {runs} with one fault each, {states} states, none wrong",
+        work.len()
+    );
+}

@@ -1,0 +1,543 @@
+//! Files in memory that log what is done to them, and fail when they are told to.
+//!
+//! A file is what reads see (the host's cache); what a power cut would leave of it is worked out
+//! from the log, by [`super::replay`]. All files of one run share a [`World`].
+
+use parking_lot::Mutex;
+use ploopfs::error::{Error, ErrorKind, Result};
+use ploopfs::storage::{FileId, Keep, Storage};
+use ploopfs::sync;
+use ploopfs::units::FileOffset;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::directory::{NameChange, Names};
+use super::heap;
+use super::model::{Stamp, WriteId};
+use super::replay::uncached;
+
+/// One operation that changes a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    Write(usize, Vec<u8>),
+    SetLen(usize),
+    /// Blocks are reserved up to here; a shorter file becomes as long.
+    Allocate(usize),
+    Zero(Range<usize>),
+}
+
+impl Change {
+    /// Does it to these bytes. `keep` is asked for each piece that a power cut keeps or loses by
+    /// itself: sectors of a write, and every other operation as a whole.
+    pub(crate) fn apply(&self, bytes: &mut Vec<u8>, keep: &mut dyn FnMut() -> bool) {
+        match self {
+            Self::Write(at, data) => {
+                let mut from = 0;
+                while from < data.len() {
+                    let to = ((at + from) / 512 * 512 + 512 - at).min(data.len());
+                    if keep() {
+                        let end = at + to;
+                        if bytes.len() < end {
+                            bytes.resize(end, 0);
+                        }
+                        bytes[at + from..end].copy_from_slice(&data[from..to]);
+                    }
+                    from = to;
+                }
+            }
+            Self::SetLen(len) if keep() => bytes.resize(*len, 0),
+            Self::Allocate(end) if *end > bytes.len() && keep() => bytes.resize(*end, 0),
+            Self::Zero(range) if keep() => {
+                let end = range.end.min(bytes.len());
+                if range.start < end {
+                    bytes[range.start..end].fill(0);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What happened, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A file was changed, as reads see it.
+    Changed { file: usize, change: Change },
+    /// All changes of a file before this are durable.
+    Synced { file: usize },
+    /// A sync failed: what was not durable never will be, although reads still see it.
+    SyncFailed { file: usize },
+    /// Names were changed, as others see them.
+    Named { change: NameChange },
+    /// All changes of names before this are durable.
+    NamesSynced,
+    /// Reads come from the medium, and from what has yet to be written there.
+    CacheDropped { file: usize },
+    /// A client began to write these sectors of the disk.
+    Issued {
+        id: WriteId,
+        sectors: Range<u64>,
+        stamp: Stamp,
+    },
+    /// It was told the end of that.
+    Ended { id: WriteId, ok: bool },
+    /// A client asked for a flush.
+    FlushBegan { flush: u64 },
+    /// It was told that all is durable.
+    FlushDone { flush: u64 },
+    /// The disk is closed, is open again and shows this.
+    Opened { shows: Arc<Vec<u8>> },
+    /// The files are now as a power cut left them.
+    Cut { files: Vec<Vec<u8>> },
+}
+
+/// Kinds of operations on files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    Len,
+    Read,
+    Write,
+    Sync,
+    SetLen,
+    Allocate,
+    Zero,
+    Copy,
+    NextData,
+    Open,
+    Create,
+    Rename,
+    Remove,
+    SyncNames,
+}
+
+impl Kind {
+    pub(crate) const ALL: [Self; 14] = [
+        Self::Len,
+        Self::Read,
+        Self::Write,
+        Self::Sync,
+        Self::SetLen,
+        Self::Allocate,
+        Self::Zero,
+        Self::Copy,
+        Self::NextData,
+        Self::Open,
+        Self::Create,
+        Self::Rename,
+        Self::Remove,
+        Self::SyncNames,
+    ];
+}
+
+/// An operation that fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    pub(crate) kind: Kind,
+    /// Which one of its kind, from 0.
+    pub(crate) nth: u64,
+    pub(crate) errno: i32,
+    /// All from that one on, not only that one.
+    pub(crate) for_ever: bool,
+}
+
+/// How the files behave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Manners {
+    pub(crate) fault: Option<Fault>,
+    /// Syncs say that they are done and do nothing.
+    pub(crate) lying_syncs: bool,
+    /// The disk gets no piece of memory over 4 KiB after it has been opened.
+    pub(crate) scarce_memory: bool,
+    /// The host cannot copy between files, reserve blocks or punch holes.
+    pub(crate) poor_host: bool,
+}
+
+/// What all files of a run share.
+#[derive(Debug)]
+pub(crate) struct World {
+    first: Vec<Vec<u8>>,
+    state: Mutex<State>,
+}
+
+/// The files and names as reads see them, and what was done to them.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    manners: Manners,
+    files: Vec<Vec<u8>>,
+    pub(crate) names: Names,
+    /// Only what is logged can be replayed; states that are only looked at are not.
+    log: Option<Vec<Event>>,
+    counts: [u64; Kind::ALL.len()],
+    total: u64,
+    /// The process that uses the files now; storages of an earlier one do nothing any more.
+    process: u64,
+    kill_at: Option<u64>,
+    fired: bool,
+    sync_failed: bool,
+}
+
+impl World {
+    /// Files with these contents.
+    pub(crate) fn new(files: Vec<Vec<u8>>, manners: Manners, logs: bool) -> Arc<Self> {
+        let first = if logs { files.clone() } else { Vec::new() };
+        let state = State {
+            manners,
+            files,
+            log: logs.then(Vec::new),
+            ..State::default()
+        };
+        Arc::new(Self {
+            first,
+            state: Mutex::new(state),
+        })
+    }
+
+    /// One operation of a process on names.
+    pub(crate) fn operation<T>(
+        &self,
+        kind: Kind,
+        process: u64,
+        what: impl FnOnce(&mut State) -> Result<T>,
+    ) -> Result<T> {
+        heap::with(false, || {
+            sync::step();
+            let mut state = self.state.lock();
+            state.begin(kind, process)?;
+            what(&mut state)
+        })
+    }
+
+    /// What the files held at first.
+    pub(crate) fn first(&self) -> &[Vec<u8>] {
+        &self.first
+    }
+
+    /// Names for files, durable from the start.
+    pub(crate) fn set_names(&self, names: Names) {
+        self.state.lock().names = names;
+    }
+
+    /// Nothing fails any more.
+    pub(crate) fn mend(&self) {
+        let mut state = self.state.lock();
+        state.manners.fault = None;
+        state.fired = false;
+        state.sync_failed = false;
+    }
+
+    /// Notes something that is no operation on a file. Returns its time.
+    pub(crate) fn note(&self, event: Event) -> u64 {
+        let mut state = self.state.lock();
+        let log = state.log.get_or_insert_default();
+        log.push(event);
+        log.len() as u64 - 1
+    }
+
+    /// Position in the log: the time as the model counts it.
+    pub(crate) fn time(&self) -> u64 {
+        self.state
+            .lock()
+            .log
+            .as_ref()
+            .map_or(0, |log| log.len() as u64)
+    }
+
+    /// A copy of the log, or its end from a position on.
+    pub(crate) fn log(&self) -> Vec<Event> {
+        self.state.lock().log.clone().unwrap_or_default()
+    }
+
+    /// Contents as reads see them.
+    pub(crate) fn files(&self) -> Vec<Vec<u8>> {
+        self.state.lock().files.clone()
+    }
+
+    /// How many operations of each kind there were.
+    pub(crate) fn counts(&self) -> Vec<(Kind, u64)> {
+        let counts = self.state.lock().counts;
+        Kind::ALL.into_iter().zip(counts).collect()
+    }
+
+    /// Operations so far.
+    pub(crate) fn total(&self) -> u64 {
+        self.state.lock().total
+    }
+
+    /// True once the fault has come.
+    pub(crate) fn has_fired(&self) -> bool {
+        self.state.lock().fired
+    }
+
+    /// True once a sync has failed.
+    pub(crate) fn has_sync_failed(&self) -> bool {
+        self.state.lock().sync_failed
+    }
+
+    /// The process is killed when so many operations more have been made.
+    pub(crate) fn kill_after(&self, operations: u64) {
+        let mut state = self.state.lock();
+        state.kill_at = Some(state.total + operations);
+    }
+
+    /// The process is killed now.
+    pub(crate) fn kill(&self) {
+        let mut state = self.state.lock();
+        state.process += 1;
+        state.kill_at = None;
+    }
+
+    /// True when the process that `storage` belongs to has been killed.
+    pub(crate) fn is_dead(&self, process: u64) -> bool {
+        self.state.lock().process != process
+    }
+
+    /// The process that uses the files now.
+    pub(crate) fn process(&self) -> u64 {
+        self.state.lock().process
+    }
+
+    /// The power was cut, and this is what was left.
+    pub(crate) fn cut(&self, files: Vec<Vec<u8>>) {
+        let mut state = self.state.lock();
+        state.log_event(Event::Cut {
+            files: files.clone(),
+        });
+        state.files = files;
+        state.process += 1;
+        state.kill_at = None;
+    }
+
+    /// Opens a file for the process that uses the files now.
+    pub(crate) fn open(self: &Arc<Self>, file: usize, writable: bool) -> Arc<SimStorage> {
+        Arc::new(SimStorage {
+            world: Arc::clone(self),
+            file,
+            writable,
+            process: self.process(),
+        })
+    }
+}
+
+impl State {
+    /// Counts an operation; an error when it fails, or when its process is dead.
+    fn begin(&mut self, kind: Kind, process: u64) -> Result<(), Trouble> {
+        if self.kill_at.is_some_and(|at| self.total >= at) {
+            self.process += 1;
+            self.kill_at = None;
+        }
+        if self.process != process {
+            return Err(Trouble::Dead);
+        }
+        self.total += 1;
+        let count = &mut self.counts[kind as usize];
+        let number = *count;
+        *count += 1;
+        match self.manners.fault {
+            Some(fault)
+                if fault.kind == kind
+                    && (number == fault.nth || fault.for_ever && number > fault.nth) =>
+            {
+                self.fired = true;
+                Err(Trouble::Fault(fault.errno))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A new file with nothing in it.
+    pub(crate) fn add_file(&mut self) -> usize {
+        self.files.push(Vec::new());
+        self.files.len() - 1
+    }
+
+    pub(crate) fn log_event(&mut self, event: Event) {
+        if let Some(log) = &mut self.log {
+            log.push(event);
+        }
+    }
+
+    fn change(&mut self, file: usize, change: Change) {
+        change.apply(&mut self.files[file], &mut || true);
+        self.log_event(Event::Changed { file, change });
+    }
+}
+
+enum Trouble {
+    Dead,
+    Fault(i32),
+}
+
+impl From<Trouble> for Error {
+    fn from(trouble: Trouble) -> Self {
+        Self::errno(match trouble {
+            Trouble::Dead => libc::EIO,
+            Trouble::Fault(errno) => errno,
+        })
+    }
+}
+
+/// One open file.
+#[derive(Debug)]
+pub(crate) struct SimStorage {
+    world: Arc<World>,
+    file: usize,
+    writable: bool,
+    process: u64,
+}
+
+fn index(at: FileOffset) -> usize {
+    usize::try_from(at.get()).expect("simulated files are small")
+}
+
+impl SimStorage {
+    /// One operation: `what` does it, `partly` does the part of it that a failing host has done.
+    fn operation<T>(
+        &self,
+        kind: Kind,
+        what: impl FnOnce(&mut State) -> Result<T>,
+        partly: impl FnOnce(&mut State),
+    ) -> Result<T> {
+        heap::with(false, || {
+            sync::step();
+            let mut state = self.world.state.lock();
+            match state.begin(kind, self.process) {
+                Ok(()) => what(&mut state),
+                Err(trouble) => {
+                    if matches!(trouble, Trouble::Fault(_)) {
+                        partly(&mut state);
+                    }
+                    Err(trouble.into())
+                }
+            }
+        })
+    }
+
+    fn modify(&self, kind: Kind, change: Change, partly: Option<Change>) -> Result<()> {
+        assert!(self.writable, "a lower delta is never written");
+        let file = self.file;
+        self.operation(
+            kind,
+            |state| {
+                state.change(file, change);
+                Ok(())
+            },
+            |state| {
+                if let Some(change) = partly {
+                    state.change(file, change);
+                }
+            },
+        )
+    }
+}
+
+impl Storage for SimStorage {
+    fn len(&self) -> Result<FileOffset> {
+        let file = self.file;
+        let len = |state: &mut State| Ok(FileOffset::new(state.files[file].len() as u64));
+        self.operation(Kind::Len, len, |_| {})
+    }
+
+    fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+        let file = self.file;
+        let read = |state: &mut State| {
+            let source = state.files[file].get(index(at)..index(at) + buf.len());
+            buf.copy_from_slice(source.ok_or_else(|| Error::new(ErrorKind::Truncated))?);
+            Ok(())
+        };
+        self.operation(Kind::Read, read, |_| {})
+    }
+
+    fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()> {
+        // Hosts stop between sectors, not within one.
+        let half = buf.len() / 2 / 512 * 512;
+        heap::with(false, || {
+            let partly = (half > 0).then(|| Change::Write(index(at), buf[..half].to_vec()));
+            let change = Change::Write(index(at), buf.to_vec());
+            self.modify(Kind::Write, change, partly)
+        })
+    }
+
+    fn sync_data(&self) -> Result<()> {
+        let file = self.file;
+        let sync = |state: &mut State| {
+            let lying = state.manners.lying_syncs;
+            if let Some(log) = state.log.as_mut().filter(|_| !lying) {
+                log.push(Event::Synced { file });
+            }
+            Ok(())
+        };
+        let lose = |state: &mut State| {
+            state.sync_failed = true;
+            state.log_event(Event::SyncFailed { file });
+        };
+        self.operation(Kind::Sync, sync, lose)
+    }
+
+    fn set_len(&self, len: FileOffset) -> Result<()> {
+        self.modify(Kind::SetLen, Change::SetLen(index(len)), None)
+    }
+
+    fn allocate(&self, range: Range<FileOffset>) -> Result<()> {
+        // A host that runs out of space midway leaves the file longer by any amount.
+        let odd = (index(range.start) + index(range.end)) / 2 + 100;
+        let odd = Change::Allocate(odd.min(index(range.end)));
+        self.modify(
+            Kind::Allocate,
+            Change::Allocate(index(range.end)),
+            Some(odd),
+        )
+    }
+
+    fn zero(&self, range: Range<FileOffset>, _keep: Keep) -> Result<()> {
+        let range = index(range.start)..index(range.end);
+        let half = range.start..range.start + (range.end - range.start) / 1024 * 512;
+        self.modify(Kind::Zero, Change::Zero(range), Some(Change::Zero(half)))
+    }
+
+    fn copy_from(
+        &self,
+        at: FileOffset,
+        source: &dyn Storage,
+        from: Range<FileOffset>,
+    ) -> Result<bool> {
+        if self.world.state.lock().manners.poor_host {
+            return Ok(false);
+        }
+        heap::with(false, || {
+            let mut data = vec![0; index(from.end) - index(from.start)];
+            source.read_at(from.start, &mut data)?;
+            let half = data[..data.len() / 2 / 512 * 512].to_vec();
+            let partly = Change::Write(index(at), half);
+            self.modify(Kind::Copy, Change::Write(index(at), data), Some(partly))?;
+            Ok(true)
+        })
+    }
+
+    fn next_data(&self, from: FileOffset) -> Result<Option<Range<FileOffset>>> {
+        let file = self.file;
+        let next = |state: &mut State| {
+            let len = FileOffset::new(state.files[file].len() as u64);
+            Ok((from < len).then_some(from..len))
+        };
+        self.operation(Kind::NextData, next, |_| {})
+    }
+
+    fn allocated_bytes(&self) -> Result<u64> {
+        Ok(self.len()?.get())
+    }
+
+    fn drop_cache(&self) -> Result<()> {
+        let mut state = self.world.state.lock();
+        let file = self.file;
+        if let Some(log) = &mut state.log {
+            let bytes = uncached(log, &self.world.first, file);
+            log.push(Event::CacheDropped { file });
+            state.files[file] = bytes;
+        }
+        Ok(())
+    }
+
+    fn file_id(&self) -> Option<FileId> {
+        None
+    }
+}
