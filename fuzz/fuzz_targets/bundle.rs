@@ -1,4 +1,5 @@
-//! Any bundle: opened, read at its top and at its snapshots, described, written to, opened again.
+//! Any bundle: opened, read at its top and at its snapshots, described, checked, written to, opened
+//! again; or repaired, and the repair undone.
 //!
 //! A bundle that is in order is spoilt as the input says: headers and tables, what the names lead
 //! to, the text of the descriptor. Nothing outside of it may be opened or changed, reading changes
@@ -16,9 +17,10 @@ mod support;
 use directory::{Place, Tree};
 use forge::reader::Flat;
 use libfuzzer_sys::fuzz_target;
-use ploopfs::admin::info;
+use ploopfs::admin::{check, info, repair};
 use ploopfs::chain::bundle::{self, OpenedImages, Selection};
 use ploopfs::disk::{self, Disk};
+use ploopfs::plan::repair::Policy;
 use ploopfs::units::DiskOffset;
 use recipe::Recipe;
 use std::path::PathBuf;
@@ -65,6 +67,39 @@ fn describe(place: &Place, selection: &Selection) {
     if let Ok(told) = info::info(&place.bundle, &looking) {
         assert!(!info::render(&told).is_empty());
     }
+    let options = check::disk::Options {
+        allow_outside: selection.allow_outside.clone(),
+        no_lock: false,
+    };
+    // It fails where it must; what it finds is for `image` to judge.
+    let _ = check::disk::check(&place.bundle, &options);
+}
+
+/// Repairs the disk, and undoes that: every file that was there is as it was.
+fn mend(place: &Place, before: &Tree, selection: &Selection) {
+    let opened = repair::disk::open(&place.bundle, &selection.allow_outside, true);
+    let Ok(session) = opened else {
+        return;
+    };
+    // Of a split disk the first part may be repaired, and the second refused.
+    let Ok(done) = session.repair(&Policy::default()) else {
+        return;
+    };
+    for file in done.files {
+        if let Some(undo) = file.undo {
+            assert_eq!(
+                file.state,
+                "clean",
+                "{file_findings:?}",
+                file_findings = file.findings
+            );
+            let undo = place.bundle.join(undo);
+            session.undo(&undo).expect("a repair is undone");
+        }
+    }
+    let changed = Tree::of(place).differences(before);
+    let old = changed.iter().find(|path| before.has(path));
+    assert_eq!(old, None, "repaired, undone, and still changed");
 }
 
 fn read(place: &Place, recipe: &Recipe, selection: &Selection) -> Option<Windows> {
@@ -149,7 +184,9 @@ fn run(recipe: &Recipe) {
     }
     let changed = Tree::of(&place).differences(&before);
     assert!(changed.is_empty(), "reading has changed {changed:?}");
-    if recipe.writes {
+    if recipe.repairs {
+        mend(&place, &before, &selection);
+    } else if recipe.writes {
         write(&place, recipe, &before, &selection, seen.as_ref());
     }
 }

@@ -118,6 +118,11 @@ impl Tree {
         Self(items)
     }
 
+    /// True when there is something of this name.
+    pub(crate) fn has(&self, path: &Path) -> bool {
+        self.0.contains_key(path)
+    }
+
     /// The paths that are not the same in both.
     pub(crate) fn differences(&self, other: &Self) -> Vec<PathBuf> {
         let all = self.0.keys().chain(other.0.keys());

@@ -98,6 +98,8 @@ pub(crate) struct Recipe {
     pub(crate) snapshot: Option<String>,
     /// It is opened for writing, too.
     pub(crate) writes: bool,
+    /// It is repaired instead.
+    pub(crate) repairs: bool,
     /// Seed of the changes.
     pub(crate) seed: u64,
 }
@@ -144,6 +146,7 @@ impl Recipe {
                 _ => None,
             },
             writes: flags & 0x80 == 0,
+            repairs: flags & 0x40 != 0,
             seed: seed.into(),
         })
     }
