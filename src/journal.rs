@@ -15,8 +15,8 @@
 //!
 //! A record is its kind, the place and length of the range, the bytes, and a CRC-32C over all of
 //! these. What follows the last sound seal is of a recording that was cut short: nothing was
-//! changed on its account, so it is not looked at. A range is recorded once: what a change that goes
-//! on after an interruption would record again is no longer what it was.
+//! changed on its account, so it is not looked at. A range is recorded once: what a change that
+//! goes on after an interruption would record again is no longer what it was.
 //!
 //! Two records tell whether somebody else has changed the file meanwhile. The frame is a checksum
 //! of a part of the file that the change leaves alone, but for what is recorded. When the change is

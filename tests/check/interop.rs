@@ -264,3 +264,25 @@ fn only_the_top_of_a_bundle_is_repaired() {
     assert_eq!(status(&["repair", "-qy", &files[frozen]]), 1);
     assert!(std::fs::read(&files[frozen]).expect("there") == hurt[frozen]);
 }
+
+#[test]
+fn a_locked_image_is_looked_at_on_request_only() {
+    use ploopfs::storage::lock::{self, Locked, Purpose};
+    let dir = directory();
+    let path = broken(dir.path(), &spec(2), &["t-leak-tail"]).expect("the image is made");
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path);
+    let file = file.expect("the image is there");
+    let locked = lock::image(&file, &path, Purpose::Write, std::time::Instant::now());
+    assert!(matches!(locked, Ok(Locked::Yes)));
+    let path = text(&path);
+    let refused = ploopfs(&["check", path]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(story(&refused).contains("--no-lock"), "{}", story(&refused));
+    assert_eq!(status(&["check", "--no-lock", path]), 3);
+    assert_eq!(status(&["repair", "-y", path]), 1);
+    drop(file);
+    assert_eq!(status(&["repair", "-y", path]), 0);
+}
