@@ -10,7 +10,8 @@
 //! [`names`] reads what people called the snapshots.
 //!
 //! Every parser is a pure function from bytes with a small error enum of its own that tests can
-//! compare. Integers are little-endian throughout.
+//! compare. Integers are little-endian throughout. What a valid header has that other programs mind
+//! is told by [`oddities`].
 
 pub mod bat;
 pub mod descriptor;
@@ -19,4 +20,5 @@ pub mod guid;
 pub mod header;
 pub mod layout;
 pub mod names;
+pub mod oddities;
 pub mod xml;

@@ -8,6 +8,8 @@
 mod forge;
 mod support;
 
+#[path = "kill/bench.rs"]
+mod bench;
 #[path = "kill/cycle.rs"]
 mod cycle;
 #[path = "kill/fio.rs"]
@@ -20,6 +22,8 @@ mod latch;
 mod ledger;
 #[path = "kill/limits.rs"]
 mod limits;
+#[path = "kill/points.rs"]
+mod points;
 #[path = "kill/stage.rs"]
 mod stage;
 #[path = "kill/subject.rs"]
@@ -109,6 +113,7 @@ fn main() {
     trials.extend(ledger::trials());
     trials.extend(system::trials());
     trials.extend(limits::trials());
+    trials.extend(points::trials());
     trials.extend(latch::trials());
     harness::main(trials)
 }

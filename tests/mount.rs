@@ -7,6 +7,8 @@
 mod forge;
 mod support;
 
+#[path = "mount/answers.rs"]
+mod answers;
 #[path = "mount/damage.rs"]
 mod damage;
 #[path = "mount/dead.rs"]
@@ -21,6 +23,8 @@ mod life;
 mod load;
 #[path = "mount/locks.rs"]
 mod locks;
+#[path = "mount/memory.rs"]
+mod memory;
 #[path = "mount/process.rs"]
 mod process;
 #[path = "mount/tree.rs"]
@@ -36,7 +40,9 @@ fn main() {
     trials.extend(life::trials());
     trials.extend(damage::trials());
     trials.extend(dead::trials());
+    trials.extend(memory::trials());
     trials.extend(process::trials());
+    trials.extend(answers::trials());
     trials.extend(tree::trials());
     trials.extend(load::trials());
     harness::main(trials)

@@ -4,16 +4,30 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use ploopfs::format::descriptor::Descriptor;
+use ploopfs::format::descriptor::{Descriptor, IMAGES_MAX};
+use ploopfs::units::SectorCount;
 
 fuzz_target!(|data: &[u8]| {
-    let Ok(descriptor) = Descriptor::parse(data) else {
-        return;
+    let descriptor = match Descriptor::parse(data) {
+        Ok(descriptor) => descriptor,
+        Err(error) => {
+            assert!(error.to_string().len() < 1000, "errors are for people");
+            return;
+        }
     };
-    let mut next = descriptor.parts[0].start;
-    for part in &descriptor.parts {
-        assert!(part.start == next && part.end > part.start);
-        next = part.end;
+    // The bounds of an only part decide nothing.
+    if descriptor.parts.len() > 1 {
+        let mut next = SectorCount::ZERO;
+        for part in &descriptor.parts {
+            assert!(part.start == next && part.end > part.start);
+            next = part.end;
+        }
+        assert_eq!(next, descriptor.disk_size);
+    }
+    let images = descriptor.parts.iter().map(|part| part.images.len());
+    assert!(images.sum::<usize>() <= IMAGES_MAX && descriptor.snapshots.len() <= IMAGES_MAX);
+    for oddity in &descriptor.oddities {
+        assert!(oddity.to_string().len() < 1000);
     }
     assert!(
         descriptor

@@ -17,13 +17,13 @@ pub use find::subject;
 pub use survey::{Survey, SurveyedFile, SurveyedPart};
 
 use crate::chain::bundle::files::{Opening, Registry, Wanted};
-use crate::chain::bundle::find::Found;
+use crate::chain::bundle::find::{Found, Naming};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::{Descriptor, DescriptorError, Encryption, ImageType, Part, Shot};
 use crate::format::guid::Guid;
 use crate::format::xml;
 use crate::storage::SharedStorage;
-use crate::storage::host::{self, Roots};
+use crate::storage::host::Roots;
 use crate::storage::lock;
 use crate::sys::open as sys;
 use crate::units::SectorCount;
@@ -49,6 +49,9 @@ pub struct Selection {
     pub raw: bool,
     /// Open the top for writing.
     pub write: bool,
+    /// Where the descriptor and the top's header differ about the size of the disk, the header is
+    /// right.
+    pub trust_header: bool,
     /// Take no locks (`info` only).
     pub no_lock: bool,
     /// Directories outside the bundle that a descriptor may name files in.
@@ -133,6 +136,7 @@ struct Bundle {
     names: HashMap<Guid, String>,
     files: Registry,
     no_lock: bool,
+    trust_header: bool,
     _lock: Option<File>,
 }
 
@@ -142,16 +146,26 @@ pub fn open(image: &Path, selection: &Selection) -> Result<OpenedImages> {
         log::debug!("the limit of open files stays as it is: {e}");
     }
     match find::find(image)? {
-        Found::Image(path) => open_by_hand(image, &path, selection),
+        Found::Image(path, naming) => open_by_hand(image, &path, naming, selection),
         Found::Bundle {
             directory,
             descriptor,
-        } => open_bundle(image, &directory, &descriptor, selection),
+            naming,
+        } => {
+            refuse_image_options(image, selection)?;
+            let roots = find::open_roots(&directory, naming, &selection.allow_outside)?;
+            open_bundle(image, roots, &descriptor, selection)
+        }
     }
 }
 
 /// A bare image, or deltas named by hand.
-fn open_by_hand(named: &Path, top: &Path, selection: &Selection) -> Result<OpenedImages> {
+fn open_by_hand(
+    named: &Path,
+    top: &Path,
+    naming: Naming,
+    selection: &Selection,
+) -> Result<OpenedImages> {
     if let Some(snapshot) = &selection.snapshot {
         let why = format!("{snapshot:?}: only a bundle has snapshots, and this is a single image");
         return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(named));
@@ -164,10 +178,12 @@ fn open_by_hand(named: &Path, top: &Path, selection: &Selection) -> Result<Opene
     let mut opening = Opening::new(selection.no_lock, &registry);
     let paths = selection.lower.iter().map(PathBuf::as_path).chain([top]);
     for (level, path) in paths.enumerate() {
-        let write = selection.write && level == selection.lower.len();
+        let is_top = level == selection.lower.len();
+        let write = selection.write && is_top;
+        let naming = if is_top { naming } else { Naming::User };
         opening.add(Wanted {
             part: 0,
-            file: host::by_user(path, write).map_err(|e| with_hint(e, write))?,
+            file: find::open_image(path, naming, write).map_err(|e| with_hint(e, write))?,
             path: path.to_owned(),
             guid: None,
             kind: if selection.raw && level == 0 {
@@ -213,12 +229,7 @@ fn check_membership(image: &Path, write: bool) -> Result<Option<String>> {
     Ok(Some(format!("{what}; name the bundle to use the disk")))
 }
 
-fn open_bundle(
-    named: &Path,
-    directory: &Path,
-    descriptor_name: &str,
-    selection: &Selection,
-) -> Result<OpenedImages> {
+fn refuse_image_options(named: &Path, selection: &Selection) -> Result<()> {
     for (given, option) in [
         (!selection.lower.is_empty(), "--lower"),
         (selection.raw, "--format"),
@@ -228,30 +239,30 @@ fn open_bundle(
             return Err(Error::why(ErrorKind::Usage, why).in_file(named));
         }
     }
-    let roots = Roots::open(directory, &selection.allow_outside)?;
+    Ok(())
+}
+
+fn open_bundle(
+    named: &Path,
+    roots: Roots,
+    descriptor_name: &str,
+    selection: &Selection,
+) -> Result<OpenedImages> {
+    let directory = roots.path().to_owned();
     let mut warnings = Vec::new();
     let lock = lock_bundle(&roots, descriptor_name, selection, &mut warnings)?;
     let path = directory.join(descriptor_name);
     let descriptor = read_descriptor(&roots, descriptor_name)?;
-    let names = find::snapshot_names(directory);
+    let names = find::snapshot_names(&directory);
     let target =
         select(&descriptor, &names, selection.snapshot.as_deref()).map_err(|e| e.in_file(&path))?;
     if selection.write {
         check_writable(&descriptor, target).map_err(|e| e.in_file(&path))?;
     }
-    warnings.extend(descriptor.oddities.iter().map(|oddity| format!("{oddity}")));
+    warnings.extend(told(&directory, descriptor_name, &descriptor));
     warnings.extend(encryption_text(&descriptor).map(|how| {
         format!("the disk is encrypted ({how}); its contents are passed on as they are stored")
     }));
-    if directory
-        .join(format!("{descriptor_name}.tmp"))
-        .symlink_metadata()
-        .is_ok()
-    {
-        warnings.push(format!(
-            "{descriptor_name}.tmp is there: an operation of ploop runs or was interrupted"
-        ));
-    }
     // A reader needs the lock no longer than its files take to open: then their own locks hold, and
     // reading a frozen snapshot must not keep others from using the top.
     let (kept, passing) = if selection.write {
@@ -265,6 +276,7 @@ fn open_bundle(
         names,
         files: Registry::default(),
         no_lock: selection.no_lock,
+        trust_header: selection.trust_header,
         _lock: kept,
     });
     let mut images = open_chain(&bundle, target, selection.write)?;
@@ -290,10 +302,7 @@ fn lock_bundle(
     let file = match sys::lock_file(roots.home(), Path::new(&name), selection.write) {
         Ok(file) => file,
         Err(_) if !selection.write => return Ok(None),
-        Err(e) => {
-            let error = Error::why(e_kind(&e), "cannot take ploop's lock on the bundle").because(e);
-            return Err(with_hint(error.in_file(&path), true));
-        }
+        Err(e) => return Err(no_lock_file(e, &path)),
     };
     let deadline = Instant::now() + lock::PATIENCE;
     match lock::bundle(&file, selection.write, deadline) {
@@ -308,8 +317,30 @@ fn lock_bundle(
     }
 }
 
-fn e_kind(error: &std::io::Error) -> ErrorKind {
-    ErrorKind::Io(error.raw_os_error().unwrap_or(libc::EIO))
+fn no_lock_file(error: std::io::Error, path: &Path) -> Error {
+    let kind = match error.raw_os_error() {
+        // A link, or what `lock_file` has found to be no plain file.
+        Some(libc::ELOOP | libc::ENXIO | libc::ENODEV | libc::EISDIR) | None => {
+            let why = "ploop's lock file is not a plain file, so it was not made by ploop";
+            let error = Error::why(ErrorKind::OutsideBundle, why).in_file(path);
+            return error.fix("see what it is, and remove it");
+        }
+        Some(errno) => ErrorKind::Io(errno),
+    };
+    let why = "cannot take ploop's lock on the bundle";
+    with_hint(Error::why(kind, why).because(error).in_file(path), true)
+}
+
+/// What is odd about a bundle, for people.
+fn told(directory: &Path, descriptor_name: &str, descriptor: &Descriptor) -> Vec<String> {
+    let oddities = descriptor.oddities.iter().map(ToString::to_string);
+    let mut told = find::few(oddities.collect());
+    told.extend(find::few(find::leftovers(
+        directory,
+        descriptor_name,
+        descriptor,
+    )));
+    told
 }
 
 /// What can be done where the host refuses to open a file.
@@ -336,12 +367,21 @@ fn read_descriptor(roots: &Roots, name: &str) -> Result<Descriptor> {
 }
 
 fn descriptor_error(error: DescriptorError) -> Error {
-    let kind = match error {
-        DescriptorError::NoSuchShot(_) => ErrorKind::NoSuchSnapshot,
-        DescriptorError::ParentVolume { .. } => ErrorKind::Unsupported,
-        _ => ErrorKind::Descriptor,
+    let (kind, fix) = match error {
+        DescriptorError::NoSuchShot(_) => (
+            ErrorKind::NoSuchSnapshot,
+            "`ploopfs info` lists the snapshots",
+        ),
+        DescriptorError::ParentVolume { .. } => (
+            ErrorKind::Unsupported,
+            "such a linked clone cannot be read without that volume",
+        ),
+        _ => (
+            ErrorKind::Descriptor,
+            "correct the descriptor, or take it from a copy; a single image can be named by itself",
+        ),
     };
-    Error::new(kind).because(error)
+    Error::new(kind).because(error).fix(fix)
 }
 
 fn encryption_text(descriptor: &Descriptor) -> Option<String> {
@@ -443,7 +483,10 @@ fn open_chain(bundle: &Arc<Bundle>, target: Guid, write: bool) -> Result<OpenedI
                 .map_err(|e| match e.kind() {
                     ErrorKind::Missing => {
                         let why = format!("the image of snapshot {}", image.guid);
-                        Error::why(ErrorKind::Missing, why).in_file(&roots.path().join(&image.file))
+                        let error = Error::why(ErrorKind::Missing, why);
+                        error
+                            .in_file(&roots.path().join(&image.file))
+                            .fix("put the file back where the descriptor names it")
                     }
                     _ => with_hint(e, write),
                 })?;
@@ -465,8 +508,8 @@ fn open_chain(bundle: &Arc<Bundle>, target: Guid, write: bool) -> Result<OpenedI
     }
     // The bounds of an only part that does not cover the disk mean nothing.
     let whole = |part: &&Part| {
-        descriptor.parts.len() > 1
-            || (part.start == SectorCount::ZERO && part.end == descriptor.disk_size)
+        let covers = part.start == SectorCount::ZERO && part.end == descriptor.disk_size;
+        descriptor.parts.len() > 1 || (covers && !bundle.trust_header)
     };
     let parts = descriptor
         .parts

@@ -4,6 +4,7 @@ use super::Chain;
 use super::bundle::{OpenedFile, OpenedPart, Plain};
 use crate::delta::image::{Image, Kind, version_of};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::oddities;
 use crate::plan::Geometry;
 use crate::units::{ClusterSize, Level, SECTOR, SectorCount};
 use std::sync::Arc;
@@ -70,7 +71,8 @@ fn open_level(
     if level != Level::BASE {
         return Err(
             Error::why(ErrorKind::Descriptor, "a plain image above another image")
-                .in_file(&file.path),
+                .in_file(&file.path)
+                .fix("correct <Type> and <File> in the descriptor"),
         );
     }
     Image::plain(&file.path, storage)
@@ -91,7 +93,11 @@ fn cluster_size(levels: &[Image], blocksize: Option<u32>) -> Result<ClusterSize>
                     first.bytes(),
                     other.path().display()
                 );
-                return Err(Error::why(ErrorKind::Descriptor, why).in_file(image.path()));
+                return Err(Error::why(ErrorKind::Descriptor, why)
+                    .in_file(image.path())
+                    .fix(
+                        "images of one chain have one cluster size: these do not belong together",
+                    ));
             }
             Some(_) => {}
             None => found = Some((image, size)),
@@ -105,7 +111,9 @@ fn cluster_size(levels: &[Image], blocksize: Option<u32>) -> Result<ClusterSize>
                 declared.bytes(),
                 size.bytes()
             );
-            Err(Error::why(ErrorKind::Descriptor, why).in_file(image.path()))
+            Err(Error::why(ErrorKind::Descriptor, why)
+                .in_file(image.path())
+                .fix("correct <Blocksize> in the descriptor, if the image belongs there"))
         }
         (Some((_, size)), _) => Ok(size),
         (None, Some(declared)) => Ok(declared),
@@ -139,7 +147,10 @@ fn disk_len(
     if write {
         return Err(Error::why(ErrorKind::Descriptor, why)
             .in_file(top.path())
-            .fix("mount it read-only; the smaller of the two is then shown"));
+            .fix(
+                "mount it read-only, which shows the smaller of the two; if the header is right: \
+                 --trust-header",
+            ));
     }
     warnings.push(format!(
         "{}: {why}; the smaller is shown",
@@ -174,10 +185,15 @@ fn warn_of_oddities(levels: &[Image], write: bool, warnings: &mut Vec<String>) {
                 "{path}: the in-use mark is set: the image is open elsewhere, or was not closed"
             ));
         }
-        if is_top && !write {
-            if let Some(refusal) = header.write_refusal() {
-                warnings.push(format!("{path}: {refusal}"));
-            }
+        // A lower delta that is short of entries shows what is below it instead.
+        if !(is_top && write) {
+            warnings.extend(header.write_refusal().map(|why| format!("{path}: {why}")));
+        }
+        if is_top {
+            let told = oddities::of(header)
+                .into_iter()
+                .filter(|odd| write || !odd.is_for_writers());
+            warnings.extend(told.map(|odd| format!("{path}: {odd}")));
         }
     }
     if write && versions.windows(2).any(|pair| pair[0] != pair[1]) {

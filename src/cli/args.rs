@@ -126,6 +126,9 @@ pub struct ServeArgs {
     /// Drop dirty bitmaps, which writing would turn into a lie
     #[arg(long, help_heading = "Writing")]
     pub drop_bitmaps: bool,
+    /// Where descriptor and header differ about the disk's size, the header is right
+    #[arg(long, help_heading = "Writing")]
+    pub trust_header: bool,
     /// Bytes by which the file grows (16M)
     #[arg(long, value_name = "SIZE", value_parser = parse_step, help_heading = "Writing")]
     pub grow_step: Option<u64>,
@@ -168,6 +171,7 @@ impl ServeArgs {
         }
         let disk = &mut settings.disk;
         disk.drop_bitmaps |= self.drop_bitmaps;
+        settings.selection.trust_header |= self.trust_header;
         disk.grow_step = self.grow_step.unwrap_or(disk.grow_step);
         disk.enospc = self.enospc.unwrap_or(disk.enospc);
         disk.flush_interval_ms = self.flush_interval.unwrap_or(disk.flush_interval_ms);

@@ -74,11 +74,11 @@ pub const fn is_refusal(kind: ErrorKind) -> bool {
         | ErrorKind::Descriptor
         | ErrorKind::NoSuchSnapshot
         | ErrorKind::OutsideBundle
+        | ErrorKind::Truncated
+        | ErrorKind::ReadOnly
         | ErrorKind::Usage
         | ErrorKind::Mountpoint => true,
         ErrorKind::Io(_)
-        | ErrorKind::Truncated
-        | ErrorKind::ReadOnly
         | ErrorKind::Latched
         | ErrorKind::OutOfRange
         | ErrorKind::Host

@@ -123,6 +123,7 @@ fn run_mount(request: &Request) -> Result<(), Box<Report>> {
             pid_file: None,
             replace_dead: false,
             drop_bitmaps: false,
+            trust_header: false,
             grow_step: None,
             enospc: None,
             flush_interval: None,

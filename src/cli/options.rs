@@ -43,7 +43,7 @@ const IGNORED: [&str; 26] = [
 ];
 
 /// Words with no value that do something.
-const FLAGS: [&str; 14] = [
+const FLAGS: [&str; 15] = [
     "ro",
     "noexec",
     "noatime",
@@ -55,6 +55,7 @@ const FLAGS: [&str; 14] = [
     "nonempty",
     "nofail",
     "drop_bitmaps",
+    "trust_header",
     "raw",
     "replace_dead",
     "lock_memory",
@@ -254,13 +255,14 @@ impl Settings {
             "noexec" => self.mount.noexec = true,
             "noatime" => self.mount.noatime = true,
             "sync" => self.mount.sync = true,
-            "allow_other" => self.allow(Access::Everybody),
-            "allow_root" => self.allow(Access::Root),
+            "allow_other" => self.mount.access = Access::Everybody,
+            "allow_root" => self.mount.access = Access::Root,
             "default_permissions" => self.mount.default_permissions = true,
             "auto_unmount" => self.mount.auto_unmount = true,
             "nonempty" => self.mount.nonempty = true,
             "nofail" => self.nofail = true,
             "drop_bitmaps" => self.disk.drop_bitmaps = true,
+            "trust_header" => self.selection.trust_header = true,
             "raw" => self.selection.raw = true,
             "replace_dead" => self.replace_dead = true,
             "lock_memory" => self.lock_memory = true,
@@ -268,12 +270,6 @@ impl Settings {
             _ => return Err(unknown(name)),
         }
         Ok(())
-    }
-
-    /// Once others are let in, the kernel must check the modes of the files.
-    fn allow(&mut self, access: Access) {
-        self.mount.access = access;
-        self.mount.default_permissions = true;
     }
 
     fn value(&mut self, name: &str, raw: &OsStr) -> Result<(), String> {

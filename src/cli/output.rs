@@ -69,12 +69,11 @@ impl Report {
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = format!("ploopfs: {}\n", Shown(&self.what));
-        let parts = [
-            ("why ", &self.why),
-            ("fix ", &self.hint),
-            ("data", &self.data),
-        ];
-        for (name, part) in parts {
+        // The reason holds names that others have chosen; a line break in one is no line of ours.
+        if let Some(why) = &self.why {
+            text.push_str(&format!("  why : {}\n", Shown(why)));
+        }
+        for (name, part) in [("fix ", &self.hint), ("data", &self.data)] {
             if let Some(part) = part {
                 let lines: Vec<_> = part.lines().map(|line| Shown(line).to_string()).collect();
                 text.push_str(&format!("  {name}: {}\n", lines.join("\n         ")));

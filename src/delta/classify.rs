@@ -5,13 +5,17 @@
 //! has it; whoever names it later shares it.
 
 use super::bits::BitSet;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::EntryError;
 use crate::format::header::Version;
 use crate::format::layout::Layout;
 use crate::units::{FileCluster, FileOffset, SECTOR};
 use std::collections::HashSet;
 use std::ops::Range;
+
+/// The most clusters beyond the limit, as another program's shrinking of a disk leaves some. They
+/// are kept one by one, so their number must not be the image's to choose.
+const BEYOND_MAX: usize = 1 << 20;
 
 /// Where clusters may lie in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,10 +98,17 @@ impl Used {
         })
     }
 
-    /// Adds a number; `false` when it was there.
+    /// Adds a number; `false` when it was there. An error when too many are beyond the limit.
     pub fn insert(&mut self, number: u64) -> Result<bool> {
         if number < self.limit {
             return Ok(self.bits.insert(number));
+        }
+        if self.beyond.len() >= BEYOND_MAX && !self.beyond.contains(&number) {
+            let why = format!(
+                "more than {BEYOND_MAX} entries name clusters behind all that the table needs"
+            );
+            return Err(Error::why(ErrorKind::Unsupported, why)
+                .fix("mount it read-only (`ploopfs mount -r`)"));
         }
         self.beyond
             .try_reserve(1)

@@ -52,9 +52,7 @@ impl Image {
         let read = || -> Result<(FileOffset, Header)> {
             let len = storage.len()?;
             if len.get() < len_u64(HEADER_LEN) {
-                return Err(
-                    Error::new(ErrorKind::Truncated).because(HeaderError::Short { len: len.get() })
-                );
+                return Err(header_error(HeaderError::Short { len: len.get() }));
             }
             let mut bytes = [0; HEADER_LEN];
             storage.read_at(FileOffset::ZERO, &mut bytes)?;
@@ -154,12 +152,24 @@ pub fn header_error(error: HeaderError) -> Error {
         HeaderError::Short { .. } | HeaderError::TableTruncated { .. } => ErrorKind::Truncated,
         HeaderError::ClusterSizeReadOnly(_)
         | HeaderError::FirstBlockUnaligned { .. }
+        | HeaderError::FirstBlockMissing { .. }
         | HeaderError::Empty => ErrorKind::Unsupported,
         _ => ErrorKind::Corrupt,
     };
     let wrapped = Error::new(kind).because(error);
-    if kind == ErrorKind::NotAnImage {
-        return wrapped.fix("if it is a raw disk, say so with --format raw");
+    match error {
+        HeaderError::Magic => wrapped.fix("if it is a raw disk, say so with --format raw"),
+        // Version 1 counts sectors and version 2 clusters: either reading could be wrong.
+        HeaderError::Converting => wrapped.fix(
+            "where a file of the image's name with .idx is left, ploop can take the conversion \
+             back; else take the image from a copy",
+        ),
+        HeaderError::Short { .. } | HeaderError::TableTruncated { .. } => {
+            wrapped.fix("the file was cut: take it from a copy")
+        }
+        _ if kind == ErrorKind::Corrupt => {
+            wrapped.fix("nothing can be found by such a header: take the image from a copy")
+        }
+        _ => wrapped,
     }
-    wrapped
 }

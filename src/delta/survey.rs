@@ -99,7 +99,11 @@ impl Walk<'_> {
 
     fn entry(&mut self, cluster: DiskCluster, entry: u32) -> Result<()> {
         self.survey.mapped += u64::from(entry != 0);
-        match self.classifier.class(entry)? {
+        match self
+            .classifier
+            .class(entry)
+            .map_err(|e| e.at_cluster(cluster))?
+        {
             Class::Hole => {}
             Class::Good(number) => self.survey.used_end = self.survey.used_end.max(number + 1),
             Class::Cut(_) => {

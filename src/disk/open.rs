@@ -44,6 +44,10 @@ use std::time::Duration;
 
 /// Bytes of map pages for a frozen view: people look into one, they do not work on it.
 const VIEW_CACHE: u64 = 4 << 20;
+/// The most table pages of all parts of a split disk: 16 TiB in clusters of 1 MiB.
+const SPLIT_PAGES_MAX: u64 = 1 << 14;
+/// Extensions in larger clusters than any writer makes are not read for a warning.
+const EXTENSION_MAX: u64 = 64 << 20;
 
 /// Threads and memory that several disks can share: a disk and its frozen views do.
 #[derive(Clone, Debug)]
@@ -104,12 +108,18 @@ pub fn open_with(
     options: &DiskOptions,
     resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
+    let caches = look_at_parts(&images, options)?;
+    if !options.read_only {
+        check_split(&images.parts, options)?;
+    }
     let mut notes = images.warnings.clone();
     let mut parts = Vec::with_capacity(images.parts.len());
     let mut marks = Vec::with_capacity(images.parts.len());
-    for opened in &images.parts {
+    for (opened, bat_cache) in images.parts.iter().zip(caches) {
         let (chain, writer) = if options.read_only {
-            (crate::chain::open::chain(opened, false, &mut notes)?, None)
+            let chain = crate::chain::open::chain(opened, false, &mut notes)?;
+            tell_of_extension(chain.top(), &mut notes);
+            (chain, None)
         } else {
             open_for_writing(opened, options, &mut notes)?
         };
@@ -125,7 +135,7 @@ pub fn open_with(
             start,
             chain,
             alloc,
-            options.bat_cache,
+            bat_cache,
             options.grow_step,
             Arc::clone(&resources.pool),
         )?;
@@ -165,6 +175,40 @@ pub fn open_with(
     Ok((disk, notes))
 }
 
+/// Looks at the headers of all parts of a split disk before anything is done to any, and gives each
+/// part its share of the memory for table pages. However many parts a descriptor names, they get
+/// no more memory together than one image could.
+fn look_at_parts(images: &OpenedImages, options: &DiskOptions) -> Result<Vec<u64>> {
+    let [_, _, ..] = images.parts.as_slice() else {
+        return Ok(vec![options.bat_cache; images.parts.len()]);
+    };
+    let mut pages = Vec::with_capacity(images.parts.len());
+    for opened in &images.parts {
+        let chain = crate::chain::open::chain(opened, !options.read_only, &mut Vec::new())?;
+        pages.push(
+            chain
+                .top()
+                .layout()
+                .map_or(1, |l| u64::from(l.page_count())),
+        );
+    }
+    let all: u64 = pages.iter().sum();
+    if all > SPLIT_PAGES_MAX {
+        let why = format!(
+            "the tables of its {} parts are too large together",
+            pages.len()
+        );
+        return Err(Error::why(ErrorKind::Unsupported, why)
+            .in_file(&images.named)
+            .fix("nobody makes such a disk; nothing was changed"));
+    }
+    let share = |pages: u64| u128::from(options.bat_cache) * u128::from(pages) / u128::from(all);
+    Ok(pages
+        .into_iter()
+        .map(|pages| u64::try_from(share(pages)).unwrap_or(u64::MAX))
+        .collect())
+}
+
 /// Checks that the parts follow each other without gap or overlap, and adds them up.
 fn total_size(parts: &[Part]) -> Result<u64> {
     let mut end = 0_u64;
@@ -196,6 +240,23 @@ struct Writer {
     mark: InUseMark,
     alloc: Allocator,
     is_marked: bool,
+}
+
+/// Makes sure that no part of a split disk is refused after another one has been changed. What is
+/// found here is not believed later: the file is synced first, and then looked at again.
+fn check_split(parts: &[OpenedPart], options: &DiskOptions) -> Result<()> {
+    if parts.len() == 1 {
+        return Ok(());
+    }
+    for opened in parts {
+        let chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
+        let top = chain.top();
+        if let Some(header) = top.header() {
+            examine(top, header, options, &mut Vec::new())
+                .map_err(|e| e.at_level(chain.geometry().top).in_file(top.path()))?;
+        }
+    }
+    Ok(())
 }
 
 fn open_for_writing(
@@ -251,17 +312,21 @@ fn lengthen_plain(chain: &Chain, notes: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// Steps 2 to 4 for the table of the top.
-fn prepare(
+/// What the table of a top is like that may be written to.
+struct Examined {
+    found: Survey,
+    /// It carries bitmaps that the options allow to drop.
+    bitmaps: bool,
+}
+
+/// Step 3: refuses, or tells what must be mended. Changes nothing.
+fn examine(
     image: &Image,
     header: &Header,
     options: &DiskOptions,
     notes: &mut Vec<String>,
-) -> Result<Writer> {
-    let storage = image.storage().as_ref();
-    let path = image.path().display();
-    let mut found = survey(image, header)?;
-    let mut mark = InUseMark::new(*header.raw());
+) -> Result<Examined> {
+    let found = survey(image, header)?;
     let was_in_use = header.is_in_use();
     // Only one cluster can lie across the end: a second such entry would share it.
     let is_tail = |fault: &Fault| matches!(fault, Fault::Entry(EntryError::CutByEnd(_)));
@@ -273,6 +338,21 @@ fn prepare(
         return Err(refuse(image, &found, was_in_use));
     }
     let bitmaps = find_bitmaps(image, header, &found, options, notes)?;
+    Ok(Examined { found, bitmaps })
+}
+
+/// Steps 2 to 4 for the table of the top.
+fn prepare(
+    image: &Image,
+    header: &Header,
+    options: &DiskOptions,
+    notes: &mut Vec<String>,
+) -> Result<Writer> {
+    let storage = image.storage().as_ref();
+    let path = image.path().display();
+    let Examined { mut found, bitmaps } = examine(image, header, options, notes)?;
+    let mut mark = InUseMark::new(*header.raw());
+    let was_in_use = header.is_in_use();
     if was_in_use || bitmaps {
         mark.set(storage)?;
     }
@@ -337,9 +417,14 @@ fn mend(image: &Image, header: &Header, found: &Survey, notes: &mut Vec<String>)
         let start = layout.cluster().file_start(whole);
         if found.tail_used {
             storage.set_len(start.saturating_add(layout.cluster().bytes()))?;
+            let cluster = found.faults.first().map_or(0, |fault| fault.0.get());
+            let disk_start = cluster.saturating_mul(layout.cluster().bytes());
             notes.push(format!(
-                "{path}: the last cluster was cut short after {} bytes; the rest reads as zeros",
-                found.tail_len
+                "{path}: the last cluster was cut short after {} bytes: bytes {} to {} of the disk \
+                 are missing and read as zeros",
+                found.tail_len,
+                disk_start.saturating_add(found.tail_len),
+                disk_start.saturating_add(layout.cluster().bytes()),
             ));
         } else {
             storage.set_len(start)?;
@@ -362,7 +447,7 @@ fn find_bitmaps(
     options: &DiskOptions,
     notes: &mut Vec<String>,
 ) -> Result<bool> {
-    let extension = match read_extension(image, header, found)? {
+    let extension = match read_extension(image, header, Some(found))? {
         Ok(None) => return Ok(false),
         Ok(Some(extension)) => extension,
         Err(why) => {
@@ -396,11 +481,31 @@ fn find_bitmaps(
     ))
 }
 
-/// Reads the extension that the header names; the inner error says why it is not believed.
+/// Says that an extension is not valid to those who only read; it harms them in no way.
+fn tell_of_extension(image: &Image, notes: &mut Vec<String>) {
+    let Some(header) = image.header() else {
+        return;
+    };
+    if header.extension().is_none() || header.layout().cluster().bytes() > EXTENSION_MAX {
+        return;
+    }
+    let why = match read_extension(image, header, None) {
+        Ok(Ok(_)) => return,
+        Ok(Err(why)) => why,
+        Err(error) => error.to_string(),
+    };
+    let path = image.path().display();
+    notes.push(format!(
+        "{path}: its format extension is not valid and ignored: {why}"
+    ));
+}
+
+/// Reads the extension that the header names; the inner error says why it is not believed. Without
+/// a survey nobody knows which clusters hold data of the disk.
 fn read_extension(
     image: &Image,
     header: &Header,
-    found: &Survey,
+    found: Option<&Survey>,
 ) -> Result<std::result::Result<Option<Extension>, String>> {
     let file_len = image.storage().len()?;
     let at = match extension::locate(header, file_len) {
@@ -422,7 +527,7 @@ fn read_extension(
     };
     let shared = extension.clusters.iter().find(|sector| {
         let start = FileOffset::new(sector.bytes().unwrap_or(u64::MAX));
-        found.used.contains(cluster.whole_below(start).get())
+        found.is_some_and(|found| found.used.contains(cluster.whole_below(start).get()))
     });
     Ok(match shared {
         Some(sector) => Err(format!(
@@ -465,27 +570,28 @@ mod tests {
         Arc::new(MemStorage::new(bytes))
     }
 
-    fn open_image(storage: &Arc<MemStorage>) -> Result<Arc<Disk>> {
-        let file = OpenedFile {
-            path: PathBuf::from("x.hds"),
-            storage: Arc::clone(storage) as crate::storage::SharedStorage,
-            plain: Plain::No,
-            guid: None,
-        };
-        let part = OpenedPart {
-            start: SectorCount::ZERO,
+    /// A disk of one part for each image.
+    fn open_images(storages: &[&Arc<MemStorage>]) -> Result<Arc<Disk>> {
+        let part = |(number, storage): (u64, &&Arc<MemStorage>)| OpenedPart {
+            start: SectorCount::new(80 * number),
             end: None,
             blocksize: None,
-            files: vec![file],
+            files: vec![OpenedFile {
+                path: PathBuf::from("x.hds"),
+                storage: Arc::clone(storage) as crate::storage::SharedStorage,
+                plain: Plain::No,
+                guid: None,
+            }],
         };
-        let images = OpenedImages::from_parts(PathBuf::from("x.hds"), vec![part]);
+        let parts = (0..).zip(storages).map(part).collect();
+        let images = OpenedImages::from_parts(PathBuf::from("x.hds"), parts);
         open(Arc::new(images), &DiskOptions::default()).map(|(disk, _)| disk)
     }
 
     #[test]
     fn a_cluster_that_the_end_cuts_is_filled_up_with_zeros() {
         let storage = image(&[(0, 1), (4, 3)]);
-        let disk = open_image(&storage).unwrap();
+        let disk = open_images(&[&storage]).unwrap();
         let mut found = [1; 4096];
         disk.read_at(crate::units::DiskOffset::new(4 * 4096), &mut found)
             .unwrap();
@@ -499,8 +605,22 @@ mod tests {
     fn two_that_share_it_are_refused_and_left_alone() {
         let storage = image(&[(0, 1), (4, 3), (5, 3)]);
         let before = storage.to_vec();
-        let error = open_image(&storage).unwrap_err();
+        let error = open_images(&[&storage]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InUse);
         assert!(storage.to_vec() == before, "a refused open changes nothing");
+    }
+
+    #[test]
+    fn a_part_is_mended_only_if_all_parts_can_be_opened() {
+        let (mendable, broken) = (image(&[(0, 1), (4, 3)]), image(&[(0, 1), (5, 1)]));
+        let before = mendable.to_vec();
+        let error = open_images(&[&mendable, &broken]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse);
+        assert!(
+            mendable.to_vec() == before,
+            "a refused open changes nothing"
+        );
+        open_images(&[&mendable, &image(&[])]).unwrap();
+        assert!(mendable.to_vec() != before);
     }
 }

@@ -56,10 +56,15 @@ impl Disk {
     fn extent(&self, part: &Part, from: u64) -> Result<Extent> {
         let geometry = part.chain.geometry();
         let (cluster, _) = geometry.cluster.split(DiskOffset::new(from));
-        let end = geometry
-            .cluster
-            .disk_start(DiskCluster::new(cluster.get() + 1))
-            .get();
+        let (page, _) = Layout::page_of(cluster);
+        // A plain file says all by itself, and nothing maps what is past the end of the table. A
+        // walk by clusters would be as long as the disk is said to be, which may be for ever.
+        let end = if page.index() >= part.map.page_count() {
+            part.disk_len()
+        } else {
+            let next = DiskCluster::new(cluster.get() + 1);
+            geometry.cluster.disk_start(next).get()
+        };
         match part.view().look_up(cluster).state {
             State::Hole => Ok(Extent {
                 is_data: false,
@@ -84,7 +89,7 @@ impl Disk {
     }
 }
 
-/// The host's word on a plain file, from `from` on, for one cluster that ends at `end`.
+/// The host's word on a plain file, from `from` on, for a range that ends at `end`.
 fn plain_extent(part: &Part, level: Level, from: u64, end: u64) -> Result<Extent> {
     let image = part.chain.level(level);
     if image.layout().is_some() {
@@ -141,4 +146,75 @@ fn hole_without_loading(part: &Part, page: PageIndex) -> Result<Option<u64>> {
     let next = Layout::cluster_of(PageIndex(end), 0);
     let cluster = part.chain.geometry().cluster;
     Ok(next.map(|next| cluster.disk_start(next).get()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain};
+    use crate::disk::{DiskOptions, open};
+    use crate::format::header::{MAGIC_V2, RawHeader};
+    use crate::storage::mem::MemStorage;
+    use crate::units::SectorCount;
+    use std::path::PathBuf;
+    use std::sync::Arc;
+
+    /// Sectors of a disk that is as long as a disk can be, nearly.
+    const ENDLESS: u64 = 1 << 53;
+
+    fn disk(bytes: Vec<u8>, plain: Plain) -> Arc<Disk> {
+        let file = OpenedFile {
+            path: PathBuf::from("x.hds"),
+            storage: Arc::new(MemStorage::new(bytes)),
+            plain,
+            guid: None,
+        };
+        let part = OpenedPart {
+            start: SectorCount::ZERO,
+            end: Some(SectorCount::new(ENDLESS)),
+            blocksize: None,
+            files: vec![file],
+        };
+        let images = Arc::new(OpenedImages::from_parts(PathBuf::from("x"), vec![part]));
+        let options = DiskOptions {
+            read_only: true,
+            ..DiskOptions::default()
+        };
+        open(images, &options).unwrap().0
+    }
+
+    fn assert_data_is_first_cluster_only(disk: &Disk) {
+        let at = DiskOffset::new;
+        assert_eq!(disk.seek_data(at(7)).unwrap(), Some(at(7)));
+        assert_eq!(disk.seek_hole(at(7)).unwrap(), at(4096));
+        assert_eq!(disk.seek_data(at(4096)).unwrap(), None);
+        assert_eq!(disk.seek_data(at(1 << 40)).unwrap(), None);
+        assert_eq!(disk.seek_hole(at(1 << 40)).unwrap(), at(1 << 40));
+    }
+
+    #[test]
+    fn what_is_past_the_table_is_one_hole_however_long() {
+        let raw = RawHeader {
+            magic: MAGIC_V2,
+            disk_type: 2,
+            heads: 0,
+            cylinders: 0,
+            cluster_sectors: 8,
+            entry_count: 3,
+            size_in_sectors: ENDLESS,
+            in_use: 0,
+            first_block: 8,
+            flags: 0,
+            extension: 0,
+        };
+        let mut bytes = vec![0; 2 * 4096];
+        bytes[..64].copy_from_slice(&raw.encode());
+        bytes[64] = 1;
+        assert_data_is_first_cluster_only(&disk(bytes, Plain::No));
+    }
+
+    #[test]
+    fn what_is_past_a_plain_file_is_one_hole_however_long() {
+        assert_data_is_first_cluster_only(&disk(vec![1; 4096], Plain::Yes));
+    }
 }

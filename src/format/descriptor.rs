@@ -24,6 +24,8 @@ use std::collections::{HashMap, HashSet};
 const DEPTH_MAX: usize = 16;
 /// The most bytes of a text that is only shown.
 const TEXT_MAX: usize = 256;
+/// The longest file name with its directories that the host takes.
+const NAME_MAX: usize = 4095;
 /// The most images, and the most snapshots.
 pub const IMAGES_MAX: usize = 4096;
 
@@ -91,7 +93,8 @@ pub struct Shot {
     pub temporary: bool,
 }
 
-/// A checked descriptor: parts without gaps, every GUID unique where it must be, a top that exists.
+/// A checked descriptor: parts without gaps (the bounds of an only part mean nothing, see
+/// [`Oddity::Bounds`]), every GUID unique where it must be, a top that exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Descriptor {
     /// The root element.
@@ -369,6 +372,12 @@ fn images(
         let name = xml::text(file);
         if name.is_empty() {
             return Err(DescriptorError::EmptyName { line: line(file) });
+        }
+        if name.len() > NAME_MAX {
+            return Err(DescriptorError::LongName {
+                line: line(file),
+                len: name.len(),
+            });
         }
         images.push(Image {
             guid,

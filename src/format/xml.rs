@@ -49,9 +49,27 @@ pub enum XmlError {
         /// The bound.
         max: usize,
     },
-    /// Not well-formed, or with a DTD. The parser's text tells line and column.
-    #[error("{}", printable(&.0.to_string(), 200))]
-    Malformed(#[from] roxmltree::Error),
+    /// Not well-formed, or with a DTD.
+    #[error("line {line}: {}", printable(&error.to_string(), 200))]
+    Malformed {
+        /// Where the parser stopped.
+        line: usize,
+        /// What it says.
+        error: roxmltree::Error,
+    },
+}
+
+/// Places an error. The parser leaves some without a position.
+fn malformed(error: roxmltree::Error, text: &str) -> XmlError {
+    let bytes = text.as_bytes();
+    let line = match error {
+        roxmltree::Error::UnclosedRootNode
+        | roxmltree::Error::UnexpectedEndOfStream
+        | roxmltree::Error::NoRootNode => line_of(bytes, text.trim_end().len()),
+        roxmltree::Error::DtdDetected => line_of(bytes, text.find("<!DOCTYPE").unwrap_or(0)),
+        _ => usize::try_from(error.pos().row).unwrap_or(usize::MAX),
+    };
+    XmlError::Malformed { line, error }
 }
 
 fn line_of(bytes: &[u8], at: usize) -> usize {
@@ -102,7 +120,7 @@ pub fn parse(text: &str, depth_max: usize) -> Result<Document<'_>, XmlError> {
         nodes_limit: NODES_MAX,
         ..ParsingOptions::default()
     };
-    let document = Document::parse_with_options(text, options)?;
+    let document = Document::parse_with_options(text, options).map_err(|e| malformed(e, text))?;
     check_depth(&document, depth_max)?;
     Ok(document)
 }
@@ -224,7 +242,7 @@ mod tests {
         );
         assert!(matches!(
             error(&"<a/>".repeat(200_001)),
-            XmlError::Malformed(_)
+            XmlError::Malformed { .. }
         ));
         assert_eq!(text_of(b"<r>\n\xff"), Err(XmlError::NotText { line: 2 }));
     }
@@ -232,7 +250,8 @@ mod tests {
     #[test]
     fn long_names_do_not_make_long_errors() {
         let name = "a".repeat(100_000);
-        assert_eq!(error(&format!("<{name}></b>")).to_string().len(), 200);
+        let text = error(&format!("<{name}></b>")).to_string();
+        assert_eq!(text.len(), "line 1: ".len() + 200);
         assert_eq!(printable("a\u{9b}31m\u{e9}\n", 7), "a 31m\u{e9}");
     }
 
@@ -241,8 +260,30 @@ mod tests {
         let bomb = "<!DOCTYPE r [<!ENTITY a \"aaaa\">]><r>&a;</r>";
         assert!(matches!(
             error(bomb),
-            XmlError::Malformed(roxmltree::Error::DtdDetected)
+            XmlError::Malformed {
+                error: roxmltree::Error::DtdDetected,
+                ..
+            }
         ));
+    }
+
+    #[test]
+    fn every_error_has_its_line() {
+        for (text, line) in [
+            ("<r>\n<a>\n</r>", 3),
+            ("<r>\n<a>\n\n", 2),
+            ("\n<!-- x -->\n", 2),
+            ("\n\n<!DOCTYPE r []>\n<r/>", 3),
+            ("<r>\n&unknown;</r>", 2),
+            ("<r>\n<a b='1' b='2'/></r>", 2),
+            ("<r", 1),
+        ] {
+            let told = error(text).to_string();
+            assert!(
+                told.starts_with(&format!("line {line}: ")),
+                "{text}: {told}"
+            );
+        }
     }
 
     #[test]

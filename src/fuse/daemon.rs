@@ -17,6 +17,7 @@
 
 use super::logging;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::memory;
 use crate::sys::process::{self, Fork};
 use log::Level;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -255,6 +256,13 @@ pub fn prepare_process() {
             level,
             "not marked as an I/O flusher (needs CAP_SYS_RESOURCE): {e}"
         );
+        if memory::waits_for_write_back() {
+            // Not marked, this process waits for memory that only it can write back.
+            log::warn!(
+                "this memory control group must not hold those who write to the disk through a \
+                 loop device as well: both would come to a standstill"
+            );
+        }
     }
     let wanted = match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((soft, hard)) if soft < hard => setrlimit(Resource::RLIMIT_NOFILE, hard, hard),

@@ -81,11 +81,24 @@ impl Held {
         Error::why(ErrorKind::Mountpoint, why).in_file(&self.entry.mountpoint)
     }
 
+    /// True if a living daemon may serve the mount; it is not asked, as it may hang.
+    fn may_live(&self, record: &Record) -> bool {
+        let here = record.mountpoint.as_ref().map(|path| &path.0) == Some(&self.entry.mountpoint);
+        here && record.is_about(&self.entry) && record.is_alive()
+    }
+
+    /// True if the record was about this mount, whatever type it was told to show. Records that
+    /// hold an error stay, and the numbers of devices are taken again: the image must fit, too.
+    fn is_recorded_as(&self, record: &Record) -> bool {
+        let here = record.mountpoint.as_ref().map(|path| &path.0) == Some(&self.entry.mountpoint);
+        here && record.is_about(&self.entry) && record.is_of(Path::new(&self.entry.source))
+    }
+
     /// Nothing that somebody else mounted is ours to unmount.
     fn expect_own(&self, records: &[Record]) -> Result<()> {
         let entry = &self.entry;
         let word = shell_word(&entry.mountpoint);
-        let recorded = records.iter().any(|record| record.is_about(entry));
+        let recorded = records.iter().any(|record| self.is_recorded_as(record));
         if !is_ours(entry) && !recorded {
             let kind = &entry.fs_type;
             let why = format!("something else ({kind}) is mounted there whose daemon has died");
@@ -123,8 +136,8 @@ pub fn make_way(mountpoint: &Path, replace: bool) -> Result<Vec<PathBuf>> {
             break;
         };
         let records = records();
-        let lives = |record: &Record| record.is_about(&held.entry) && record.is_alive();
-        let may_be_dead = held.entry.fs_type.starts_with("fuse") && !records.iter().any(lives);
+        let may_live = records.iter().any(|record| held.may_live(record));
+        let may_be_dead = held.entry.fs_type.starts_with("fuse") && !may_live;
         if !may_be_dead || !held.is_dead() {
             break;
         }

@@ -76,7 +76,7 @@ impl Default for MountOptions {
             noatime: true,
             sync: false,
             access: Access::Owner,
-            default_permissions: false,
+            default_permissions: true,
             fsname: None,
             subtype: None,
             auto_unmount: false,
@@ -180,6 +180,10 @@ pub fn examine(mountpoint: &Path, options: &MountOptions) -> Result<(PathBuf, Sh
     };
     expect_free(&full)?;
     let metadata = fs::metadata(&full).map_err(|e| bad(format!("cannot look at it: {e}")))?;
+    sys_mount::may_cover(&full).map_err(|e| {
+        bad(format!("you may not write there: {e}"))
+            .fix("choose a mountpoint of your own, or ask its owner")
+    })?;
     if metadata.is_file() {
         return Ok((full, Shape::File));
     }
@@ -547,7 +551,8 @@ mod tests {
         assert_eq!(
             helper_words(source, &options),
             OsString::from(
-                "nosuid,nodev,noatime,max_read=4096,subtype=ploopfs,fsname=/a\\,b\\\\c d.hdd"
+                "nosuid,nodev,noatime,default_permissions,max_read=4096,subtype=ploopfs,\
+                 fsname=/a\\,b\\\\c d.hdd"
             )
         );
     }

@@ -15,6 +15,7 @@
 //! ```
 
 use super::partitions::Partition;
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::path::Path;
 
@@ -88,9 +89,11 @@ pub(crate) struct Tree {
     shape: Shape,
     /// Name of the disk's file in the root directory.
     disk_name: String,
-    /// Directory names of the snapshots, oldest first.
-    snapshots: Vec<String>,
-    /// The snapshot that the live disk stands on.
+    /// Directory names of the snapshots, oldest first; none for one that cannot be shown.
+    snapshots: Vec<Option<String>>,
+    /// Where in that list each name is: a look-up must not search thousands.
+    by_name: HashMap<String, usize>,
+    /// The snapshot that the live disk stands on, where it is shown.
     latest: Option<String>,
 }
 
@@ -104,11 +107,21 @@ impl Tree {
         snapshots: Vec<String>,
         latest: Option<String>,
     ) -> Self {
+        let mut by_name = HashMap::new();
+        let mut shown = |(i, name): (usize, String)| {
+            let is_new = can_be_shown(&name) && !by_name.contains_key(&name);
+            is_new.then(|| {
+                by_name.insert(name.clone(), i);
+                name
+            })
+        };
+        let snapshots = snapshots.into_iter().enumerate().map(&mut shown).collect();
         Self {
             shape,
             disk_name,
             snapshots,
-            latest,
+            latest: latest.filter(|name| by_name.contains_key(name)),
+            by_name,
         }
     }
 
@@ -169,9 +182,7 @@ impl Tree {
             (Node::Root, "snapshots") => Some(Node::Snapshots),
             (Node::Root, _) => part_number(name).map(Node::Part),
             (Node::Snapshots, "latest") => self.newest().map(|_| Node::Latest),
-            (Node::Snapshots, _) => (0..self.snapshots.len())
-                .find(|i| self.snapshot_name(*i) == Some(name))
-                .map(Node::Snapshot),
+            (Node::Snapshots, _) => self.by_name.get(name).copied().map(Node::Snapshot),
             (Node::Snapshot(i), "disk.img") => Some(Node::SnapshotDisk(i)),
             _ => None,
         }
@@ -228,12 +239,11 @@ impl Tree {
     /// Links to a node: a directory has its name, its `.`, and the `..` of each one in it.
     #[must_use]
     pub(crate) fn nlink(&self, node: Node) -> u32 {
-        let shown = (0..self.snapshots.len())
-            .filter(|i| self.snapshot_name(*i).is_some())
-            .count();
         match node {
             Node::Root => 3,
-            Node::Snapshots => u32::try_from(shown).unwrap_or(u32::MAX).saturating_add(2),
+            Node::Snapshots => u32::try_from(self.by_name.len())
+                .unwrap_or(u32::MAX)
+                .saturating_add(2),
             Node::Snapshot(_) => 2,
             _ => 1,
         }
@@ -242,19 +252,19 @@ impl Tree {
     /// The directory name of a snapshot, where it can be one.
     #[must_use]
     pub(crate) fn snapshot_name(&self, i: usize) -> Option<&str> {
-        let name = self.snapshots.get(i)?.as_str();
-        let one_part = Path::new(name).file_name() == Some(OsStr::new(name));
-        (one_part && name.len() <= 255 && !name.contains('\0') && name != "latest").then_some(name)
+        self.snapshots.get(i)?.as_deref()
     }
 
     /// Where `latest` leads: the newest frozen state of the live disk, if it can be shown.
     #[must_use]
     pub(crate) fn newest(&self) -> Option<&str> {
-        let latest = self.latest.as_deref()?;
-        (0..self.snapshots.len())
-            .filter_map(|i| self.snapshot_name(i))
-            .find(|name| *name == latest)
+        self.latest.as_deref()
     }
+}
+
+fn can_be_shown(name: &str) -> bool {
+    let one_part = Path::new(name).file_name() == Some(OsStr::new(name));
+    one_part && name.len() <= 255 && !name.contains('\0') && name != "latest"
 }
 
 fn part_name(number: u32) -> String {

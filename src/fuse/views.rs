@@ -5,10 +5,10 @@
 //!
 //! What may take long is behind [`Views::is_ready`]: while that says no, the caller moves its
 //! request to the thread of `fuse/aside.rs` and asks there (only when the last writer closes in
-//! between are the few KiB of a partition table read at once). A snapshot's disk is opened once, at
-//! the first look at its `disk.img`, and kept; the partition list is kept until the last writer of
-//! `disk.img` has closed it. An open file keeps the bytes that it was opened on, whatever the list
-//! says later.
+//! between are the few KiB of a partition table read at once). A snapshot's disk is opened at the
+//! first look at its `disk.img`; only a few are kept, since a bundle may name thousands, but the
+//! size of each is remembered. The partition list is kept until the last writer of `disk.img` has
+//! closed it. An open file keeps the bytes that it was opened on, whatever is let go meanwhile.
 
 use super::nodes::{Node, Shape, Sort, Tree};
 use super::partitions::{self, Partition};
@@ -20,7 +20,7 @@ use crate::error::Result;
 use crate::units::{DiskOffset, len_u64};
 use fuser::{Errno, FileAttr, FileType, INodeNo};
 use parking_lot::Mutex;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -28,6 +28,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// More than opening a snapshot, or reading a partition table, takes from the heap.
 const OPENING_MAX: usize = 1 << 20;
+/// Snapshots whose disks stay open although no file of theirs is.
+const KEPT_MAX: usize = 16;
 
 /// Opens the disk of the snapshot with this GUID, read-only.
 pub type Opener = Box<dyn Fn(&str) -> Result<Arc<Disk>> + Send + Sync>;
@@ -78,7 +80,9 @@ pub(crate) enum Opened {
 /// A snapshot of the bundle.
 struct Frozen {
     guid: String,
-    disk: OnceLock<Arc<Disk>>,
+    disk: Mutex<Option<Arc<Disk>>>,
+    /// Its size and what the host keeps for it, which never change.
+    sizes: OnceLock<(u64, u64)>,
     /// Whether a failure to open it is in the log already.
     told: AtomicBool,
 }
@@ -87,18 +91,20 @@ impl Frozen {
     fn new(guid: String) -> Self {
         Self {
             guid,
-            disk: OnceLock::new(),
+            disk: Mutex::new(None),
+            sizes: OnceLock::new(),
             told: AtomicBool::new(false),
         }
     }
 
-    /// Its disk, opened at the first call; a failure is tried again at the next.
+    fn kept(&self) -> Option<Arc<Disk>> {
+        self.disk.lock().clone()
+    }
+
+    /// Opens its disk; a failure is tried again at the next call.
     fn open(&self, opener: &Opener) -> Result<Arc<Disk>, Errno> {
-        if let Some(disk) = self.disk.get() {
-            return Ok(Arc::clone(disk));
-        }
         match ensure_heap(OPENING_MAX).and_then(|()| opener(&self.guid)) {
-            Ok(disk) => Ok(Arc::clone(self.disk.get_or_init(|| disk))),
+            Ok(disk) => Ok(disk),
             Err(e) => {
                 if !self.told.swap(true, Ordering::Relaxed) {
                     log::error!("snapshot {} cannot be shown: {e}", self.guid);
@@ -132,6 +138,8 @@ pub(crate) struct Views {
     pub(crate) writable: bool,
     info: Arc<[u8]>,
     frozen: Vec<Frozen>,
+    /// Indices of those whose disks are kept, oldest first.
+    kept: Mutex<VecDeque<usize>>,
     opener: Opener,
     parts: Mutex<Parts>,
     handles: Mutex<Handles>,
@@ -175,6 +183,7 @@ impl Views {
             changed_ns: AtomicU64::new(since_epoch_ns(settings.mtime)),
             settings,
             frozen: guids.into_iter().map(Frozen::new).collect(),
+            kept: Mutex::new(VecDeque::with_capacity(KEPT_MAX + 1)),
             opener,
             parts: Mutex::default(),
             handles: Mutex::default(),
@@ -192,7 +201,7 @@ impl Views {
             Node::SnapshotDisk(i) => self
                 .frozen
                 .get(i)
-                .is_none_or(|frozen| frozen.disk.get().is_some()),
+                .is_none_or(|frozen| frozen.disk.lock().is_some()),
             _ => true,
         }
     }
@@ -230,7 +239,10 @@ impl Views {
             Node::Disk => Ok(self.live.clone()),
             Node::SnapshotDisk(i) => {
                 let frozen = self.frozen.get(i).ok_or(Errno::ENOENT)?;
-                frozen.open(&self.opener).map(View::whole)
+                match frozen.kept() {
+                    Some(disk) => Ok(View::whole(disk)),
+                    None => frozen.open(&self.opener).map(|disk| self.keep(i, disk)),
+                }
             }
             Node::Part(number) => {
                 let parts = self.partitions()?;
@@ -246,6 +258,26 @@ impl Views {
             }
             _ => Err(Errno::EISDIR),
         }
+    }
+
+    /// Keeps the disk of a snapshot, and lets that of another one go.
+    fn keep(&self, i: usize, disk: Arc<Disk>) -> View {
+        let view = View::whole(Arc::clone(&disk));
+        let Some(frozen) = self.frozen.get(i) else {
+            return view;
+        };
+        let _ = frozen.sizes.set((view.len, view.allocated()));
+        // Whatever goes, goes without a lock: it may be the last that holds the files.
+        let replaced = frozen.disk.lock().replace(disk);
+        let mut kept = self.kept.lock();
+        if replaced.is_none() {
+            kept.push_back(i);
+        }
+        let oldest = (kept.len() > KEPT_MAX).then(|| kept.pop_front()).flatten();
+        drop(kept);
+        let gone = oldest.and_then(|oldest| self.frozen.get(oldest)?.disk.lock().take());
+        drop((replaced, gone));
+        view
     }
 
     /// Whether the bytes of a node can be written.
@@ -271,9 +303,19 @@ impl Views {
     fn sizes(&self, node: Node) -> Result<(u64, u64), Errno> {
         Ok(match node {
             Node::Disk => (self.live.len, self.live.allocated()),
-            Node::Part(_) | Node::SnapshotDisk(_) => {
+            Node::Part(_) => {
                 let view = self.view(node)?;
                 (view.len, view.allocated())
+            }
+            Node::SnapshotDisk(i) => {
+                let known = self.frozen.get(i).and_then(|frozen| frozen.sizes.get());
+                match known {
+                    Some(sizes) => *sizes,
+                    None => {
+                        let view = self.view(node)?;
+                        (view.len, view.allocated())
+                    }
+                }
             }
             Node::Info => (len_u64(self.info.len()), len_u64(self.info.len())),
             Node::Latest => (self.tree.newest().map_or(0, |name| len_u64(name.len())), 0),
@@ -398,7 +440,7 @@ impl Views {
     pub(crate) fn close_snapshots(&mut self) {
         self.handles.get_mut().open.clear();
         for frozen in &mut self.frozen {
-            if let Some(Err(e)) = frozen.disk.take().map(Disk::close) {
+            if let Some(Err(e)) = frozen.disk.get_mut().take().map(Disk::close) {
                 log::warn!("closing snapshot {}: {e}", frozen.guid);
             }
         }

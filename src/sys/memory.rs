@@ -21,6 +21,16 @@ pub fn cgroup_limit() -> Option<u64> {
     groups.lines().filter_map(limit_of_line).min()
 }
 
+/// True if one of the limits is of version 1. There, who asks for memory in a full group may have
+/// to wait until other memory of the group has been written back.
+#[must_use]
+pub fn waits_for_write_back() -> bool {
+    let mut text = [0; 4096];
+    let groups = read_text(Path::new("/proc/self/cgroup"), &mut text);
+    let mut lines = groups.unwrap_or_default().lines();
+    lines.any(|line| !line.starts_with("0:") && limit_of_line(line).is_some())
+}
+
 /// Reads a small file; what does not fit is cut off.
 fn read_text<'a>(path: &Path, text: &'a mut [u8]) -> Option<&'a str> {
     let mut file = File::open(path).ok()?;

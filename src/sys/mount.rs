@@ -1,13 +1,15 @@
 //! Mounts: ones without a place in the tree, descriptors passed by helpers, and the host's table.
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::unistd::{AccessFlags, access, getuid};
 use std::ffi::{CStr, OsString};
 use std::fs;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::ptr;
 
 const FSOPEN_CLOEXEC: libc::c_uint = 1;
@@ -207,6 +209,22 @@ fn unescape(word: &[u8]) -> OsString {
         }
     }
     OsString::from_vec(out)
+}
+
+/// Whether this user may mount something at a place: who may not change it must not cover it
+/// either. Root may do anything; in a directory for all (with the sticky bit) only its owner may.
+pub fn may_cover(place: &Path) -> io::Result<()> {
+    let user = getuid();
+    if user.is_root() {
+        return Ok(());
+    }
+    access(place, AccessFlags::W_OK)?;
+    let found = fs::metadata(place)?;
+    let is_sticky = found.mode() & libc::S_ISVTX != 0;
+    if found.is_dir() && is_sticky && found.uid() != user.as_raw() {
+        return Err(io::Error::from_raw_os_error(libc::EPERM));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

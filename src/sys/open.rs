@@ -49,6 +49,12 @@ pub fn directory(path: &Path) -> io::Result<OwnedFd> {
     patiently(|| openat(AT_FDCWD, path, how, Mode::empty()))
 }
 
+/// Opens a directory directly in another one; a symbolic link of that name is ELOOP or ENOTDIR.
+pub fn directory_in(dir: BorrowedFd<'_>, name: &Path) -> io::Result<OwnedFd> {
+    let how = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    patiently(|| openat(dir, name, how, Mode::empty()))
+}
+
 /// Opens a file below a directory. A name that leaves it is EXDEV, a symbolic link anywhere in the
 /// name ELOOP, whatever is renamed meanwhile.
 pub fn beneath(dir: BorrowedFd<'_>, name: &Path, write: bool) -> io::Result<File> {
@@ -57,6 +63,10 @@ pub fn beneath(dir: BorrowedFd<'_>, name: &Path, write: bool) -> io::Result<File
             | ResolveFlag::RESOLVE_NO_MAGICLINKS
             | ResolveFlag::RESOLVE_NO_SYMLINKS,
     );
+    #[cfg(test)]
+    if tests::openat2_is_lacking() {
+        return beneath_by_steps(dir, name, write);
+    }
     match patiently(|| openat2(dir, name, how)) {
         // Kernels before 5.6 lack the call, and old container sandboxes forbid it.
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
@@ -97,7 +107,8 @@ fn beneath_by_steps(dir: BorrowedFd<'_>, name: &Path, write: bool) -> io::Result
     Err(io::Error::from_raw_os_error(libc::EISDIR))
 }
 
-/// Opens a lock file directly in a directory, making it (mode 0600) where `create` says so.
+/// Opens a lock file directly in a directory, making it (mode 0600) where `create` says so. What is
+/// no plain file is an error without an errno.
 pub fn lock_file(dir: BorrowedFd<'_>, name: &Path, create: bool) -> io::Result<File> {
     let how = flags(create) | OFlag::O_NOFOLLOW;
     let found = patiently(|| openat(dir, name, how, Mode::empty()));
@@ -110,7 +121,14 @@ pub fn lock_file(dir: BorrowedFd<'_>, name: &Path, create: bool) -> io::Result<F
         }
         other => other,
     };
-    opened.map(File::from)
+    let file = File::from(opened?);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a plain file",
+        ));
+    }
+    Ok(file)
 }
 
 /// Lets this process open as many files as the host's hard limit allows, and tells how many.
@@ -123,9 +141,26 @@ pub fn raise_file_limit() -> io::Result<u64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use std::cell::Cell;
     use std::os::unix::fs::symlink;
+
+    thread_local! {
+        static LACKING: Cell<bool> = const { Cell::new(false) };
+    }
+
+    pub(super) fn openat2_is_lacking() -> bool {
+        LACKING.get()
+    }
+
+    /// Runs a test as the kernel is and then as if it lacked `openat2`.
+    pub(crate) fn with_and_without_openat2(test: impl Fn()) {
+        test();
+        LACKING.set(true);
+        test();
+        LACKING.set(false);
+    }
 
     fn errno<T>(result: io::Result<T>) -> Option<i32> {
         result.err().and_then(|e| e.raw_os_error())
@@ -184,6 +219,13 @@ mod tests {
         assert!(open("a.lck", false).is_ok());
         symlink("elsewhere", dir.path().join("b.lck")).unwrap();
         assert_eq!(errno(open("b.lck", true)), Some(libc::ELOOP));
+        nix::unistd::mkfifo(&dir.path().join("c.lck"), Mode::S_IRWXU).unwrap();
+        std::fs::create_dir(dir.path().join("d.lck")).unwrap();
+        for name in ["c.lck", "d.lck"] {
+            for create in [false, true] {
+                assert!(open(name, create).is_err(), "{name}");
+            }
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! kernel keeps those pages, and the next sync says ok. That is what a failing medium looks like.
 
 use crate::forge::content::splitmix;
+use crate::support::PLOOPFS;
 use crate::support::guards::is_mounted;
 use crate::support::harness::skip;
 use anyhow::{Context, Result};
@@ -18,6 +19,8 @@ use fuser::{
 };
 use nix::fcntl::FallocateFlags;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs::{self, OpenOptions};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -34,6 +37,18 @@ pub(crate) enum Fault {
     Sync(u32),
     /// One write that touches these bytes fails.
     Write(Range<u64>),
+    /// So many operations that change or sync the file are carried out; at the next one the caller
+    /// is killed, before it is carried out or after that.
+    Kill(u32, When),
+}
+
+/// See [`Fault::Kill`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum When {
+    /// The operation does not happen.
+    Before,
+    /// It happens.
+    After,
 }
 
 /// The file.
@@ -43,10 +58,34 @@ pub(crate) struct State {
     durable: Vec<u8>,
     fault: Fault,
     /// Faults that have happened.
-    pub(crate) failed: u32,
+    failed: u32,
+    /// Operations that change or sync the file.
+    operations: u32,
+    written_mark: u32,
 }
 
 impl State {
+    /// One more operation of this caller; false when it is not to be carried out.
+    fn admit(&mut self, caller: u32) -> bool {
+        self.operations += 1;
+        let Fault::Kill(left, when) = &mut self.fault else {
+            return true;
+        };
+        if *left > 0 {
+            *left -= 1;
+            return true;
+        }
+        let when = *when;
+        self.failed += 1;
+        // Whatever else the dying process has under way is still carried out.
+        self.fault = Fault::None;
+        let exe = fs::read_link(format!("/proc/{caller}/exe")).unwrap_or_default();
+        if exe.to_string_lossy().starts_with(PLOOPFS) {
+            let _ = kill(Pid::from_raw(caller as i32), Signal::SIGKILL);
+        }
+        when == When::After
+    }
+
     fn sync(&mut self) -> Result<(), Errno> {
         match &mut self.fault {
             Fault::Sync(0) => {
@@ -75,6 +114,9 @@ impl State {
             self.now.resize(end as usize, 0);
         }
         self.now[at as usize..end as usize].copy_from_slice(bytes);
+        if at == 0 {
+            self.written_mark = mark_of(&self.now);
+        }
         Ok(())
     }
 
@@ -115,6 +157,12 @@ impl State {
 /// The host's file system: its root is the file.
 struct Served {
     state: Arc<Mutex<State>>,
+}
+
+fn mark_of(bytes: &[u8]) -> u32 {
+    let bytes = bytes.get(44..48).unwrap_or_default();
+    let bytes = bytes.iter().rev();
+    bytes.fold(0, |sum, byte| sum << 8 | u32::from(*byte))
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
@@ -160,7 +208,7 @@ impl Filesystem for Served {
 
     fn setattr(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: Option<u32>,
         _: Option<u32>,
@@ -177,7 +225,10 @@ impl Filesystem for Served {
         reply: ReplyAttr,
     ) {
         if let Some(size) = size {
-            lock(&self.state).now.resize(size as usize, 0);
+            let mut state = lock(&self.state);
+            if state.admit(request.pid()) {
+                state.now.resize(size as usize, 0);
+            }
         }
         reply.attr(&Duration::ZERO, &self.attr());
     }
@@ -205,7 +256,7 @@ impl Filesystem for Served {
 
     fn write(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -215,19 +266,28 @@ impl Filesystem for Served {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        match lock(&self.state).write(offset, data) {
+        let mut state = lock(&self.state);
+        if !state.admit(request.pid()) {
+            return reply.error(Errno::EIO);
+        }
+        match state.write(offset, data) {
             Ok(()) => reply.written(data.len() as u32),
             Err(errno) => reply.error(errno),
         }
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        answer(lock(&self.state).sync(), reply);
+    fn fsync(&self, request: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let mut state = lock(&self.state);
+        let result = match state.admit(request.pid()) {
+            true => state.sync(),
+            false => Err(Errno::EIO),
+        };
+        answer(result, reply);
     }
 
     fn fallocate(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -235,7 +295,12 @@ impl Filesystem for Served {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        answer(lock(&self.state).allocate(offset, length, mode), reply);
+        let mut state = lock(&self.state);
+        let result = match state.admit(request.pid()) {
+            true => state.allocate(offset, length, mode),
+            false => Err(Errno::EIO),
+        };
+        answer(result, reply);
     }
 }
 
@@ -256,6 +321,8 @@ impl Host {
             now: bytes,
             fault: Fault::None,
             failed: 0,
+            operations: 0,
+            written_mark: 0,
         };
         let mut host = Self {
             state: Arc::new(Mutex::new(state)),
@@ -309,6 +376,11 @@ impl Host {
         lock(&self.state).fault = fault;
     }
 
+    /// Operations that have changed or synced the file.
+    pub(crate) fn operations(&self) -> u32 {
+        lock(&self.state).operations
+    }
+
     /// Faults that have happened.
     pub(crate) fn failed(&self) -> u32 {
         lock(&self.state).failed
@@ -316,12 +388,12 @@ impl Host {
 
     /// The in-use mark as a power cut would leave it now.
     pub(crate) fn durable_mark(&self) -> u32 {
-        let state = lock(&self.state);
-        let bytes = state.durable.get(44..48).unwrap_or_default();
-        bytes
-            .iter()
-            .rev()
-            .fold(0, |sum, byte| sum << 8 | u32::from(*byte))
+        mark_of(&lock(&self.state).durable)
+    }
+
+    /// The in-use mark as it was written last, whether it is durable or not.
+    pub(crate) fn written_mark(&self) -> u32 {
+        lock(&self.state).written_mark
     }
 
     /// The power fails: with it goes every cache. Nobody may have the file open any more.
@@ -329,6 +401,12 @@ impl Host {
         self.stop();
         lock(&self.state).cut(dice);
         self.start().context("after a power cut")
+    }
+
+    /// The host goes on: what was written becomes durable in time.
+    pub(crate) fn survive(&self) {
+        let mut state = lock(&self.state);
+        state.durable = state.now.clone();
     }
 
     /// Writes what is durable to a file.

@@ -150,6 +150,11 @@ impl Stage {
         }
     }
 
+    /// Asks the daemon to end when nobody uses it any more.
+    pub(crate) fn terminate(&self) -> Outcome {
+        Ok(kill(Pid::from_raw(self.pid()), Signal::SIGTERM)?)
+    }
+
     /// Kills the daemon. False when it has ended by itself.
     pub(crate) fn kill(&self) -> Result<bool> {
         let pid = self.pid();

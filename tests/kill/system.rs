@@ -1,5 +1,5 @@
-//! A journalling file system on a disk whose daemon is killed: what it synced is there after its own
-//! recovery, and it finds nothing wrong with itself.
+//! A journalling file system on a disk whose daemon is killed: what it synced is there after its
+//! own recovery, and it finds nothing wrong with itself.
 //!
 //! Imports: `stage`, `subject`, `forge`, `support`; std, `anyhow`.
 //! Never: expects a file that was not synced together with its directory.
@@ -128,12 +128,19 @@ fn ext4_recovers() -> Outcome {
                 .iter()
                 .map(|seed| scope.spawn(move || work(at, *seed, synced, dying)));
             let threads: Vec<_> = each.collect();
+            std::thread::sleep(pause / 2);
+            // A daemon that was asked to end serves on, as long as it is used.
+            let asked = match pause.as_millis() % 3 {
+                0 => stage.terminate(),
+                _ => Ok(()),
+            };
             std::thread::sleep(pause);
             dying.store(true, Ordering::SeqCst);
             let killed = stage.kill();
             let ends = threads.into_iter().map(|thread| thread.join());
             let ends: Result<Vec<_>, _> = ends.collect();
             let ends = ends.map_err(|_| anyhow::anyhow!("a thread panicked"))?;
+            asked?;
             ensure!(killed?, "the daemon has gone by itself");
             ends.into_iter().collect::<Outcome>()
         });

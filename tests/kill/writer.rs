@@ -89,8 +89,8 @@ impl Writer {
         self.flags.dying.store(true, Ordering::SeqCst);
     }
 
-    /// Lets every thread finish its request. Gives the first failure, or the number of requests that
-    /// found the host full.
+    /// Lets every thread finish its request. Gives the first failure, or how many requests found
+    /// the host full.
     pub(crate) fn stop(self) -> Result<u64> {
         self.flags.stop.store(true, Ordering::SeqCst);
         let mut result = Ok(());

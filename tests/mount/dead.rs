@@ -177,6 +177,26 @@ impl Drop for Raw {
     }
 }
 
+/// `major:minor` of what is mounted at a place.
+fn device_at(at: &Path) -> Result<String> {
+    let table = fs::read_to_string("/proc/self/mountinfo")?;
+    let mut lines = table.lines().map(|line| line.split(' '));
+    let found = lines.find_map(|mut words| {
+        let device = words.nth(2)?;
+        (Path::new(words.nth(1)?) == at).then(|| device.to_owned())
+    });
+    found.context("nothing is mounted there")
+}
+
+/// A file that goes with this value.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
 fn what_is_not_ours_stays() -> Outcome {
     let dir = scratch()?;
     let (_, path) = image(dir.path())?;
@@ -186,8 +206,22 @@ fn what_is_not_ours_stays() -> Outcome {
         ("fuse.stranger", 0, "fuse.stranger"),
         ("fuse.ploopfs", 4711, "user"),
     ];
+    // What a daemon of ours had there once does not make ours what has its number by now.
+    let registry = Path::new("/run/ploopfs");
+    let past = registry.join("0.json");
+    let _removed = Removed(past.clone());
     for (kind, user, word) in cases {
         let raw = Raw::dead(&at, kind, user)?;
+        if registry.is_dir() {
+            let line = format!(
+                r#"{{"pid":0,"start":0,"image":"{}","mountpoint":"{}","mount_device":"{}",
+                "device":null,"file_system":null,"read_only":false,"since":0,"error":"x"}}"#,
+                text(&path),
+                text(&at),
+                device_at(&at)?
+            );
+            fs::write(&past, line)?;
+        }
         for flag in ["--replace-dead", "-q"] {
             let refused = mount(&[flag], &path, &at)?.expect_code(1)?;
             refused.expect_words(&[word, "daemon has died", text(&at)])?;

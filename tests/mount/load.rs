@@ -29,7 +29,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// Size of the disk: the first GiB is verified, discards happen after it.
-const SECTORS: u64 = 3 << 20;
+pub(crate) const SECTORS: u64 = 3 << 20;
 
 /// Four jobs with their own ranges write and verify; two more discard and write elsewhere
 /// meanwhile, so that clusters are freed and taken again all the time.

@@ -310,13 +310,14 @@ pub(crate) const ALL: &[Corruption] = &[
         move_out(dir, |out| format!("../{out}"))
     }),
     bundle("x-file-absolute", 69, |dir| {
-        let parent = dir.parent().unwrap_or(dir).to_path_buf();
+        let parent = fs::canonicalize(dir.join(".."))?;
         move_out(dir, |out| parent.join(out).display().to_string())
     }),
     bundle("x-file-symlink", 69, |dir| {
         let name = first_file(dir)?;
         move_out(dir, |_| name.clone())?;
-        let out = dir.parent().unwrap_or(dir).join(format!("out-{name}"));
+        // The link's text must not depend on where the caller stands.
+        let out = fs::canonicalize(dir.join(".."))?.join(format!("out-{name}"));
         symlink(out, dir.join(first_file(dir)?))
     }),
     text("x-same-file", 70, |xml| {

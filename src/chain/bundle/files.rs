@@ -92,7 +92,8 @@ impl<'a> Opening<'a> {
         });
         if !self.seen.insert(id) {
             let why = "the same file is used twice in the disk";
-            return Err(Error::why(ErrorKind::Descriptor, why).in_file(&path));
+            let error = Error::why(ErrorKind::Descriptor, why).in_file(&path);
+            return Err(error.fix("two levels in one file would write over each other: name two"));
         }
         let open = self.registry.open.lock();
         let (storage, shared) = match open.get(&id).and_then(|e| Some((e.storage.upgrade()?, e))) {
@@ -128,13 +129,14 @@ impl<'a> Opening<'a> {
         }
         let mut chains: Vec<Vec<OpenedFile>> = Vec::new();
         chains.resize_with(parts, Vec::new);
+        let write = self.met.iter().any(|met| met.write);
         let mut open = self.registry.open.lock();
         open.retain(|_, entry| entry.storage.strong_count() > 0);
         for met in self.met {
             let Some(chain) = chains.get_mut(met.part) else {
                 continue;
             };
-            let plain = classify(&met, chain.first(), &mut warnings)?;
+            let plain = classify(&met, chain.first(), write, &mut warnings)?;
             if let Some(id) = met.storage.file_id() {
                 let storage = Arc::downgrade(&met.storage);
                 open.entry(id).or_insert(Entry {
@@ -192,7 +194,12 @@ fn head(storage: &FileStorage) -> Result<(Vec<u8>, u64)> {
 
 /// Holds what the file is said to be against its magic. The magic wins, and a contradiction forbids
 /// writing; without one a file is plain only if that was said, and only as a base.
-fn classify(met: &Met, base: Option<&OpenedFile>, warnings: &mut Vec<String>) -> Result<Plain> {
+fn classify(
+    met: &Met,
+    base: Option<&OpenedFile>,
+    write: bool,
+    warnings: &mut Vec<String>,
+) -> Result<Plain> {
     let (bytes, len) = head(&met.storage).map_err(|e| e.in_file(&met.path))?;
     let has_magic = Version::of(&bytes).is_some();
     match (met.kind, has_magic) {
@@ -200,14 +207,16 @@ fn classify(met: &Met, base: Option<&OpenedFile>, warnings: &mut Vec<String>) ->
         (ImageType::Compressed, false) => Err(no_magic(met, &bytes, len)),
         (ImageType::Plain, false) if base.is_some() => {
             let why = "a plain image can only be the lowest of its chain";
-            Err(Error::why(ErrorKind::Unsupported, why).in_file(&met.path))
+            let error = Error::why(ErrorKind::Unsupported, why).in_file(&met.path);
+            Err(error.fix("correct <Type> and <File> in the descriptor"))
         }
         (ImageType::Plain, false) => Ok(Plain::Yes),
         // ploop types every image of a disk with a plain base so, and means the base only.
         (ImageType::Plain, true) if base.is_some_and(|base| base.plain == Plain::Yes) => {
             Ok(Plain::No)
         }
-        (ImageType::Plain, true) if met.write => {
+        // Not even above it: what is copied up from a base that was misread would stay wrong.
+        (ImageType::Plain, true) if write => {
             let why = "the image is said to be plain but starts with the magic of an expanding one";
             let error = Error::why(ErrorKind::Unsupported, why).in_file(&met.path);
             Err(error.fix("to read it by its magic: -r; nothing was changed"))
@@ -225,7 +234,8 @@ fn classify(met: &Met, base: Option<&OpenedFile>, warnings: &mut Vec<String>) ->
 fn no_magic(met: &Met, bytes: &[u8], len: u64) -> Error {
     if len < len_u64(HEADER_LEN) {
         let why = format!("the file has {len} bytes, fewer than the 64 of a header");
-        return Error::why(ErrorKind::NotAnImage, why).in_file(&met.path);
+        let error = Error::why(ErrorKind::Truncated, why).in_file(&met.path);
+        return error.fix("the file was cut: take it from a copy");
     }
     let start: String = bytes
         .iter()

@@ -1,29 +1,42 @@
 //! What IMAGE is, and what lies beside it.
 
 use super::DESCRIPTOR;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, Shown};
 use crate::format::descriptor::Descriptor;
 use crate::format::guid::Guid;
 use crate::format::{names, xml};
-use crate::storage::host;
+use crate::storage::host::{self, Roots};
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 /// The most entries of a directory that are looked at for an error's text.
 const LISTED_MAX: usize = 10_000;
+/// The most oddities of a descriptor that people are told.
+const TOLD_MAX: usize = 20;
 
 /// What an IMAGE turned out to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Found {
     /// A single image file.
-    Image(PathBuf),
+    Image(PathBuf, Naming),
     /// A descriptor in a directory.
     Bundle {
         directory: PathBuf,
         descriptor: String,
+        naming: Naming,
     },
+}
+
+/// Who chose the name of what was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Naming {
+    /// The user: wherever it leads is meant.
+    User,
+    /// Whoever made the directory that the user named and that it lies in: it must not be a link,
+    /// and must not become one between this look at it and its opening.
+    Directory,
 }
 
 fn has_extension(path: &Path, wanted: &str) -> bool {
@@ -42,7 +55,7 @@ pub(super) fn find(image: &Path) -> Result<Found> {
         Err(e) => return Err(Error::from(e).in_file(image)),
     };
     if meta.is_dir() {
-        return find_in_directory(image);
+        return find_in_directory(image, Naming::User);
     }
     match image.file_name().and_then(OsStr::to_str) {
         Some(name) if has_extension(image, "xml") => {
@@ -53,42 +66,47 @@ pub(super) fn find(image: &Path) -> Result<Found> {
             Ok(Found::Bundle {
                 directory: directory.to_owned(),
                 descriptor: name.to_owned(),
+                naming: Naming::User,
             })
         }
-        _ => Ok(Found::Image(image.to_owned())),
+        _ => Ok(Found::Image(image.to_owned(), Naming::User)),
     }
 }
 
 /// The file or the directory that an IMAGE stands for, whichever of its names was given.
 pub fn subject(image: &Path) -> Result<PathBuf> {
     Ok(match find(image)? {
-        Found::Image(file) => file,
+        Found::Image(file, _) => file,
         Found::Bundle { directory, .. } => directory,
     })
 }
 
-fn find_in_directory(directory: &Path) -> Result<Found> {
+fn find_in_directory(directory: &Path, naming: Naming) -> Result<Found> {
     if directory.join(DESCRIPTOR).symlink_metadata().is_ok() {
         let (directory, descriptor) = (directory.to_owned(), DESCRIPTOR.to_owned());
         return Ok(Found::Bundle {
             directory,
             descriptor,
+            naming,
         });
     }
     let disks = entries(directory, "hdd");
     if has_extension(directory, "pvm") {
         return match disks.as_slice() {
-            // The user has not named it, and whoever made the directory may have led it anywhere.
+            // Said here in so many words; what counts is that the opening follows no link.
             [only] if only.is_symlink() => {
-                let why = format!("{} is a symbolic link", only.display());
-                let fix = format!("if it leads where you want: name {} itself", only.display());
+                let only = only.display().to_string();
+                let why = format!("{} is a symbolic link", Shown(&only));
+                let fix = format!("if it leads where you want: name {} itself", Shown(&only));
                 Err(Error::why(ErrorKind::OutsideBundle, why)
                     .in_file(directory)
                     .fix(fix))
             }
-            [only] if only.is_dir() && !has_extension(only, "pvm") => find_in_directory(only),
+            [only] if only.is_dir() && !has_extension(only, "pvm") => {
+                find_in_directory(only, Naming::Directory)
+            }
             // Very old versions have a single file under that name.
-            [only] => Ok(Found::Image(only.clone())),
+            [only] => Ok(Found::Image(only.clone(), Naming::Directory)),
             [] => {
                 let why = "the virtual machine has no .hdd";
                 Err(Error::why(ErrorKind::Missing, why).in_file(directory))
@@ -145,12 +163,62 @@ fn shown(paths: &[PathBuf]) -> String {
     let mut names: Vec<String> = paths
         .iter()
         .take(SHOWN)
-        .map(|path| path.display().to_string())
+        .map(|path| Shown(&path.display().to_string()).to_string())
         .collect();
     if paths.len() > SHOWN {
         names.push(format!("and {} more", paths.len() - SHOWN));
     }
     names.join(", ")
+}
+
+/// Opens an image that [`find`] has found.
+pub(super) fn open_image(path: &Path, naming: Naming, write: bool) -> Result<File> {
+    match naming {
+        Naming::User => host::by_user(path, write),
+        Naming::Directory => host::in_directory(path, write),
+    }
+}
+
+/// Opens the directory of a bundle that [`find`] has found.
+pub(super) fn open_roots(directory: &Path, naming: Naming, allowed: &[PathBuf]) -> Result<Roots> {
+    match naming {
+        Naming::User => Roots::open(directory, allowed),
+        Naming::Directory => Roots::open_inside(directory, allowed),
+    }
+}
+
+/// What interrupted operations of ploop have left beside the files of a disk.
+pub(super) fn leftovers(directory: &Path, name: &str, descriptor: &Descriptor) -> Vec<String> {
+    let is_there = |name: &str| directory.join(name).symlink_metadata().is_ok();
+    let mut told = Vec::new();
+    let new_descriptor = format!("{name}.tmp");
+    if is_there(&new_descriptor) {
+        told.push(format!(
+            "{new_descriptor} is there: an operation of ploop runs or was interrupted"
+        ));
+    }
+    let images = descriptor.parts.iter().flat_map(|part| &part.images);
+    // Names that lead elsewhere are not followed for this.
+    for image in images.filter(|image| !image.file.contains('/')) {
+        let index = format!("{}.idx", image.file);
+        if is_there(&index) {
+            told.push(format!(
+                "{index} is there: ploop was converting the image and was interrupted; ploop can \
+                 take that back"
+            ));
+        }
+    }
+    told
+}
+
+/// The first of a list that whoever wrote the descriptor may have made as long as he liked.
+pub(super) fn few(told: Vec<String>) -> Vec<String> {
+    let more = told.len().saturating_sub(TOLD_MAX);
+    let mut few: Vec<String> = told.into_iter().take(TOLD_MAX).collect();
+    if more > 0 {
+        few.push(format!("and {more} more of the kind"));
+    }
+    few
 }
 
 /// What people called the snapshots, where the virtual machine's directory says so.

@@ -2,15 +2,15 @@
 //!
 //! Takes no locks and writes nothing; only for showing.
 
-use super::find::{self, Found};
+use super::find::{self, Found, Naming};
 use super::{
     OpenedImages, Selection, SnapshotInfo, descriptor_error, encryption_text, read_descriptor,
-    select, snapshot_infos,
+    select, snapshot_infos, told,
 };
 use crate::error::Result;
 use crate::format::descriptor::{Descriptor, Image, ImageType};
 use crate::format::guid::Guid;
-use crate::storage::host::{self, Roots};
+use crate::storage::host::Roots;
 use crate::units::SectorCount;
 use std::collections::HashMap;
 use std::fs::File;
@@ -66,16 +66,20 @@ impl OpenedImages {
     /// Looks at a disk without opening it for use. Fails only where IMAGE itself is not there.
     pub fn survey(image: &Path, selection: &Selection) -> Result<Survey> {
         match find::find(image)? {
-            Found::Image(path) => Ok(survey_by_hand(&path, selection)),
+            Found::Image(path, naming) => Ok(survey_by_hand(&path, naming, selection)),
             Found::Bundle {
                 directory,
                 descriptor,
-            } => survey_bundle(&directory, &descriptor, selection),
+                naming,
+            } => {
+                let roots = find::open_roots(&directory, naming, &selection.allow_outside)?;
+                Ok(survey_bundle(&roots, &directory, &descriptor, selection))
+            }
         }
     }
 }
 
-fn survey_by_hand(top: &Path, selection: &Selection) -> Survey {
+fn survey_by_hand(top: &Path, naming: Naming, selection: &Selection) -> Survey {
     let paths = selection.lower.iter().map(PathBuf::as_path).chain([top]);
     let files = paths.enumerate().map(|(level, path)| SurveyedFile {
         path: path.to_owned(),
@@ -85,7 +89,15 @@ fn survey_by_hand(top: &Path, selection: &Selection) -> Survey {
         } else {
             ImageType::Compressed
         },
-        file: host::by_user(path, false),
+        file: find::open_image(
+            path,
+            if level == selection.lower.len() {
+                naming
+            } else {
+                Naming::User
+            },
+            false,
+        ),
     });
     let part = SurveyedPart {
         bounds: None,
@@ -106,44 +118,42 @@ fn survey_by_hand(top: &Path, selection: &Selection) -> Survey {
     }
 }
 
-fn survey_bundle(directory: &Path, name: &str, selection: &Selection) -> Result<Survey> {
+fn survey_bundle(roots: &Roots, directory: &Path, name: &str, selection: &Selection) -> Survey {
     let mut survey = Survey {
         is_bundle: true,
         ..Survey::default()
     };
-    let roots = Roots::open(directory, &selection.allow_outside)?;
-    let descriptor = match read_descriptor(&roots, name) {
+    let descriptor = match read_descriptor(roots, name) {
         Ok(descriptor) => descriptor,
         Err(e) => {
             survey.problems.push(e.to_string());
-            return Ok(survey);
+            return survey;
         }
     };
     let names: HashMap<Guid, String> = find::snapshot_names(directory);
     survey.snapshots = snapshot_infos(&descriptor, &names);
     survey.encryption = encryption_text(&descriptor);
-    survey
-        .warnings
-        .extend(descriptor.oddities.iter().map(ToString::to_string));
+    survey.warnings = told(directory, name, &descriptor);
     let chain = select(&descriptor, &names, selection.snapshot.as_deref()).and_then(|target| {
         survey.selected = Some(target);
         descriptor.chain(target).map_err(descriptor_error)
     });
     let chain = chain.map_err(|e| survey.problems.push(e.to_string())).ok();
+    let levels: Option<HashMap<Guid, usize>> = chain
+        .as_ref()
+        .map(|chain| chain.iter().copied().zip(0..).collect());
     for (number, part) in descriptor.parts.iter().enumerate() {
-        let wanted: Vec<&Image> = match &chain {
-            Some(chain) => {
-                let of_chain = |guid: &Guid| part.images.iter().find(|image| image.guid == *guid);
-                if let Err(e) = descriptor.images(number, chain) {
-                    survey.problems.push(e.to_string());
-                }
-                chain.iter().filter_map(of_chain).collect()
+        let mut wanted: Vec<&Image> = part.images.iter().collect();
+        if let (Some(chain), Some(levels)) = (&chain, &levels) {
+            if let Err(e) = descriptor.images(number, chain) {
+                survey.problems.push(e.to_string());
             }
-            None => part.images.iter().collect(),
-        };
+            wanted.retain(|image| levels.contains_key(&image.guid));
+            wanted.sort_by_key(|image| levels.get(&image.guid));
+        }
         let files = wanted
             .into_iter()
-            .map(|image| surveyed(&roots, image))
+            .map(|image| surveyed(roots, image))
             .collect();
         let bounds = Some((part.start, part.end));
         survey.parts.push(SurveyedPart {
@@ -153,7 +163,7 @@ fn survey_bundle(directory: &Path, name: &str, selection: &Selection) -> Result<
         });
     }
     survey.descriptor = Some((directory.join(name), descriptor));
-    Ok(survey)
+    survey
 }
 
 fn surveyed(roots: &Roots, image: &Image) -> SurveyedFile {

@@ -90,6 +90,14 @@ pub enum DescriptorError {
         /// Its line.
         line: usize,
     },
+    /// A file name that no host takes, and that would only fill a log.
+    #[error("line {line}: a <File> of {len} bytes is longer than any name can be")]
+    LongName {
+        /// Its line.
+        line: usize,
+        /// Its length.
+        len: usize,
+    },
     /// More than [`super::IMAGES_MAX`].
     #[error("more than 4096 {0}")]
     TooMany(&'static str),
