@@ -95,6 +95,9 @@ fn text(plan: &DiskRepair) -> String {
     for file in &plan.files {
         let path = Shown(&file.path).to_string();
         let _ = match file.undo {
+            _ if file.frozen => {
+                writeln!(out, "{path}: {}; a frozen image is not touched", file.state)
+            }
             Some(_) => writeln!(out, "{path}: repaired, {} now; it was:", file.state),
             None => writeln!(out, "{path}: {}", file.state),
         };
