@@ -29,6 +29,7 @@ mod models {
 pub mod open;
 pub mod part;
 pub mod pool;
+pub mod prepare;
 pub mod read;
 pub mod seek;
 pub mod serve;

@@ -303,15 +303,19 @@ impl std::error::Error for Error {
     }
 }
 
-/// Text of a file's choosing, made harmless for a terminal: names may hold line breaks and escape
-/// sequences, which are shown as what they are.
+/// Text of a file's choosing, made harmless for a terminal: names may hold line breaks, escape
+/// sequences and marks that turn the direction of writing, which are shown as what they are.
 #[derive(Clone, Copy, Debug)]
 pub struct Shown<'a>(pub &'a str);
 
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for character in self.0.chars() {
-            if character.is_control() {
+            let turns = matches!(
+                character,
+                '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+            );
+            if character.is_control() || turns {
                 write!(f, "{}", character.escape_default())?;
             } else {
                 fmt::Write::write_char(f, character)?;
@@ -345,8 +349,8 @@ mod tests {
     #[test]
     fn names_cannot_write_to_the_terminal() {
         assert_eq!(
-            Shown("a\nb\u{1b}[31m.hds").to_string(),
-            "a\\nb\\u{1b}[31m.hds"
+            Shown("a\nb\u{1b}[31m\u{202e}.hds").to_string(),
+            "a\\nb\\u{1b}[31m\\u{202e}.hds"
         );
     }
 

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::attach::{Attached, FileSystemTarget};
 use crate::fuse::dead::{DeadLoop, make_way};
 use crate::fuse::mount::{expect_free, shell_word, unmount_any, visible_mount};
-use crate::fuse::registry::{Record, Registry, wait_closed};
+use crate::fuse::registry::{Record, Registry, Watched, wait_closed};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -117,20 +117,21 @@ pub fn detach(args: &DetachArgs) -> Result<(), Box<Report>> {
     let shown = args.target.display();
     let failed = |e: Error| Report::new(&format!("cannot detach {shown}"), &e);
     let registry = Registry::open().map_err(failed)?;
-    let record = detach_now(&args.target, &registry).map_err(failed)?;
-    let slow = || note(&waiting(record.pid));
+    let watched = detach_now(&args.target, &registry).map_err(failed)?;
+    let slow = || note(&waiting(watched.record().pid));
     wait_closed(
         &registry,
-        &record,
+        &watched,
         args.timeout.map(Duration::from_millis),
         slow,
     )
     .map_err(|e| Report::new(&format!("{shown} is detached, but not closed"), &e))
 }
 
-fn detach_now(target: &Path, registry: &Registry) -> Result<Record> {
+fn detach_now(target: &Path, registry: &Registry) -> Result<Watched> {
     let records = registry.all()?;
     let record = find(target, &records)?;
+    let watched = registry.watch(record);
     let device = record.device.as_ref().filter(|_| record.is_attached());
     if let Some(device) = device.and_then(|path| Attached::find(&path.0)) {
         if let Some(place) = &record.file_system {
@@ -138,7 +139,7 @@ fn detach_now(target: &Path, registry: &Registry) -> Result<Record> {
         }
         device.clear(false)?;
     }
-    Ok(record.clone())
+    Ok(watched)
 }
 
 fn find<'a>(target: &Path, records: &'a [Record]) -> Result<&'a Record> {

@@ -124,7 +124,7 @@ impl Entry {
                 self.record.error = Some(error.to_string());
                 self.write();
             }
-            (None, Some(registry)) => registry.remove(&self.record),
+            (None, Some(registry)) => registry.closed(&self.record),
             (None, None) => {}
         }
     }

@@ -9,7 +9,7 @@ use super::output::{Report, note, waiting};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::holders;
 use crate::fuse::mount::{absolute, is_ours, shell_word, unmount_any, visible_mount};
-use crate::fuse::registry::{Record, Registry, wait_closed};
+use crate::fuse::registry::{Record, Registry, Watched, wait_closed};
 use crate::sys::mount::{MountEntry, mount_table};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -28,24 +28,27 @@ pub fn run(args: &UmountArgs) -> Result<(), Box<Report>> {
 pub fn unmount(target: &Path, lazy: bool, timeout: Option<Duration>) -> Result<(), Box<Report>> {
     let shown = target.display();
     let registry = Registry::open();
-    let record = unmount_now(target, lazy, registry.as_ref().ok())
+    let watched = unmount_now(target, lazy, registry.as_ref().ok())
         .map_err(|e| Report::new(&format!("cannot unmount {shown}"), &e))?;
-    let (Some(record), Ok(registry)) = (record, &registry) else {
+    let (Some(watched), Ok(registry)) = (watched, &registry) else {
         note("no record of a daemon for this mount was found, so nothing could be waited for");
         return Ok(());
     };
     if lazy {
         return Ok(());
     }
-    let slow = || note(&waiting(record.pid));
-    wait_closed(registry, &record, timeout, slow)
+    let slow = || note(&waiting(watched.record().pid));
+    wait_closed(registry, &watched, timeout, slow)
         .map_err(|e| Report::new(&format!("{shown} is unmounted, but not closed"), &e))
 }
 
 /// Ends the mount, and gives the record of the daemon that served it.
-fn unmount_now(target: &Path, lazy: bool, registry: Option<&Registry>) -> Result<Option<Record>> {
+fn unmount_now(target: &Path, lazy: bool, registry: Option<&Registry>) -> Result<Option<Watched>> {
     let records = registry.map_or_else(|| Ok(Vec::new()), Registry::all)?;
     let (mountpoint, record) = find(target, &records)?;
+    let watched = registry
+        .zip(record)
+        .map(|(registry, record)| registry.watch(record));
     if let Some(mountpoint) = mountpoint {
         // Without a record it may well be served, by another user's daemon for instance.
         let dead = record.is_some_and(|record| !record.is_alive());
@@ -58,7 +61,7 @@ fn unmount_now(target: &Path, lazy: bool, registry: Option<&Registry>) -> Result
             other => other.map_err(|e| Error::from(e).in_file(&mountpoint))?,
         }
     }
-    Ok(record.cloned())
+    Ok(watched)
 }
 
 /// Tries for a moment while somebody uses the mount: those who only look (indexers, probes of new

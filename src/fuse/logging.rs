@@ -1,12 +1,14 @@
 //! Where log lines go: stderr while somebody reads it, syslog afterwards.
 //!
-//! Imports: nothing of this crate.
+//! Imports: `error` (its `Shown`).
 //! Never: blocks or fails because nobody takes a log line; prints information lines at a user who
 //! waits for a command.
 
+use crate::error::Shown;
 use env_logger::{Builder, Target};
 use log::{Level, LevelFilter, Record};
 use parking_lot::Mutex;
+use std::fmt::{self, Write as _};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
@@ -79,19 +81,38 @@ const fn severity(level: Level) -> u8 {
     }
 }
 
+/// The text of a record as one harmless line: it holds names that others have chosen, and these
+/// must not make lines of their own or paint a terminal.
+struct OneLine<'a>(&'a fmt::Arguments<'a>);
+
+struct Escaping<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl fmt::Write for Escaping<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        write!(self.0, "{}", Shown(text))
+    }
+}
+
+impl fmt::Display for OneLine<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Escaping(f).write_fmt(*self.0)
+    }
+}
+
 fn format(out: &mut dyn Write, record: &Record<'_>, sink: u8) -> io::Result<()> {
     let severity = severity(record.level());
+    let text = OneLine(record.args());
     match sink {
         DATAGRAM => {
             let (priority, pid) = (FACILITY | severity, std::process::id());
-            writeln!(out, "<{priority}>ploopfs[{pid}]: {}", record.args())
+            writeln!(out, "<{priority}>ploopfs[{pid}]: {text}")
         }
-        JOURNAL => writeln!(out, "<{severity}>{}", record.args()),
+        JOURNAL => writeln!(out, "<{severity}>{text}"),
         _ => match record.level() {
-            Level::Error => writeln!(out, "ploopfs: error: {}", record.args()),
-            Level::Warn => writeln!(out, "ploopfs: warning: {}", record.args()),
+            Level::Error => writeln!(out, "ploopfs: error: {text}"),
+            Level::Warn => writeln!(out, "ploopfs: warning: {text}"),
             _ if sink == PLAIN => Ok(()),
-            _ => writeln!(out, "ploopfs: {}", record.args()),
+            _ => writeln!(out, "ploopfs: {text}"),
         },
     }
 }
@@ -136,13 +157,30 @@ mod tests {
     use super::*;
 
     fn line(level: Level, sink: u8) -> String {
+        line_of(level, sink, "text")
+    }
+
+    fn line_of(level: Level, sink: u8, name: &str) -> String {
         let mut out = Vec::new();
-        let record = Record::builder()
-            .level(level)
-            .args(format_args!("text"))
-            .build();
-        format(&mut out, &record, sink).unwrap();
+        format(
+            &mut out,
+            &Record::builder()
+                .level(level)
+                .args(format_args!("{name}"))
+                .build(),
+            sink,
+        )
+        .unwrap();
         String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn names_make_no_lines() {
+        for sink in [PLAIN, VERBOSE, JOURNAL, DATAGRAM] {
+            let line = line_of(Level::Warn, sink, "a\n<0>b\u{1b}[31m\u{9b}1m\u{202e}c");
+            let end = "a\\n<0>b\\u{1b}[31m\\u{9b}1m\\u{202e}c\n";
+            assert!(line.ends_with(end), "{line:?}");
+        }
     }
 
     #[test]

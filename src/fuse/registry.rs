@@ -240,6 +240,26 @@ impl Registry {
         write().map_err(|e| Error::from(e).in_file(&path))
     }
 
+    /// Takes a record away after its image was closed well. It is emptied first: so whoever
+    /// watches it knows that its daemon did this, and not somebody who found the daemon dead.
+    pub fn closed(&self, record: &Record) {
+        let path = record.file_in(&self.directory);
+        let emptied = OpenOptions::new().write(true).truncate(true).open(path);
+        if let Err(e) = emptied {
+            log::debug!("cannot empty the record of process {}: {e}", record.pid);
+        }
+        self.remove(record);
+    }
+
+    /// Keeps an eye on a record. To be called before the daemon is made to end.
+    #[must_use]
+    pub fn watch(&self, record: &Record) -> Watched {
+        Watched {
+            record: record.clone(),
+            file: fs::File::open(record.file_in(&self.directory)).ok(),
+        }
+    }
+
     /// Removes a record; one that is gone already is fine.
     pub fn remove(&self, record: &Record) {
         if let Err(e) = fs::remove_file(record.file_in(&self.directory)) {
@@ -273,6 +293,10 @@ impl Registry {
             }
             let Some(record) = self.read(&path) else {
                 log::debug!("cannot read {}", path.display());
+                if entry.metadata().is_ok_and(|meta| meta.len() == 0) {
+                    // Its daemon closed the image, and was killed right after.
+                    let _ = fs::remove_file(&path);
+                }
                 continue;
             };
             records.push(record);
@@ -291,15 +315,41 @@ impl Registry {
     }
 }
 
+/// A record that somebody has open, to see how it goes.
+///
+/// Any program of ours takes the records of dead daemons away, perhaps while another waits for just
+/// that daemon: that a record is gone does not say that the image was closed.
+#[derive(Debug)]
+pub struct Watched {
+    record: Record,
+    file: Option<fs::File>,
+}
+
+impl Watched {
+    /// What it said when it was found.
+    #[must_use]
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Of a record that is gone: true when its daemon took it away.
+    fn is_closed(&self) -> bool {
+        // One that was gone before it could be opened was there a moment earlier, with its mount.
+        let Some(file) = &self.file else { return true };
+        file.metadata().is_ok_and(|meta| meta.len() == 0)
+    }
+}
+
 /// Waits until a daemon has ended and so closed its image, and gives its error where it left one.
 /// `slow` is called once when it takes long.
 pub fn wait_closed(
     registry: &Registry,
-    record: &Record,
+    watched: &Watched,
     timeout: Option<Duration>,
     slow: impl FnOnce(),
 ) -> Result<()> {
     let started = Instant::now();
+    let record = watched.record();
     let mut slow = Some(slow);
     // The descriptor is taken before the check, so it cannot be another process's.
     if let Ok(pidfd) = process::pidfd_open(record.pid) {
@@ -320,8 +370,10 @@ pub fn wait_closed(
             }
         }
     }
-    let Some(left) = registry.reread(record) else {
-        return Ok(());
+    let left = match registry.reread(record) {
+        Some(left) => left,
+        None if watched.is_closed() => return Ok(()),
+        None => record.clone(),
     };
     registry.remove(&left);
     match left.error {
@@ -430,13 +482,13 @@ mod tests {
         let (_directory, registry) = registry();
         let mut record = Record::of_this_process(Path::new("/x"), false).unwrap();
         record.start += 1;
-        wait_closed(&registry, &record, None, || ()).unwrap();
+        wait_closed(&registry, &registry.watch(&record), None, || ()).unwrap();
         registry.write(&record).unwrap();
-        let died = wait_closed(&registry, &record, None, || ()).unwrap_err();
+        let died = wait_closed(&registry, &registry.watch(&record), None, || ()).unwrap_err();
         assert_eq!(died.kind(), ErrorKind::InUse);
         record.error = Some("no space".into());
         registry.write(&record).unwrap();
-        let error = wait_closed(&registry, &record, None, || ()).unwrap_err();
+        let error = wait_closed(&registry, &registry.watch(&record), None, || ()).unwrap_err();
         assert!(error.to_string().contains("no space"));
         assert!(registry.reread(&record).is_none());
     }
@@ -445,8 +497,37 @@ mod tests {
     fn waiting_ends_after_the_time_allowed() {
         let (_directory, registry) = registry();
         let record = Record::of_this_process(Path::new("/x"), false).unwrap();
-        let error = wait_closed(&registry, &record, Some(Duration::ZERO), || ()).unwrap_err();
+        let watched = registry.watch(&record);
+        let error = wait_closed(&registry, &watched, Some(Duration::ZERO), || ()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn a_record_that_others_took_away_does_not_pass_for_a_closed_image() {
+        let (_directory, registry) = registry();
+        let mut record = Record::of_this_process(Path::new("/x"), false).unwrap();
+        // Another process had this number before.
+        record.start += 1;
+        for closed in [true, false] {
+            registry.write(&record).unwrap();
+            let watched = registry.watch(&record);
+            if closed {
+                registry.closed(&record);
+            }
+            // Somebody lists what there is, and tidies up.
+            assert!(registry.all().unwrap().is_empty());
+            assert!(registry.reread(&record).is_none());
+            let told = wait_closed(&registry, &watched, None, || ());
+            assert_eq!(told.is_ok(), closed, "{told:?}");
+        }
+    }
+
+    #[test]
+    fn an_emptied_record_is_tidied_up() {
+        let (_directory, registry) = registry();
+        fs::write(registry.directory.join("7.json"), b"").unwrap();
+        assert!(registry.all().unwrap().is_empty());
+        assert!(!registry.directory.join("7.json").exists());
     }
 
     #[test]

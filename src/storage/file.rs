@@ -1,6 +1,6 @@
 //! A real file of the host, read and written through the page cache.
 
-use super::pace::Pace;
+use super::pace::{self, Pace};
 use super::{FileId, Keep, Storage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file as sys;
@@ -89,9 +89,11 @@ impl Storage for FileStorage {
     }
 
     fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
-        self.file
-            .read_exact_at(buf, at.get())
-            .map_err(|e| Error::from(e).at_offset(at))
+        let len = len_u64(buf.len());
+        let _turn = pace::read_turn(len);
+        let read = self.file.read_exact_at(buf, at.get());
+        self.pace.read(&self.file, len);
+        read.map_err(|e| Error::from(e).at_offset(at))
     }
 
     fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()> {

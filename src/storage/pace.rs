@@ -6,6 +6,10 @@
 //! writes take turns, and wait for the medium after every window of bytes. Elsewhere nothing
 //! happens but a look at the limit after every few MiB.
 //!
+//! Pages that are being read cannot be given back either. One large read for each thread can be all
+//! that a small group has, so there those take turns as well, and what has been read or written is
+//! not left in the cache.
+//!
 //! The wait uses a description of the file of its own. Waiting reports a failed write-back once to
 //! each description, and that report belongs to the sync of a flush, on the other one.
 
@@ -22,17 +26,22 @@ const LOOK_AFTER: u64 = 4 << 20;
 /// Groups with at least this much memory are left to the host.
 const ROOMY: u64 = 1 << 30;
 const WINDOW_MIN: u64 = 1 << 20;
+/// Shorter reads never take turns.
+const LARGE_READ: u64 = 64 << 10;
 const UNLIMITED: u64 = u64::MAX;
 
 /// Bytes that may be unwritten in one file.
 static WINDOW: AtomicU64 = AtomicU64::new(UNLIMITED);
 static SINCE_LOOK: AtomicU64 = AtomicU64::new(0);
+/// Held over a large read in a small group, whatever the file.
+static READING: Mutex<()> = Mutex::new(());
 
 /// The pace of one file.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     turn: Mutex<()>,
     unwritten: AtomicU64,
+    cached: AtomicU64,
     waiter: OnceLock<Option<File>>,
 }
 
@@ -53,6 +62,27 @@ fn look() {
     }
 }
 
+/// Counts bytes that move, and looks at the limit now and then.
+fn moved(bytes: u64) {
+    if SINCE_LOOK
+        .fetch_add(bytes, Ordering::Relaxed)
+        .saturating_add(bytes)
+        >= LOOK_AFTER
+    {
+        SINCE_LOOK.store(0, Ordering::Relaxed);
+        look();
+    }
+}
+
+/// Waits for this reader's turn, where readers of so much take turns.
+pub(super) fn read_turn(bytes: u64) -> Option<MutexGuard<'static, ()>> {
+    if bytes < LARGE_READ {
+        return None;
+    }
+    moved(bytes);
+    (window() != UNLIMITED).then(|| READING.lock())
+}
+
 impl Pace {
     /// Waits for this writer's turn, where writers take turns.
     pub(super) fn turn(&self) -> Option<MutexGuard<'_, ()>> {
@@ -61,14 +91,7 @@ impl Pace {
 
     /// Notes bytes that were written, and waits for the medium where a window is full.
     pub(super) fn wrote(&self, file: &File, bytes: u64) {
-        if SINCE_LOOK
-            .fetch_add(bytes, Ordering::Relaxed)
-            .saturating_add(bytes)
-            >= LOOK_AFTER
-        {
-            SINCE_LOOK.store(0, Ordering::Relaxed);
-            look();
-        }
+        moved(bytes);
         let window = window();
         if window == UNLIMITED {
             return;
@@ -90,6 +113,28 @@ impl Pace {
         {
             // The flush that covers these bytes meets the same failure, and acts on it.
             log::warn!("writing back early failed: {e}");
+        }
+        self.let_go(file);
+    }
+
+    /// Notes bytes that were read, and lets go of what is cached where a window is full.
+    pub(super) fn read(&self, file: &File, bytes: u64) {
+        let window = window();
+        if window == UNLIMITED {
+            return;
+        }
+        let cached = self.cached.fetch_add(bytes, Ordering::Relaxed);
+        if cached.saturating_add(bytes) >= window {
+            self.let_go(file);
+        }
+    }
+
+    /// Frees the file's clean pages. Left to itself, a host with large pages in a small group may
+    /// find none that it can free at the moment, and kill.
+    fn let_go(&self, file: &File) {
+        self.cached.store(0, Ordering::Relaxed);
+        if let Err(e) = sys::drop_cache(file.as_fd()) {
+            log::debug!("the host keeps what it has cached: {e}");
         }
     }
 }

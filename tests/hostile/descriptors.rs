@@ -8,7 +8,7 @@ use crate::forge::image::{ImageSpec, Mapped};
 use crate::support::Outcome;
 use anyhow::{Context, Result, ensure};
 use ploopfs::chain::bundle::Selection;
-use ploopfs::error::ErrorKind::{Descriptor, NoSuchSnapshot, Unsupported};
+use ploopfs::error::ErrorKind::{Corrupt, Descriptor, NoSuchSnapshot, Unsupported};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -335,6 +335,24 @@ fn several_parts() -> Outcome {
         &["the descriptor says", "the image's header"],
     )?;
     info(&path)?;
+    refused_parts_leave_the_others(dir.path(), &spec)
+}
+
+/// What would be mended in one part stays as it is where another one cannot be written to.
+fn refused_parts_leave_the_others(dir: &Path, spec: &BundleSpec) -> Outcome {
+    for (worse, kind, words) in [
+        ("t-duplicate", Corrupt, "that another one has too"),
+        ("h-first-eof", Corrupt, "past the end of the file"),
+        ("h-type", Corrupt, "disk type 3"),
+    ] {
+        let path = broken(dir, spec, &[])?;
+        let top = |part| path.join(spec.file_name("d.hdd", part, 1));
+        for name in ["h-in-use", "t-odd-length", "t-slots-after-end"] {
+            corrupt::apply(name, &top(0))?;
+        }
+        corrupt::apply(worse, &top(2))?;
+        refused(&path, true, kind, &[words]).with_context(|| worse.to_string())?;
+    }
     Ok(())
 }
 

@@ -60,6 +60,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             &[],
             links_lead_where_allowed,
         ),
+        trial("names_paint_and_forge_nothing", &[], names_paint_nothing),
         trial("nothing_else_is_opened", &[], nothing_else_is_opened),
     ]
 }
@@ -480,6 +481,54 @@ fn links_lead_where_allowed() -> Outcome {
         format!("{error:#}").contains("secret is not in"),
         "{error:#}"
     );
+    Ok(())
+}
+
+/// A name is a name: it makes no line of a message, and does nothing to a terminal.
+fn names_paint_nothing() -> Outcome {
+    let dir = room()?;
+    let spec = chain(2);
+    let forged = "  data: all was saved";
+    // What XML allows in a text: line breaks, tabs, and controls from U+0080 on.
+    let name = format!("x\n{forged}\nploopfs: warning: gone\u{9b}31m\u{85}\u{202e}y.hds");
+    let path = naming(dir.path(), &spec, &name)?;
+    let home = path.parent().context("a home")?;
+    let at = home.join("mnt");
+    fs::create_dir(&at)?;
+    let expect_plain = |done: &command::Finished| -> Outcome {
+        let all = format!("{}{}", done.text(), done.stderr);
+        ensure!(
+            all.contains("all was saved"),
+            "the name is not shown: {}",
+            done.story()
+        );
+        ensure!(
+            !all.contains(['\u{9b}', '\u{85}', '\u{202e}', '\t']),
+            "{}",
+            done.story()
+        );
+        let lines = all.lines().map(str::trim_start);
+        let mut made = lines.filter(|line| {
+            line.starts_with("data: all") || line.starts_with("ploopfs: warning: gone")
+        });
+        ensure!(
+            made.next().is_none(),
+            "a name made a line: {}",
+            done.story()
+        );
+        Ok(())
+    };
+    // Missing; then there, and called something that it is not; then one that is in use.
+    for done in attempts(home, &["mount", "-r", text(&path), text(&at)])? {
+        expect_plain(&done)?;
+    }
+    fs::write(path.join(&name), vec![0; 9000])?;
+    for done in attempts(home, &["mount", "-r", text(&path), text(&at)])? {
+        expect_plain(&done)?;
+    }
+    for done in attempts(home, &["info", text(&path)])? {
+        expect_plain(&done)?;
+    }
     Ok(())
 }
 

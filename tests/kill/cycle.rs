@@ -10,7 +10,7 @@
 use super::fio::Fio;
 use super::ledger::Ledger;
 use super::stage::{self, Stage};
-use super::subject::{Door, Made, Place, Subject};
+use super::subject::{ALL, Door, Made, Place, Subject};
 use super::writer::{self, Load, Writer};
 use super::{STOP, seed};
 use crate::forge::content::{mix, splitmix};
@@ -129,8 +129,9 @@ impl Run {
             let told = |name: &str| {
                 format!(
                     "{name}: cycle {cycle}, {moment:?}\nrepeat with: PLOOPFS_SEED={} \
-                     PLOOPFS_KILLS={kills} cargo test --test kill -- --exact {name}",
-                    seed()
+                     PLOOPFS_KILLS={} cargo test --test kill -- --exact {name}",
+                    seed(),
+                    kills * ALL.len() as u64,
                 )
             };
             self.cycle(moment)

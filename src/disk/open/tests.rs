@@ -1,0 +1,86 @@
+//! Images that are mended when they are opened, or refused as they are.
+
+use super::*;
+use crate::chain::bundle::{OpenedFile, Plain};
+use crate::format::header::{IN_USE, MAGIC_V2, RawHeader};
+use crate::storage::mem::MemStorage;
+use crate::units::SectorCount;
+use std::path::PathBuf;
+
+/// Ten clusters of 4 KiB, marked in use; three of them are in the file, the last cut short.
+fn image(entries: &[(usize, u32)]) -> Arc<MemStorage> {
+    let raw = RawHeader {
+        magic: MAGIC_V2,
+        disk_type: 2,
+        heads: 0,
+        cylinders: 0,
+        cluster_sectors: 8,
+        entry_count: 10,
+        size_in_sectors: 80,
+        in_use: IN_USE,
+        first_block: 8,
+        flags: 0,
+        extension: 0,
+    };
+    let mut bytes = vec![7; 3 * 4096 + 1000];
+    bytes[..4096].fill(0);
+    bytes[..64].copy_from_slice(&raw.encode());
+    for (index, entry) in entries {
+        bytes[64 + 4 * index..68 + 4 * index].copy_from_slice(&entry.to_le_bytes());
+    }
+    Arc::new(MemStorage::new(bytes))
+}
+
+/// A disk of one part for each image.
+fn open_images(storages: &[&Arc<MemStorage>]) -> Result<Arc<Disk>> {
+    let part = |(number, storage): (u64, &&Arc<MemStorage>)| OpenedPart {
+        start: SectorCount::new(80 * number),
+        end: None,
+        blocksize: None,
+        files: vec![OpenedFile {
+            path: PathBuf::from("x.hds"),
+            storage: Arc::clone(storage) as crate::storage::SharedStorage,
+            plain: Plain::No,
+            guid: None,
+        }],
+    };
+    let parts = (0..).zip(storages).map(part).collect();
+    let images = OpenedImages::from_parts(PathBuf::from("x.hds"), parts);
+    open(Arc::new(images), &DiskOptions::default()).map(|(disk, _)| disk)
+}
+
+#[test]
+fn a_cluster_that_the_end_cuts_is_filled_up_with_zeros() {
+    let storage = image(&[(0, 1), (4, 3)]);
+    let disk = open_images(&[&storage]).unwrap();
+    let mut found = [1; 4096];
+    disk.read_at(crate::units::DiskOffset::new(4 * 4096), &mut found)
+        .unwrap();
+    assert!(found[..1000].iter().all(|byte| *byte == 7));
+    assert!(found[1000..].iter().all(|byte| *byte == 0));
+    disk.close().unwrap();
+    assert_eq!(storage.to_vec().len(), 4 * 4096);
+}
+
+#[test]
+fn two_that_share_it_are_refused_and_left_alone() {
+    let storage = image(&[(0, 1), (4, 3), (5, 3)]);
+    let before = storage.to_vec();
+    let error = open_images(&[&storage]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+    assert!(storage.to_vec() == before, "a refused open changes nothing");
+}
+
+#[test]
+fn a_part_is_mended_only_if_all_parts_can_be_opened() {
+    let (mendable, broken) = (image(&[(0, 1), (4, 3)]), image(&[(0, 1), (5, 1)]));
+    let before = mendable.to_vec();
+    let error = open_images(&[&mendable, &broken]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+    assert!(
+        mendable.to_vec() == before,
+        "a refused open changes nothing"
+    );
+    open_images(&[&mendable, &image(&[])]).unwrap();
+    assert!(mendable.to_vec() != before);
+}
