@@ -12,6 +12,8 @@ mod forge;
 mod host;
 #[path = "check/interop.rs"]
 mod interop;
+#[path = "check/kills.rs"]
+mod kills;
 #[path = "check/kinds.rs"]
 mod kinds;
 

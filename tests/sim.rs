@@ -11,13 +11,18 @@ mod forge;
 #[path = "sim/mod.rs"]
 mod sim;
 
-use ploopfs::disk::Resources;
+use ploopfs::disk::{self, DiskOptions, Resources};
+use ploopfs::sync;
+use ploopfs::units::DiskOffset;
 use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 use sim::heap::Heap;
 use sim::kinds::{self, DiskKind};
+use sim::pool::SimPool;
 use sim::replay::{Cuts, Found, replay};
-use sim::storage::{Fault, Kind, Manners};
+use sim::scheduler;
+use sim::storage::{Event, Fault, Kind, Manners, World};
 use sim::workload::{Plan, run};
+use std::time::Duration;
 
 #[global_allocator]
 static HEAP: Heap = Heap;
@@ -214,4 +219,34 @@ fn whatever_fails_nothing_is_lost() {
         "{} workloads, {runs} with one fault each, {states} states, none wrong",
         work.len()
     );
+}
+
+/// The timer makes durable what was written in place, too: no entry changes by that.
+#[test]
+fn the_timer_syncs_what_was_written_in_place() {
+    let kind = &kinds::all()[0];
+    let world = World::new(kind.files(), Manners::default(), true);
+    let resources = Resources::new(1).expect("threads and memory");
+    scheduler::run(1, 8, false, "the timer", || {
+        let pool = SimPool::start(1, false);
+        let options = DiskOptions {
+            flush_interval_ms: 50,
+            ..DiskOptions::default()
+        };
+        let resources = resources.with_pool(pool.clone());
+        let opened = disk::open_with(kind.open(&world), &options, resources);
+        let (disk, _) = opened.expect("it opens");
+        let at = DiskOffset::ZERO;
+        disk.write_at(at, &[1; 4096]).expect("it is written");
+        disk.flush_now().expect("it is durable");
+        let before = world.log().len();
+        disk.write_at(at, &[2; 4096]).expect("it is written");
+        sync::sleep(Duration::from_millis(500));
+        let since = world.log().split_off(before);
+        let changed = |event: &Event| matches!(event, Event::Changed { .. });
+        assert!(since.iter().any(changed), "{since:?}");
+        assert!(since.ends_with(&[Event::Synced { file: 0 }]), "{since:?}");
+        disk.close().expect("it closes");
+        pool.stop();
+    });
 }

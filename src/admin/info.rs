@@ -9,11 +9,11 @@ mod render;
 pub use render::render;
 
 use crate::chain::bundle::{OpenedImages, Selection, SnapshotInfo, Survey, SurveyedFile};
+use crate::delta::{extension, walk};
 use crate::error::{Error, Result};
 use crate::format::descriptor::ImageType;
-use crate::format::extension::{self, Extension};
-use crate::format::header::{CLOSED_V21, HEADER_LEN, Header, IN_USE, RawHeader, Version};
-use crate::format::layout::BAT_PAGE_LEN;
+use crate::format::extension::Extension;
+use crate::format::header::{HEADER_LEN, Header, IN_USE, RawHeader, Version};
 use crate::storage::file::FileStorage;
 use crate::storage::lock::{Holder, Users};
 use crate::storage::{FileId, Storage};
@@ -24,10 +24,6 @@ use std::path::Path;
 
 /// Version of the JSON document; grows when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 1;
-/// Bytes of a BAT that are read at a time.
-const STRIDE: usize = 64 * BAT_PAGE_LEN;
-/// Extensions in larger clusters than any writer makes are not read.
-const EXTENSION_MAX: u64 = 64 << 20;
 
 /// A whole disk.
 #[derive(Clone, Debug, Serialize)]
@@ -275,7 +271,7 @@ fn examine(storage: &FileStorage, kind: ImageType, info: &mut FileInfo) -> Resul
     info.size_bytes = Some(header.size_bytes());
     info.write_refusal = header.write_refusal().map(|why| why.to_string());
     info.extension = header.extension().map(|at| {
-        let found = read_extension(storage, &header, len);
+        let found = read_extension(storage, &header);
         describe(at.get(), found)
     });
     let (mapped, bad) = count_entries(storage, &header, len)?;
@@ -298,25 +294,11 @@ fn mark(value: u32) -> Option<String> {
     })
 }
 
-fn read_extension(
-    storage: &FileStorage,
-    header: &Header,
-    len: FileOffset,
-) -> Result<Extension, String> {
-    debug_assert_eq!(header.raw().in_use, CLOSED_V21);
-    let at = extension::locate(header, len).map_err(|e| e.to_string())?;
-    let at = at.ok_or_else(|| "no extension is named".to_owned())?;
-    let size = header.layout().cluster().bytes();
-    let too_long = || format!("a cluster of {size} bytes is more than is read for this");
-    let size = usize::try_from(size)
-        .ok()
-        .filter(|size| len_u64(*size) <= EXTENSION_MAX);
-    let size = size.ok_or_else(too_long)?;
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(size).map_err(|e| e.to_string())?;
-    bytes.resize(size, 0);
-    storage.read_at(at, &mut bytes).map_err(|e| e.to_string())?;
-    extension::parse(&bytes, header, len).map_err(|e| e.to_string())
+fn read_extension(storage: &FileStorage, header: &Header) -> Result<Extension, String> {
+    // Whether its clusters hold data of the disk as well is for a check to tell.
+    let found = extension::read(storage, header, |_| false).map_err(|e| e.to_string())?;
+    let found = found.map_err(|e| e.to_string())?;
+    found.ok_or_else(|| "no extension is named".to_owned())
 }
 
 fn describe(sector: u64, found: Result<Extension, String>) -> ExtensionInfo {
@@ -347,33 +329,16 @@ fn describe(sector: u64, found: Result<Extension, String>) -> ExtensionInfo {
 /// Entries that are not zero, and those of them that point nowhere.
 fn count_entries(storage: &FileStorage, header: &Header, len: FileOffset) -> Result<(u64, u64)> {
     let layout = header.layout();
-    let end = layout.table_end();
     let (mut mapped, mut bad) = (0_u64, 0_u64);
-    let mut buffer = vec![0; STRIDE];
-    let mut at = FileOffset::new(len_u64(HEADER_LEN));
-    while at < end {
-        // What the host stores as a hole is zeros; the search may be unsupported, which is no harm.
-        if let Ok(next) = storage.next_data(at) {
-            let Some(range) = next.filter(|range| range.start < end) else {
-                break;
-            };
-            // Entries have four bytes, and holes begin and end on larger borders.
-            at = FileOffset::new((range.start.get() & !3).max(at.get()));
-        }
-        let left = usize::try_from(end.get().saturating_sub(at.get())).unwrap_or(STRIDE);
-        let piece = &mut buffer[..left.min(STRIDE)];
-        storage.read_at(at, piece)?;
-        for bytes in piece.chunks_exact(4) {
-            let entry = bytes
-                .first_chunk()
-                .map_or(0, |bytes| u32::from_le_bytes(*bytes));
+    walk::words(storage, layout.table_end(), |_, bytes| {
+        for entry in bytes.chunks_exact(4).map(walk::word) {
             if entry != 0 {
                 mapped += 1;
                 bad += u64::from(layout.check_entry(entry, len).is_err());
             }
         }
-        at = at.saturating_add(len_u64(piece.len()));
-    }
+        Ok(())
+    })?;
     Ok((mapped, bad))
 }
 

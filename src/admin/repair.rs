@@ -394,7 +394,10 @@ impl Work<'_> {
     fn copy_cluster(&self, from: u64, to: u64) -> Result<()> {
         let size = self.cluster_bytes();
         let at = FileOffset::new;
-        self.storage.zero(at(to)..at(to + size), Keep::Nothing)?;
+        // Behind the old end of the file there is nothing but what it was lengthened by.
+        if at(to) < self.file_len {
+            self.storage.zero(at(to)..at(to + size), Keep::Nothing)?;
+        }
         let mut buffer = vec![0; usize::try_from(size.min(STRIDE)).unwrap_or(0)];
         let mut done = 0;
         while done < size {

@@ -93,7 +93,14 @@ fn note_plan(plan: &DiskRepair) {
 fn text(plan: &DiskRepair) -> String {
     let mut out = String::new();
     for file in &plan.files {
-        let _ = writeln!(out, "{}: {}", Shown(&file.path), file.state);
+        let path = Shown(&file.path).to_string();
+        let _ = match file.undo {
+            _ if file.frozen => {
+                writeln!(out, "{path}: {}; a frozen image is not touched", file.state)
+            }
+            Some(_) => writeln!(out, "{path}: repaired, {} now; it was:", file.state),
+            None => writeln!(out, "{path}: {}", file.state),
+        };
         for said in &file.findings {
             check::finding(said, &mut out);
         }
@@ -103,7 +110,9 @@ fn text(plan: &DiskRepair) -> String {
                 "  dirty bitmaps are dropped: the next backup must be a full one"
             );
         }
-        for phrase in &file.phrases {
+        // What has been done needs no list of steps.
+        let steps = file.phrases.iter().filter(|_| file.undo.is_none());
+        for phrase in steps {
             let _ = writeln!(out, "  step: {phrase}");
         }
         if let Some(undo) = &file.undo {

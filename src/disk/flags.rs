@@ -20,6 +20,12 @@ impl Unsynced {
         self.0.swap(true, Ordering::SeqCst);
     }
 
+    /// True when there is something to sync.
+    #[must_use]
+    pub fn is_noted(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
     /// True when there is something to sync; the caller now does so.
     #[must_use]
     pub fn take(&self) -> bool {

@@ -55,7 +55,7 @@ impl Flusher {
         })
     }
 
-    /// Starts the thread, which runs a round after each `interval` in which entries changed.
+    /// Starts the thread, which runs a round after each `interval` in which something was written.
     pub fn start(self: &Arc<Self>, disk: &Arc<Disk>, interval: Option<Duration>) -> Result<()> {
         let (flusher, disk) = (Arc::clone(self), Arc::downgrade(disk));
         let thread = sync::spawn("flusher", move || flusher.run(&disk, interval))
@@ -151,9 +151,12 @@ fn join_late(callers: &mut Option<Box<Caller>>, late: Option<Box<Caller>>) {
 }
 
 impl Disk {
-    /// True when some page has changes that the file does not have.
+    /// True when something was written that may not be durable.
     fn has_unflushed(&self) -> bool {
         self.parts().iter().any(|part| {
+            if part.data_dirty.is_noted() {
+                return true;
+            }
             let table = part.table.lock();
             !table.dirty.is_empty() || table.alloc.as_ref().is_some_and(|a| a.waiting() > 0)
         })

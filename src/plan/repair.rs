@@ -16,7 +16,9 @@ mod spans;
 pub use header::{Evidence, HeaderFix, Normal, count_entries, normalise};
 pub use spans::{SPANS_MAX, Spans};
 
-use crate::format::header::{FLAG_CONVERTING, HeaderError, IN_USE, RawHeader};
+use crate::format::header::{
+    FLAG_CONVERTING, Header, HeaderError, IN_USE, RawHeader, WRITE_CLUSTER_SECTORS_MAX,
+};
 use crate::units::FileCluster;
 
 /// How bad a finding is; the worst one decides the state of the image.
@@ -263,11 +265,12 @@ pub fn examine(facts: &Facts) -> Report {
             HeaderError::ClusterSizeReadOnly(_)
             | HeaderError::FirstBlockUnaligned { .. }
             | HeaderError::Empty => report.add(Note, Trouble::ReadOnly(refusal), 1, &nowhere),
-            HeaderError::FirstBlockPastEnd { .. } => {
-                report.add(Corrupt, Trouble::ShortTable, 1, &nowhere);
-            }
+            HeaderError::FirstBlockPastEnd { .. } => {}
             other => report.add(Corrupt, Trouble::Header(other), 1, &nowhere),
         }
+    }
+    if let Some(trouble) = short(facts.file_len, &normal.header) {
+        report.add(Corrupt, trouble, 1, &nowhere);
     }
     report.add(
         Corrupt,
@@ -303,6 +306,20 @@ pub fn examine(facts: &Facts) -> Report {
         .findings
         .sort_by_key(|finding| std::cmp::Reverse(finding.severity));
     report
+}
+
+/// What it is when a file ends before its data begins.
+fn short(file_len: u64, header: &Header) -> Option<Trouble> {
+    let layout = header.layout();
+    if file_len >= layout.data_start().get() {
+        return None;
+    }
+    if layout.cluster().sectors().get() <= WRITE_CLUSTER_SECTORS_MAX {
+        return Some(Trouble::ShortTable);
+    }
+    // It would become longer by gigabytes, for a cluster size that is hardly right.
+    let first = layout.first_block().get();
+    Some(Trouble::Header(HeaderError::FirstBlockPastEnd { first }))
 }
 
 /// True where mending the image would follow a header that is probably wrong itself: the number of

@@ -137,6 +137,10 @@ fn the_exit_status_tells_the_state() {
         assert_eq!(status(&["repair", "-y", path]), after, "{names:?}");
     }
     assert_eq!(status(&["check", "/nonexistent"]), 1);
+    let other = broken(dir.path(), &spec(2), &["h-magic"]).expect("the file is made");
+    for verb in ["check", "repair"] {
+        assert_eq!(status(&[verb, text(&other)]), 1, "{verb}: no image at all");
+    }
 }
 
 #[test]
@@ -245,7 +249,13 @@ fn only_the_top_of_a_bundle_is_repaired() {
         corrupt::apply("t-past-eof", Path::new(file)).expect("it can be broken");
         hurt.push(std::fs::read(file).expect("still there"));
     }
-    assert_eq!(status(&["repair", "-qy", text(&path)]), 0);
+    let done = ploopfs(&["repair", "-y", text(&path)]);
+    assert_eq!(
+        done.status.code(),
+        Some(2),
+        "the frozen one is as bad as before"
+    );
+    assert!(story(&done).contains("not touched"), "{}", story(&done));
     let now: Vec<_> = files
         .iter()
         .map(|file| std::fs::read(file).expect("there"))
@@ -263,4 +273,26 @@ fn only_the_top_of_a_bundle_is_repaired() {
         .expect("one is frozen");
     assert_eq!(status(&["repair", "-qy", &files[frozen]]), 1);
     assert!(std::fs::read(&files[frozen]).expect("there") == hurt[frozen]);
+}
+
+#[test]
+fn a_locked_image_is_looked_at_on_request_only() {
+    use ploopfs::storage::lock::{self, Locked, Purpose};
+    let dir = directory();
+    let path = broken(dir.path(), &spec(2), &["t-leak-tail"]).expect("the image is made");
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path);
+    let file = file.expect("the image is there");
+    let locked = lock::image(&file, &path, Purpose::Write, std::time::Instant::now());
+    assert!(matches!(locked, Ok(Locked::Yes)));
+    let path = text(&path);
+    let refused = ploopfs(&["check", path]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(story(&refused).contains("--no-lock"), "{}", story(&refused));
+    assert_eq!(status(&["check", "--no-lock", path]), 3);
+    assert_eq!(status(&["repair", "-y", path]), 1);
+    drop(file);
+    assert_eq!(status(&["repair", "-y", path]), 0);
 }

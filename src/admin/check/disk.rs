@@ -5,10 +5,11 @@ use super::{Checked, check_image};
 use crate::admin::repair::{Saved, saved_names};
 use crate::chain;
 use crate::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain, Selection};
-use crate::delta::image::version_of;
+use crate::delta::image::{header_error, version_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::{Descriptor, ImageType, Shot};
 use crate::format::guid::Guid;
+use crate::format::header::HeaderError;
 use crate::plan::repair::Severity;
 use crate::storage::directory::HostDirectory;
 use crate::storage::file::FileStorage;
@@ -242,6 +243,11 @@ impl Look<'_> {
             ("plain", None)
         } else {
             let checked = check_image(&*storage).map_err(|e| e.in_file(&path))?;
+            // Nobody says that it is an image: then it is none, rather than a bad one.
+            let is_other = checked.facts.normal == Err(HeaderError::Magic);
+            if guid.is_none() && is_other {
+                return Err(header_error(HeaderError::Magic).in_file(&path));
+            }
             ("expanding", Some(checked))
         };
         self.add(&path, guid, format, &*storage, checked.as_ref())?;

@@ -1,7 +1,7 @@
 //! What is told of good disks, odd ones and broken ones.
 
 use super::*;
-use crate::format::header::{MAGIC_V1, MAGIC_V2, TYPE};
+use crate::format::header::{CLOSED_V21, MAGIC_V1, MAGIC_V2, TYPE};
 use std::fs;
 use std::path::PathBuf;
 

@@ -30,7 +30,7 @@ pub struct DiskRepair {
     pub image: String,
     /// `clean`, `leaks` or `corrupt`: before, where nothing was changed.
     pub state: &'static str,
-    /// The images that can be written to, one for each part.
+    /// The images that can be written to, one for each part, and frozen ones with trouble.
     pub files: Vec<FileRepair>,
 }
 
@@ -39,6 +39,8 @@ pub struct DiskRepair {
 pub struct FileRepair {
     /// Where it is.
     pub path: String,
+    /// A level below the top, which is not touched.
+    pub frozen: bool,
     /// `clean`, `leaks` or `corrupt`: afterwards, where it was changed.
     pub state: &'static str,
     /// What was found, the worst first.
@@ -89,6 +91,7 @@ impl Target<'_> {
         let undo = done.undo.map(|name| directory.path().join(name));
         Ok(FileRepair {
             path: self.path.display().to_string(),
+            frozen: false,
             state: say::state(done.after.report.worst()),
             findings: say::findings(&done.before),
             steps: words(&done.fixes),
@@ -103,6 +106,7 @@ impl Target<'_> {
         let marks = planned.fixes.contains(&Fix::Mark);
         Ok(FileRepair {
             path: self.path.display().to_string(),
+            frozen: false,
             state: say::state(planned.checked.report.worst()),
             findings: say::findings(&planned.checked),
             steps: words(&planned.fixes),
@@ -139,6 +143,7 @@ impl Session {
         for target in self.targets() {
             files.push(act(&target).map_err(|e| e.in_file(target.path))?);
         }
+        self.frozen(&mut files)?;
         let states = ["corrupt", "leaks"];
         let worst = states
             .into_iter()
@@ -149,6 +154,30 @@ impl Session {
             state: worst.unwrap_or("clean"),
             files,
         })
+    }
+
+    /// Adds the levels below the top that have trouble.
+    fn frozen(&self, files: &mut Vec<FileRepair>) -> Result<()> {
+        let lower = self.images.parts.iter().flat_map(|part| {
+            let below = part.files.len().saturating_sub(1);
+            part.files.iter().take(below)
+        });
+        for file in lower.filter(|file| file.plain == Plain::No) {
+            let found = check_image(&*file.storage).map_err(|e| e.in_file(&file.path))?;
+            if !is_clean(&found) {
+                files.push(FileRepair {
+                    path: file.path.display().to_string(),
+                    frozen: true,
+                    state: say::state(found.report.worst()),
+                    findings: say::findings(&found),
+                    steps: Vec::new(),
+                    phrases: Vec::new(),
+                    drops_bitmaps: false,
+                    undo: None,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// What a repair would do. Nothing is changed.

@@ -322,6 +322,7 @@ proptest! {
         v1 in any::<bool>(),
         clusters in 1_usize..12,
         extra in 0_usize..3000,
+        cut in prop_oneof![3 => Just(usize::MAX), 1 => 0_usize..9000],
         entries in proptest::collection::vec((0..24_usize, 0..14_u32), 0..12),
         wild in proptest::collection::vec((0..24_usize, any::<u32>()), 0..2),
         patches in proptest::collection::vec((16..64_usize, any::<u8>()), 0..3),
@@ -344,6 +345,7 @@ proptest! {
                 bytes[*at] = *byte;
             }
         }
+        bytes.truncate(cut);
         let storage = MemStorage::new(bytes.clone());
         let found = check::check_image(&storage).unwrap();
         let directory = MemDirectory::default();
@@ -355,6 +357,7 @@ proptest! {
             }
             Ok(done) => {
                 assert!(!found.report.has_unmendable());
+                assert_eq!(done.fixes.is_empty(), is_clean(&found), "{:?}", words(&found));
                 assert!(is_clean(&done.after), "{:?} {:?}", words(&found), words(&done.after));
                 let result = storage.to_vec();
                 let again = repair_image(&storage, keep, &Policy::default()).unwrap();

@@ -172,8 +172,10 @@ fn first_block(
     }
     // In version 1 clusters may be aligned to the first block rather than to the file's start:
     // such an image is old, not broken.
+    let sectors = layout.table_end().get().next_multiple_of(SECTOR);
     let relative = layout.version() == Version::V1
         && !on_border
+        && found <= file_len.get().max(sectors)
         && found >= layout.table_end().get()
         && found <= file_len.get()
         && evidence.aligned.saturating_mul(2) <= evidence.plausible;

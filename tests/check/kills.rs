@@ -1,0 +1,83 @@
+//! The command killed at any moment, on real files.
+
+use crate::forge::content::splitmix;
+use crate::forge::image::{ImageSpec, Mapped};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// An image of which every third entry names the cluster of the one before it.
+fn tangled(path: &Path) -> Vec<u8> {
+    let spec = ImageSpec::new(2, 8, 8 * 6000).mapping(Mapped::Percent(50));
+    spec.write(path).expect("the image is made");
+    let mut bytes = std::fs::read(path).expect("the image was made");
+    let mut last = [0; 4];
+    for index in 0..6000 {
+        let entry = &mut bytes[64 + 4 * index..68 + 4 * index];
+        if entry == [0; 4] {
+            continue;
+        }
+        if index % 3 == 0 && last != [0; 4] {
+            entry.copy_from_slice(&last);
+        }
+        last.copy_from_slice(entry);
+    }
+    bytes.extend([7; 9000]);
+    bytes
+}
+
+fn repair(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ploopfs"));
+    command.arg("repair").arg("-qy").args(arguments);
+    command.stdin(Stdio::null());
+    command
+}
+
+fn expect_done(arguments: &[&str], what: &str) {
+    let done = repair(arguments).status().expect("the program was built");
+    assert!(done.success(), "{what}: {done}");
+}
+
+#[test]
+fn a_killed_repair_goes_on_or_is_undone() {
+    // A kill loses nothing that a sync would keep, so memory does as well as a disk.
+    let dir = tempfile::Builder::new().tempdir_in("/dev/shm");
+    let dir = dir
+        .or_else(|_| tempfile::tempdir())
+        .expect("a temporary directory");
+    let path = dir.path().join("x.hds");
+    let old = tangled(&path);
+    let (image, read) = (path.to_str().expect("UTF-8"), || {
+        std::fs::read(&path).expect("there")
+    });
+    let saved = |end: &str| format!("{image}.{end}");
+    std::fs::write(&path, &old).expect("there is room");
+    let started = Instant::now();
+    expect_done(&[image], "undisturbed");
+    let (long, good) = (started.elapsed(), read());
+    std::fs::remove_file(saved("undo")).expect("it was written");
+    let (mut dice, mut kills) = (11, 0);
+    for round in 0..8 {
+        let what = format!("round {round}");
+        std::fs::write(&path, &old).expect("there is room");
+        for _ in 0..1 + round % 3 {
+            let mut child = repair(&[image]).spawn().expect("the program was built");
+            let part = (splitmix(&mut dice) % 1000) as u32;
+            std::thread::sleep(Duration::from_nanos(long.as_nanos() as u64) * part / 1000);
+            kills += u32::from(child.try_wait().expect("it is ours").is_none());
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        if round % 4 == 3 && Path::new(&saved("repair")).exists() {
+            let undone = repair(&["--undo", &saved("repair"), image]).output();
+            let undone = undone.expect("the program was built").status.success();
+            // An undo file that was not finished is of no use, and of no need.
+            assert!(read() == old, "{what}: undone is {undone}");
+        }
+        expect_done(&[image], &what);
+        assert!(read() == good, "{what}: another end");
+        expect_done(&["--undo", &saved("undo"), image], &what);
+        assert!(read() == old, "{what}: not as it was");
+    }
+    assert!(kills > 3, "only {kills} kills");
+}
