@@ -157,3 +157,15 @@ fn data_does_not_begin_past_the_end_of_the_file() {
         assert_eq!(moved(&old(1_000_001), entries), Some(8));
     }
 }
+
+#[test]
+fn what_passes_for_clean_is_left_alone() {
+    let mut facts = facts(RawHeader {
+        entry_count: 0,
+        size_in_sectors: 0,
+        ..raw()
+    });
+    facts.table.end = LEN + 4096;
+    assert!(examine(&facts).worst() < Some(Severity::Leak));
+    assert_eq!(steps(&facts), []);
+}
