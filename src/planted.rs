@@ -71,6 +71,8 @@ bugs! {
     MergedEntryWritten,
     /// The in-use mark is not synced before the first change.
     MarkNotSynced,
+    /// The header comes back as it was at open, without its mark.
+    StaleHeader,
     /// The cut of the file is not synced before the mark is cleared.
     TrimNotSynced,
     /// All free clusters inside the file are taken for zeros.

@@ -9,14 +9,20 @@
 
 #[path = "hazards/caller.rs"]
 mod caller;
+#[path = "hazards/edges.rs"]
+mod edges;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
+#[path = "hazards/odd.rs"]
+mod odd;
 #[path = "hazards/space.rs"]
 mod space;
 #[path = "hazards/spoilt.rs"]
 mod spoilt;
 #[path = "hazards/stress.rs"]
 mod stress;
+#[path = "hazards/stuck.rs"]
+mod stuck;
 
 use caller::{Answer, chain, check_files, fast_dir, image, open, split, start_write, tiny, wait};
 use forge::bundle::{BundleSpec, Style};

@@ -11,6 +11,7 @@ use crate::fuse::holders;
 use crate::fuse::mount::{absolute, is_ours, shell_word, unmount_any, visible_mount};
 use crate::fuse::registry::{Record, Registry, Watched, wait_closed};
 use crate::sys::mount::{MountEntry, mount_table};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -81,7 +82,11 @@ fn unmount_patiently(mountpoint: &Path, lazy: bool) -> io::Result<()> {
 /// What to unmount, and the daemon to wait for. Nothing to unmount where the mount has gone from
 /// sight already and its daemon is still draining, or has left an error.
 fn find<'a>(target: &Path, records: &'a [Record]) -> Result<(Option<PathBuf>, Option<&'a Record>)> {
-    let full = absolute(target).map_err(|e| Error::from(e).in_file(target))?;
+    let (full, gone) = match absolute(target) {
+        Ok(full) => (full, None),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => (gone_path(target)?, Some(e)),
+        Err(e) => return Err(Error::from(e).in_file(target)),
+    };
     let here = |record: &&Record| {
         record
             .mountpoint
@@ -115,6 +120,9 @@ fn find<'a>(target: &Path, records: &'a [Record]) -> Result<(Option<PathBuf>, Op
             Ok((place.map(|path| path.0.clone()), Some(record)))
         }
         ([], []) => {
+            if let Some(e) = gone {
+                return Err(Error::from(e).in_file(target));
+            }
             let why = match visible {
                 Some(entry) => format!("what is mounted there is of type {}", entry.fs_type),
                 None => "nothing of ours is mounted there".to_owned(),
@@ -128,6 +136,17 @@ fn find<'a>(target: &Path, records: &'a [Record]) -> Result<(Option<PathBuf>, Op
             Err(Error::why(ErrorKind::Usage, why).fix("name the mountpoint"))
         }
     }
+}
+
+/// The full path of what is not there any more, from what is left of it: a record may still name a
+/// mountpoint or an image that somebody has removed.
+fn gone_path(target: &Path) -> Result<PathBuf> {
+    let full = std::path::absolute(target).map_err(|e| Error::from(e).in_file(target))?;
+    let left = full.ancestors().find_map(|parent| {
+        let real = fs::canonicalize(parent).ok()?;
+        Some(real.join(full.strip_prefix(parent).ok()?))
+    });
+    Ok(left.unwrap_or(full))
 }
 
 /// What hides a mount that is still there.

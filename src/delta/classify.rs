@@ -241,3 +241,49 @@ fn limit_of(layout: &Layout) -> u64 {
     };
     u64::from(u32::MAX) / unit + 1
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::ClusterSize;
+
+    /// Whatever an image's size, the last cluster that may be handed out has an entry of its own,
+    /// and an entry is never that of another cluster.
+    #[test]
+    fn no_cluster_is_handed_out_that_an_entry_cannot_name() {
+        let cases = [
+            // 2 TiB in clusters of 1 MiB: the table pushes the last of them over the edge.
+            (Version::V1, 2048, 1 << 21, 1 << 21),
+            (Version::V1, 2048, (1 << 21) - 9, 1 << 21),
+            (Version::V1, 2048, (1 << 21) - 10, (1 << 21) - 1),
+            (Version::V1, 8, u32::MAX, 1 << 29),
+            (Version::V1, 63, u32::MAX, 68_174_085),
+            (Version::V2, 2048, u32::MAX, 1 << 32),
+            (Version::V2, 8, u32::MAX - (1 << 22) + 4092, 1 << 32),
+            (Version::V2, 8, u32::MAX - (1 << 22) + 4093, 1 << 32),
+            (Version::V2, 8, 1000, 1001),
+        ];
+        for (version, sectors, entries, limit) in cases {
+            let cluster = ClusterSize::from_sectors(sectors).unwrap();
+            let table = cluster.count_for(64 + 4 * u64::from(entries)).get();
+            let first_block = u32::try_from(table * u64::from(sectors)).unwrap();
+            let layout = Layout::new(version, cluster, entries, first_block);
+            let found = limit_of(&layout);
+            let story = format!("{version:?}, {sectors} sectors, {entries} entries");
+            assert_eq!(found, limit, "{story}");
+            let last = FileCluster::new(found - 1);
+            let entry = layout.entry_for(last).expect("the last one has an entry");
+            assert_eq!(
+                layout.entry_start(entry),
+                cluster.file_start(last),
+                "{story}"
+            );
+            let next = layout.entry_for(FileCluster::new(found));
+            let is_enough = found == table + u64::from(entries);
+            assert!(is_enough || next.is_none(), "{story}: {next:?}");
+            for far in [1 << 32, u64::MAX / 4096, u64::MAX] {
+                assert_eq!(layout.entry_for(FileCluster::new(far)), None, "{story}");
+            }
+        }
+    }
+}

@@ -44,6 +44,7 @@ impl InUseMark {
         if self.set {
             return Ok(());
         }
+        let as_found = self.header;
         self.header.in_use = IN_USE;
         self.header.extension = 0;
         // With the mark set, this flag would mean a half-converted table.
@@ -58,6 +59,9 @@ impl InUseMark {
         storage.write_at(FileOffset::ZERO, &self.header.encode())?;
         if !planted(Bug::MarkNotSynced) {
             storage.sync_data()?;
+        }
+        if planted(Bug::StaleHeader) {
+            storage.write_at(FileOffset::ZERO, &as_found.encode())?;
         }
         self.set = true;
         Ok(())

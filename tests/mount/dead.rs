@@ -33,6 +33,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             what_is_not_ours_stays,
         ),
         trial(
+            "umount_clears_what_is_left_of_a_mountpoint_that_is_gone",
+            &[Fuse, Root],
+            records_of_gone_places,
+        ),
+        trial(
             "replace_dead_leaves_what_covers",
             &[Fuse, Root],
             what_covers_stays,
@@ -228,6 +233,56 @@ fn what_is_not_ours_stays() -> Outcome {
             ensure!(mounts_at(&at)? == 1, "{kind} of {user} was touched");
         }
         drop(raw);
+    }
+    Ok(())
+}
+
+/// Says what a daemon says that could not close its image.
+fn leave_an_error(pid: i32) -> Result<()> {
+    let path = Path::new("/run/ploopfs").join(format!("{pid}.json"));
+    let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
+    record["error"] = "the cable was pulled".into();
+    fs::write(&path, record.to_string()).context("the record is written")
+}
+
+/// The reason why an image was not closed is kept until it has been told, however the user names
+/// the mount, and whatever has been removed since.
+fn records_of_gone_places() -> Outcome {
+    let dir = scratch()?;
+    let (_, path) = image(dir.path())?;
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(dir.path(), &link)?;
+    let at = dir.path().join("gone");
+    let names = [
+        at.clone(),
+        link.join("gone"),
+        path.clone(),
+        link.join("a.hds"),
+    ];
+    for (number, name) in names.iter().enumerate() {
+        if number == 3 {
+            // The image, too.
+            fs::remove_file(&path)?;
+            image(dir.path())?;
+        }
+        fs::create_dir(&at)?;
+        let mounted = dead(&at, &path, &[])?;
+        leave_an_error(mounted.pid())?;
+        let mut over = command::new("umount");
+        command::ok(over.arg("-l").arg(&at))?;
+        fs::remove_dir(&at)?;
+        if number == 3 {
+            fs::remove_file(&path)?;
+        }
+        let list = || command::ok(&mut command::ploopfs(&["list"]));
+        let listed = list()?;
+        ensure!(listed.contains(text(&at)), "it was forgotten: {listed}");
+        let told = command::run(command::ploopfs(&["umount"]).arg(name))?.expect_code(1)?;
+        told.expect_words(&["the cable was pulled"])?;
+        let listed = list()?;
+        ensure!(!listed.contains(text(&at)), "it is still there: {listed}");
+        let again = command::run(command::ploopfs(&["umount"]).arg(&at))?.expect_code(1)?;
+        again.expect_words(&["No such file"])?;
     }
     Ok(())
 }
