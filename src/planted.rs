@@ -73,6 +73,8 @@ bugs! {
     MarkNotSynced,
     /// The header comes back as it was at open, without its mark.
     StaleHeader,
+    /// A close leaves out the last flush.
+    CloseDoesNotFlush,
     /// The cut of the file is not synced before the mark is cleared.
     TrimNotSynced,
     /// All free clusters inside the file are taken for zeros.

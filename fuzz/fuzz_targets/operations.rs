@@ -148,8 +148,16 @@ impl Run<'_> {
         let Some(life) = self.life.take() else {
             return;
         };
-        if let Err(error) = life.disk.close() {
-            assert!(self.may_fail(life.process), "cannot be closed: {error}");
+        // A close that succeeds has made everything durable.
+        self.next += 1;
+        let flush = self.next;
+        self.world.note(Event::FlushBegan { flush });
+        match life.disk.close() {
+            Ok(()) if self.world.is_dead(life.process) => {}
+            Ok(()) => {
+                self.world.note(Event::FlushDone { flush });
+            }
+            Err(error) => assert!(self.may_fail(life.process), "cannot be closed: {error}"),
         }
     }
 
@@ -224,11 +232,7 @@ impl Run<'_> {
         let Some(life) = &self.life else {
             return;
         };
-        // Without space the in-use mark is tried again, before which nothing is in the file that
-        // could be lost; so a sync that fails for that does not end the disk.
-        let fault = self.script.manners.fault;
-        let is_hard = fault.is_some_and(|fault| fault.errno != libc::ENOSPC);
-        let must_fail = self.world.has_sync_failed() && is_hard;
+        let must_fail = self.world.has_sync_failed();
         self.world.note(Event::FlushBegan { flush });
         let result = life.disk.flush_now();
         if result.is_ok() {

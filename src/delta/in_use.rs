@@ -23,6 +23,7 @@ use crate::units::FileOffset;
 #[derive(Debug)]
 pub struct InUseMark {
     header: RawHeader,
+    written: bool,
     set: bool,
 }
 
@@ -30,7 +31,11 @@ impl InUseMark {
     /// Takes over a header as found in the file.
     #[must_use]
     pub fn new(header: RawHeader) -> Self {
-        Self { header, set: false }
+        Self {
+            header,
+            written: false,
+            set: false,
+        }
     }
 
     /// True once the mark is durable.
@@ -56,6 +61,8 @@ impl InUseMark {
         if self.header.magic == Version::V1.magic() {
             self.header.size_in_sectors &= u64::from(u32::MAX);
         }
+        // If this or the sync fails, the mark may be there all the same, and is to be cleared.
+        self.written = true;
         storage.write_at(FileOffset::ZERO, &self.header.encode())?;
         if !planted(Bug::MarkNotSynced) {
             storage.sync_data()?;
@@ -80,15 +87,15 @@ impl InUseMark {
         header
     }
 
-    /// Takes the mark away, durably (steps 4 and 5). Does nothing where it was never set.
+    /// Takes the mark away, durably (steps 4 and 5). Does nothing where it was never written.
     pub fn clear(&mut self, storage: &dyn Storage, empty: bool) -> Result<()> {
-        if !self.set {
+        if !self.written {
             return Ok(());
         }
         self.header = self.closed(empty);
         storage.write_at(FileOffset::ZERO, &self.header.encode())?;
         storage.sync_data()?;
-        self.set = false;
+        (self.written, self.set) = (false, false);
         Ok(())
     }
 }

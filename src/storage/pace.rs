@@ -19,7 +19,7 @@ use parking_lot::{Mutex, MutexGuard};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Bytes written between two looks at the limit.
 const LOOK_AFTER: u64 = 4 << 20;
@@ -42,6 +42,8 @@ pub(super) struct Pace {
     turn: Mutex<()>,
     unwritten: AtomicU64,
     cached: AtomicU64,
+    /// Something could not be written back; from then on nothing is let go.
+    failed: AtomicBool,
     waiter: OnceLock<Option<File>>,
 }
 
@@ -111,7 +113,9 @@ impl Pace {
             .as_ref()
             .map(|waiter| sys::write_back(waiter.as_fd()))
         {
-            // The flush that covers these bytes meets the same failure, and acts on it.
+            // The flush that covers these bytes meets the same failure, and acts on it. Until then
+            // the cache is the only place that has them, and the host takes them for written.
+            self.failed.store(true, Ordering::SeqCst);
             log::warn!("writing back early failed: {e}");
         }
         self.let_go(file);
@@ -132,6 +136,9 @@ impl Pace {
     /// Frees the file's clean pages. Left to itself, a host with large pages in a small group may
     /// find none that it can free at the moment, and kill.
     fn let_go(&self, file: &File) {
+        if self.failed.load(Ordering::SeqCst) {
+            return;
+        }
         self.cached.store(0, Ordering::Relaxed);
         if let Err(e) = sys::drop_cache(file.as_fd()) {
             log::debug!("the host keeps what it has cached: {e}");

@@ -8,9 +8,9 @@
 use crate::forge::content::splitmix;
 use crate::sim::directory::{NameChange, Names};
 use crate::sim::kinds::DiskKind;
-use crate::sim::model::Model;
+use crate::sim::model::{Model, SECTOR};
 use crate::sim::storage::{Change, Event, Manners, World};
-use ploopfs::disk::{self, DiskOptions, EnospcPolicy, Resources};
+use ploopfs::disk::{self, Disk, DiskOptions, EnospcPolicy, Resources};
 use ploopfs::units::DiskOffset;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -250,10 +250,17 @@ pub(crate) fn replay(
         if moments % cuts.every != 0 && now + 1 != log.len() {
             continue;
         }
+        let mut last = None;
         for _ in 0..cuts.states {
+            let (files, _) = media.after_cut(&mut dice);
+            if last.as_ref() == Some(&files) {
+                continue;
+            }
+            last = Some(files.clone());
             judge(
                 kind,
                 &media,
+                files,
                 model.as_ref(),
                 &mut dice,
                 resources,
@@ -271,13 +278,13 @@ pub(crate) fn replay(
 fn judge(
     kind: &DiskKind,
     media: &Media,
+    files: Vec<Vec<u8>>,
     model: Option<&Model>,
     dice: &mut u64,
     resources: &Resources,
     found: &mut Found,
 ) -> Result<(), String> {
     found.states += 1;
-    let (files, _) = media.after_cut(dice);
     for top in kind.tops() {
         if media.files[top].is_wrongly_unmarked(&files[top]) {
             return Err("changed, and not marked as in use".to_owned());
@@ -293,12 +300,41 @@ fn judge(
     };
     let opened = disk::open_with(kind.open(&world), &options, resources.clone());
     let (disk, _) = opened.map_err(|error| format!("cannot be opened: {error}"))?;
-    if let Some(model) = model {
-        let mut bytes = vec![0; model.bytes()];
-        disk.read_at(DiskOffset::ZERO, &mut bytes)
-            .map_err(|error| format!("cannot be read: {error}"))?;
-        model.wrong(&bytes).map_or(Ok(()), Err)?;
+    let Some(model) = model else {
+        let closed = disk.close();
+        return closed.map_err(|error| format!("cannot be closed: {error}"));
+    };
+    let mut bytes = vec![0; model.bytes()];
+    disk.read_at(DiskOffset::ZERO, &mut bytes)
+        .map_err(|error| format!("cannot be read: {error}"))?;
+    model.wrong(&bytes).map_or(Ok(()), Err)?;
+    let goes_on = splitmix(dice) % 8 == 0;
+    if goes_on {
+        write_on(&disk, &mut bytes, dice).map_err(|error| format!("cannot be written: {error}"))?;
     }
     disk.close()
-        .map_err(|error| format!("cannot be closed: {error}"))
+        .map_err(|error| format!("cannot be closed: {error}"))?;
+    if goes_on {
+        let opened = disk::open_with(kind.open(&world), &options, resources.clone());
+        let (disk, _) = opened.map_err(|error| format!("cannot be opened again: {error}"))?;
+        let mut found = vec![0; bytes.len()];
+        disk.read_at(DiskOffset::ZERO, &mut found)
+            .map_err(|error| format!("cannot be read again: {error}"))?;
+        if found != bytes {
+            return Err("shows something else after writes and a close".to_owned());
+        }
+    }
+    Ok(())
+}
+
+/// Writes a few sectors here and there, so that clusters get a place.
+fn write_on(disk: &Disk, bytes: &mut [u8], dice: &mut u64) -> ploopfs::error::Result<()> {
+    for turn in 0..4 {
+        let sector = splitmix(dice) % (bytes.len() as u64 / SECTOR);
+        let at = (sector * SECTOR) as usize;
+        let data = [0xa0 + turn; SECTOR as usize];
+        disk.write_at(DiskOffset::new(sector * SECTOR), &data)?;
+        bytes[at..at + SECTOR as usize].copy_from_slice(&data);
+    }
+    Ok(())
 }

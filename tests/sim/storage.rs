@@ -47,10 +47,15 @@ impl Change {
             }
             Self::SetLen(len) if keep() => bytes.resize(*len, 0),
             Self::Allocate(end) if *end > bytes.len() && keep() => bytes.resize(*end, 0),
-            Self::Zero(range) if keep() => {
-                let end = range.end.min(bytes.len());
-                if range.start < end {
-                    bytes[range.start..end].fill(0);
+            // A host may punch a long range piece by piece.
+            Self::Zero(range) => {
+                let mut start = range.start;
+                while start < range.end.min(bytes.len()) {
+                    let end = (start / 4096 * 4096 + 4096).min(range.end).min(bytes.len());
+                    if keep() {
+                        bytes[start..end].fill(0);
+                    }
+                    start = end;
                 }
             }
             _ => {}
@@ -207,6 +212,14 @@ impl World {
         })
     }
 
+    fn is_poor(&self) -> bool {
+        self.state.lock().manners.poor_host
+    }
+
+    fn len_of(&self, file: usize) -> usize {
+        self.state.lock().files[file].len()
+    }
+
     /// What the files held at first.
     pub(crate) fn first(&self) -> &[Vec<u8>] {
         &self.first
@@ -344,6 +357,27 @@ impl State {
         }
     }
 
+    /// True when nothing but a header was written since the last sync: then the in-use mark is tried
+    /// again as a whole, and nothing is in the file that could be lost.
+    fn is_mark_alone(&self, file: usize) -> bool {
+        let events = self.log.iter().flatten().rev();
+        events
+            .take_while(|event| **event != Event::Synced { file })
+            .all(|event| match event {
+                Event::Changed {
+                    file: other,
+                    change,
+                } if *other == file => {
+                    matches!(change, Change::Write(0, data) if data.len() == 64)
+                }
+                _ => true,
+            })
+            && self
+                .manners
+                .fault
+                .is_some_and(|fault| fault.errno == libc::ENOSPC)
+    }
+
     /// A new file with nothing in it.
     pub(crate) fn add_file(&mut self) -> usize {
         self.files.push(Vec::new());
@@ -467,7 +501,7 @@ impl Storage for SimStorage {
             Ok(())
         };
         let lose = |state: &mut State| {
-            state.sync_failed = true;
+            state.sync_failed |= !state.is_mark_alone(file);
             state.log_event(Event::SyncFailed { file });
         };
         self.operation(Kind::Sync, sync, lose)
@@ -478,18 +512,28 @@ impl Storage for SimStorage {
     }
 
     fn allocate(&self, range: Range<FileOffset>) -> Result<()> {
-        // A host that runs out of space midway leaves the file longer by any amount.
+        // A host that runs out of space midway leaves the file longer by any amount; one that
+        // cannot reserve blocks lengthens it in one step.
         let odd = (index(range.start) + index(range.end)) / 2 + 100;
         let odd = Change::Allocate(odd.min(index(range.end)));
         self.modify(
             Kind::Allocate,
             Change::Allocate(index(range.end)),
-            Some(odd),
+            (!self.world.is_poor()).then_some(odd),
         )
     }
 
     fn zero(&self, range: Range<FileOffset>, _keep: Keep) -> Result<()> {
         let range = index(range.start)..index(range.end);
+        if self.world.is_poor() && range.start < range.end {
+            return heap::with(false, || {
+                let len = self.world.len_of(self.file);
+                let zeros = vec![0; range.end.min(len).saturating_sub(range.start)];
+                let half = zeros[..zeros.len() / 2 / 512 * 512].to_vec();
+                let partly = Some(Change::Write(range.start, half));
+                self.modify(Kind::Zero, Change::Write(range.start, zeros), partly)
+            });
+        }
         let half = range.start..range.start + (range.end - range.start) / 1024 * 512;
         self.modify(Kind::Zero, Change::Zero(range), Some(Change::Zero(half)))
     }
@@ -500,7 +544,7 @@ impl Storage for SimStorage {
         source: &dyn Storage,
         from: Range<FileOffset>,
     ) -> Result<bool> {
-        if self.world.state.lock().manners.poor_host {
+        if self.world.is_poor() {
             return Ok(false);
         }
         heap::with(false, || {
@@ -516,8 +560,23 @@ impl Storage for SimStorage {
     fn next_data(&self, from: FileOffset) -> Result<Option<Range<FileOffset>>> {
         let file = self.file;
         let next = |state: &mut State| {
-            let len = FileOffset::new(state.files[file].len() as u64);
-            Ok((from < len).then_some(from..len))
+            let bytes = &state.files[file];
+            let is_hole = |at: usize| {
+                let end = (at / 4096 * 4096 + 4096).min(bytes.len());
+                bytes[at..end].iter().all(|byte| *byte == 0)
+            };
+            // Blocks of zeros are holes, but where the host does not know of holes.
+            let poor = state.manners.poor_host;
+            let mut start = index(from);
+            while start < bytes.len() && !poor && is_hole(start) {
+                start = start / 4096 * 4096 + 4096;
+            }
+            let mut end = start;
+            while end < bytes.len() && (poor || !is_hole(end)) {
+                end = end / 4096 * 4096 + 4096;
+            }
+            let range = FileOffset::new(start as u64)..FileOffset::new(end.min(bytes.len()) as u64);
+            Ok((start < bytes.len()).then_some(range))
         };
         self.operation(Kind::NextData, next, |_| {})
     }

@@ -235,11 +235,16 @@ fn work(
             complaints.push(why);
         }
     }
-    let closed = scene.disk.close();
-    if let Err(error) = closed {
-        if !world.has_fired() && !world.is_dead(process) {
-            complaints.push(format!("cannot be closed: {error}"));
+    // A close that succeeds has made everything durable.
+    let flush = ids.fetch_add(1, Ordering::SeqCst);
+    world.note(Event::FlushBegan { flush });
+    match scene.disk.close() {
+        Ok(()) if world.is_dead(process) => {}
+        Ok(()) => {
+            world.note(Event::FlushDone { flush });
         }
+        Err(_) if world.has_fired() || world.is_dead(process) => {}
+        Err(error) => complaints.push(format!("cannot be closed: {error}")),
     }
 }
 
