@@ -575,7 +575,8 @@ impl Storage for SimStorage {
             while end < bytes.len() && (poor || !is_hole(end)) {
                 end = end / 4096 * 4096 + 4096;
             }
-            let range = FileOffset::new(start as u64)..FileOffset::new(end.min(bytes.len()) as u64);
+            let end = end.min(bytes.len());
+            let range = FileOffset::new(start as u64)..FileOffset::new(end as u64);
             Ok((start < bytes.len()).then_some(range))
         };
         self.operation(Kind::NextData, next, |_| {})
