@@ -32,9 +32,11 @@
 //! |        |      | 7 undo begun, 8 watched range; 256 more for what comes back late |
 //! |      4 |    4 | CRC-32C of the record with this field 0 |
 //! |      8 |    8 | place of the range; number of records before a seal; the file's length; end |
-//! |     16 |    8 | length of the range, or of the file; CRC-32C of the frame; that of the file's |
-//! |        |      | ranges, in the upper half with the first bytes as they are before the last step |
+//! |     16 |    8 | length of the range, or of the file; CRC-32C of the frame, or of the ranges |
 //! |     24 |      | the bytes, of kind 1 |
+//!
+//! A complete record has two checksums: the upper half is that of the file before the last step,
+//! which changes its first bytes only.
 
 mod restore;
 

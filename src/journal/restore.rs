@@ -20,7 +20,8 @@ use crate::error::Result;
 use crate::storage::{Keep, Storage};
 use crate::units::FileOffset;
 
-/// Says, durably, that an undo has begun: whatever the file holds from now on, it is on its way back.
+/// Says, durably, that an undo has begun: whatever the file holds from now on, it is on its way
+/// back.
 pub fn begin_undo(journal: &dyn Storage) -> Result<()> {
     let sealed = Sealed::read(journal)?;
     if !sealed.undoing {

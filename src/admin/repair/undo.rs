@@ -112,8 +112,8 @@ pub(super) fn abandon(begun: &Begun, keep: KeepOld<'_>) {
 /// (or an undo) still runs: nobody else has changed it since.
 ///
 /// The in-use mark tells that one runs only beside an undo file that is not complete, or whose undo
-/// has begun, and that has the name of one that runs: whoever writes to a mended image sets the mark
-/// too.
+/// has begun, and that has the name of one that runs: whoever writes to a mended image sets the
+/// mark too.
 fn belongs(storage: &dyn Storage, saved: &dyn Storage, is_running: bool) -> Result<bool> {
     let undo = journal::inspect(saved, storage)?;
     if !undo.frame_holds {
