@@ -20,18 +20,30 @@
 //!
 //! Two records tell whether somebody else has changed the file meanwhile. The frame is a checksum
 //! of a part of the file that the change leaves alone, but for what is recorded. When the change is
-//! complete, a last record says what the recorded ranges hold by then.
+//! complete, a record says what the file holds by then in the recorded and the watched ranges and
+//! behind its old length: in all that an undo overwrites, cuts, or brings back into use.
+//!
+//! An undo says so in the journal before it changes anything: from then on the file is neither what
+//! the change left nor what it was, until the undo is through.
 //!
 //! | offset | size | field |
 //! |-------:|-----:|-------|
-//! |      0 |    4 | kind: 1 bytes, 2 zeros, 3 length of the file, 4 seal, 5 complete, 6 frame |
+//! |      0 |    4 | kind: 1 bytes, 2 zeros, 3 length of the file, 4 seal, 5 complete, 6 frame, |
+//! |        |      | 7 undo begun, 8 watched range; 256 more for what comes back late |
 //! |      4 |    4 | CRC-32C of the record with this field 0 |
 //! |      8 |    8 | place of the range; number of records before a seal; the file's length; end |
-//! |     16 |    8 | length of the range, or of the file; CRC-32C of the file's ranges, or frame |
+//! |     16 |    8 | length of the range, or of the file; CRC-32C of the frame, or of the ranges |
 //! |     24 |      | the bytes, of kind 1 |
+//!
+//! A complete record has two checksums: the upper half is that of the file before the last step,
+//! which changes its first bytes only.
+
+mod restore;
+
+pub use restore::{begin_undo, restore};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Directory, Keep, SharedStorage, Storage};
+use crate::storage::{Directory, SharedStorage, Storage};
 use crate::units::{FileOffset, len_u64, len_usize};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -48,6 +60,10 @@ const LENGTH: u32 = 3;
 const SEAL: u32 = 4;
 const COMPLETE: u32 = 5;
 const FRAME: u32 = 6;
+const UNDOING: u32 = 7;
+const WATCH: u32 = 8;
+/// Added to the kind of what an undo gives back only when nothing names it any more.
+const LATE: u32 = 256;
 /// Where every frame begins: behind the file's first bytes.
 const FRAME_START: u64 = 64;
 /// No frame ends behind this: the longest table does not.
@@ -109,8 +125,13 @@ impl Head {
         crc32c::crc32c_append(crc32c::crc32c(&bare.encode()), bytes)
     }
 
+    /// The kind, late or not.
+    fn what(&self) -> u32 {
+        self.kind & !LATE
+    }
+
     fn bytes_len(&self) -> u64 {
-        if self.kind == BYTES { self.len } else { 0 }
+        if self.what() == BYTES { self.len } else { 0 }
     }
 }
 
@@ -143,10 +164,10 @@ impl Journal {
         };
         for place in &sealed.places {
             let head = read_head(&*journal.file, *place)?;
-            if head.kind == LENGTH {
-                journal.has_len = true;
-            } else {
-                journal.cover(head.place..head.place.saturating_add(head.len));
+            match head.what() {
+                LENGTH => journal.has_len = true,
+                WATCH => {}
+                _ => journal.cover(head.place..head.place.saturating_add(head.len)),
             }
         }
         Ok(journal)
@@ -208,7 +229,7 @@ impl Journal {
         let at = self.end.saturating_add(len_u64(HEAD));
         self.file.write_at(at, bytes)?;
         self.end = at.saturating_add(len_u64(bytes.len()));
-        self.records += u64::from(matches!(kind, BYTES | ZEROS | LENGTH));
+        self.records += u64::from(matches!(head.what(), BYTES | ZEROS | LENGTH | WATCH));
         Ok(())
     }
 
@@ -224,6 +245,27 @@ impl Journal {
     /// Records a range of the file as it is now. What lies past its end is not recorded: an undo
     /// restores the length.
     pub fn record(&mut self, file: &dyn Storage, range: Range<FileOffset>) -> Result<()> {
+        self.record_as(file, range, 0)
+    }
+
+    /// Records a range that the change brings into use: an undo gives its old bytes back only
+    /// after the frame's part of the file, when nothing names it any more.
+    pub fn record_late(&mut self, file: &dyn Storage, range: Range<FileOffset>) -> Result<()> {
+        self.record_as(file, range, LATE)
+    }
+
+    /// Notes a range that is not changed, and that must be the same for an undo.
+    pub fn watch(&mut self, range: Range<u64>) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let len = (range.end - at).min(RECORD_MAX);
+            self.write(WATCH, at, len, &[])?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    fn record_as(&mut self, file: &dyn Storage, range: Range<FileOffset>, late: u32) -> Result<()> {
         let mut rest = range.start.get()..range.end.get().min(file.len()?.get());
         let mut buffer = Vec::new();
         while let Some(part) = self.uncovered(&rest) {
@@ -231,9 +273,9 @@ impl Journal {
             buffer.resize(usize::try_from(len).unwrap_or(0), 0);
             file.read_at(FileOffset::new(at), &mut buffer)?;
             if buffer.iter().all(|byte| *byte == 0) {
-                self.write(ZEROS, at, len, &[])?;
+                self.write(ZEROS | late, at, len, &[])?;
             } else {
-                self.write(BYTES, at, len, &buffer)?;
+                self.write(BYTES | late, at, len, &buffer)?;
             }
             self.cover(at..at + len);
             rest.start = at + len;
@@ -255,12 +297,24 @@ impl Journal {
         directory.sync()
     }
 
+    /// Says that the change is complete, if that was not said yet.
+    pub fn conclude(&mut self, file: &dyn Storage) -> Result<()> {
+        if inspect(&*self.file, file)?.as_left {
+            return Ok(());
+        }
+        self.complete(file, None)
+    }
+
     /// Says that the change is complete, and what the file holds by now, but for its first bytes
     /// where they have yet to be written.
     pub fn complete(&mut self, file: &dyn Storage, first: Option<[u8; 64]>) -> Result<()> {
         let sealed = Sealed::read(&*self.file)?;
-        let crc = sealed.checksum(&*self.file, file, first)?;
-        self.write(COMPLETE, file.len()?.get(), crc.into(), &[])?;
+        let now = u64::from(sealed.checksum(&*self.file, file, None)?);
+        let then = match first {
+            Some(_) => u64::from(sealed.checksum(&*self.file, file, first)?),
+            None => now,
+        };
+        self.write(COMPLETE, file.len()?.get(), then | now << 32, &[])?;
         self.file.sync_data()
     }
 }
@@ -272,8 +326,12 @@ struct Sealed {
     places: Vec<u64>,
     /// End of the last seal.
     end: FileOffset,
-    /// Length and checksum that the change left.
+    /// Length and checksums that the change left.
     complete: Option<(u64, u64)>,
+    /// End of that, or of the seal: what the beginning of an undo is written behind.
+    tail: FileOffset,
+    /// An undo has begun.
+    undoing: bool,
     /// End and checksum of the last frame.
     frame: Option<(u64, u64)>,
 }
@@ -319,16 +377,18 @@ impl Sealed {
         }
         let (mut at, mut places, mut bytes) = (len_u64(MAGIC.len()), Vec::new(), Vec::new());
         let (mut sealed, mut complete, mut frame) = (None, None, None);
+        let (mut tail, mut undoing) = (0, false);
         while let Some(head) = read_record(file, at, len, &mut bytes)? {
             let end = at + len_u64(HEAD) + head.bytes_len();
-            match head.kind {
-                BYTES | ZEROS | LENGTH => places.push(at),
+            match head.what() {
+                BYTES | ZEROS | LENGTH | WATCH => places.push(at),
                 FRAME => frame = Some((head.place, head.len)),
                 SEAL if head.place == len_u64(places.len()) => {
                     sealed = Some((places.len(), end, frame));
-                    complete = None;
+                    (complete, tail, undoing) = (None, end, false);
                 }
-                COMPLETE => complete = Some((head.place, head.len)),
+                COMPLETE => (complete, tail) = (Some((head.place, head.len)), end),
+                UNDOING => undoing = true,
                 _ => break,
             }
             at = end;
@@ -340,11 +400,13 @@ impl Sealed {
             places,
             end,
             complete,
+            tail: FileOffset::new(tail),
+            undoing,
             frame,
         })
     }
 
-    /// CRC-32C of what the file holds in all recorded ranges.
+    /// CRC-32C of what the file holds in all recorded and watched ranges, and behind its old end.
     fn checksum(
         &self,
         journal: &dyn Storage,
@@ -355,17 +417,21 @@ impl Sealed {
         let file_len = file.len()?.get();
         for place in &self.places {
             let head = read_head(journal, *place)?;
-            if !matches!(head.kind, BYTES | ZEROS) {
-                continue;
+            let (mut at, end) = match head.what() {
+                LENGTH => (head.len, file_len),
+                _ => (head.place, head.place.saturating_add(head.len)),
+            };
+            let end = end.min(file_len);
+            while at < end {
+                let len = (end - at).min(RECORD_MAX);
+                bytes.resize(len_usize(len).unwrap_or(0), 0);
+                file.read_at(FileOffset::new(at), &mut bytes)?;
+                if let (Some(first), 0) = (first, at) {
+                    bytes.splice(..bytes.len().min(64), first);
+                }
+                crc = crc32c::crc32c_append(crc, &bytes);
+                at += len;
             }
-            let end = head.place.saturating_add(head.len).min(file_len);
-            let len = end.saturating_sub(head.place).min(RECORD_MAX);
-            bytes.resize(len_usize(len).unwrap_or(0), 0);
-            file.read_at(FileOffset::new(head.place.min(file_len)), &mut bytes)?;
-            if let (Some(first), 0) = (first, head.place) {
-                bytes.splice(..bytes.len().min(64), first);
-            }
-            crc = crc32c::crc32c_append(crc, &bytes);
         }
         Ok(crc)
     }
@@ -378,7 +444,7 @@ fn frame(journal: &dyn Storage, len: u64, file: &dyn Storage, end: u64) -> Resul
     let mut at = len_u64(MAGIC.len());
     while at < len {
         let head = read_head(journal, at)?;
-        if matches!(head.kind, BYTES | ZEROS) && head.place < end {
+        if matches!(head.what(), BYTES | ZEROS) && head.place < end {
             skip.push(head.place..head.place.saturating_add(head.len));
         }
         at = at
@@ -416,10 +482,12 @@ pub struct Undo {
     pub len: Option<FileOffset>,
     /// The first bytes of the file as they were, where they were recorded.
     pub first: Option<[u8; 64]>,
-    /// The change was complete.
+    /// The change was complete, and no undo has begun.
     pub complete: bool,
-    /// It was complete, and the file is no longer what it left.
-    pub changed_since: bool,
+    /// The change was complete, and the file is what it left.
+    pub as_left: bool,
+    /// The change was complete but for its last step, and the file is what it was before that.
+    pub as_left_last: bool,
     /// All that is recorded is still as it was.
     pub untouched: bool,
     /// What the change leaves alone is still as it was.
@@ -429,18 +497,20 @@ pub struct Undo {
 /// Reads what an undo would give back, and checks every record.
 pub fn inspect(journal: &dyn Storage, file: &dyn Storage) -> Result<Undo> {
     let sealed = Sealed::read(journal)?;
-    let changed_since = match sealed.complete {
-        None => false,
-        Some((len, crc)) => {
-            len != file.len()?.get() || crc != u64::from(sealed.checksum(journal, file, None)?)
+    let (as_left, as_left_last) = match sealed.complete {
+        Some((len, crc)) if len == file.len()?.get() => {
+            let now = u64::from(sealed.checksum(journal, file, None)?);
+            (now == crc & u64::from(u32::MAX), now == crc >> 32)
         }
+        _ => (false, false),
     };
     let mut undo = Undo {
         records: len_u64(sealed.places.len()),
         len: None,
         first: None,
-        complete: sealed.complete.is_some(),
-        changed_since,
+        complete: sealed.complete.is_some() && !sealed.undoing,
+        as_left,
+        as_left_last,
         untouched: true,
         frame_holds: match sealed.frame {
             None => true,
@@ -453,11 +523,12 @@ pub fn inspect(journal: &dyn Storage, file: &dyn Storage) -> Result<Undo> {
     for place in sealed.places.iter().rev() {
         let head = read_record(journal, *place, sealed.end.get(), &mut bytes)?
             .ok_or_else(|| unsound("a record has changed"))?;
-        match head.kind {
+        match head.what() {
             LENGTH => {
                 undo.len = Some(FileOffset::new(head.len));
                 continue;
             }
+            WATCH => continue,
             BYTES if head.place == 0 => undo.first = bytes.first_chunk().copied(),
             _ => {}
         }
@@ -474,42 +545,6 @@ pub fn inspect(journal: &dyn Storage, file: &dyn Storage) -> Result<Undo> {
     }
     undo.untouched &= undo.len.is_none_or(|len| len == file_len);
     Ok(undo)
-}
-
-/// Gives the file its old length and its old bytes back, the first 64 of them last, and makes
-/// them durable. Repeating it changes nothing.
-pub fn restore(journal: &dyn Storage, file: &dyn Storage) -> Result<()> {
-    let undo = inspect(journal, file)?;
-    let sealed = Sealed::read(journal)?;
-    // From here on the file is neither what the change left nor what it was.
-    journal.set_len(sealed.end)?;
-    journal.sync_data()?;
-    let mut bytes = Vec::new();
-    for place in sealed.places.iter().rev() {
-        let head = read_record(journal, *place, sealed.end.get(), &mut bytes)?
-            .ok_or_else(|| unsound("a record has changed"))?;
-        let at = FileOffset::new(head.place);
-        match head.kind {
-            BYTES if head.place != 0 => file.write_at(at, &bytes)?,
-            ZEROS => {
-                // What lies past the end of the file becomes zeros with its length.
-                let end = at.saturating_add(head.len).min(file.len()?);
-                if at < end {
-                    file.zero(at..end, Keep::Nothing)?;
-                }
-            }
-            _ => {}
-        }
-    }
-    if let Some(len) = undo.len {
-        file.set_len(len)?;
-    }
-    file.sync_data()?;
-    if let Some(first) = undo.first {
-        file.write_at(FileOffset::ZERO, &first)?;
-        file.sync_data()?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -156,7 +156,12 @@ pub fn repair_image(storage: &dyn Storage, keep: KeepOld<'_>, policy: &Policy) -
             .map_err(|e| undo::advise(e, keep))?;
     }
     let after = check::check_image(storage)?;
-    let undo = undo::finish(begun.journal.is_some(), keep)?;
+    // An interrupted repair is not through where this one found nothing to do and left trouble.
+    let is_through = !fixes.is_empty() || is_clean(&after);
+    if let (Some(journal), true, true) = (&mut begun.journal, fixes.is_empty(), is_through) {
+        journal.conclude(storage)?;
+    }
+    let undo = undo::finish(begun.journal.is_some() && is_through, keep)?;
     Ok(Repaired {
         before: checked,
         fixes,
@@ -287,7 +292,10 @@ impl Work<'_> {
             old.range(at.get()..at.get() + len_u64(new.len()))
         })?;
         let grid = self.space.grid;
-        copies.for_each(|number| old.range(grid.start(number)..grid.start(number + 1)))?;
+        copies.for_each(|number| old.late(grid.start(number)..grid.start(number + 1)))?;
+        if moves {
+            self.watch(&mut old)?;
+        }
         if self.has(Fix::Mark) {
             self.space.extension.clear();
         }
@@ -308,6 +316,20 @@ impl Work<'_> {
             old.data(end..self.file_len.get())?;
         }
         old.seal(keep, self.header.layout().data_start().get())
+    }
+
+    /// Notes what will be copied: an undo gives up the copies, and so it may only be when what
+    /// they were made from is still the same.
+    fn watch(&self, old: &mut undo::Recorder<'_>) -> Result<()> {
+        let layout = self.header.layout();
+        let decide = |word, class| {
+            if let Some(Class::Shared(_) | Class::Misaligned) = class {
+                let start = layout.entry_start(word).get();
+                old.watch(start..start + self.cluster_bytes())?;
+            }
+            Ok(word)
+        };
+        self.rewrite(decide, |_, _| Ok(()))
     }
 
     /// Calls `each` with the bytes of every cluster that nothing names in the end.

@@ -1,5 +1,6 @@
 //! Records, seals, and what an undo makes of them.
 use super::*;
+use crate::storage::Keep;
 use crate::storage::mem::MemStorage;
 use std::sync::Arc;
 
@@ -113,13 +114,13 @@ fn a_complete_change_tells_what_it_left() {
     file.set_len(FileOffset::new(2500)).unwrap();
     journal.complete(&file, None).unwrap();
     let found = inspect(&*log, &file).unwrap();
-    assert!(found.complete && !found.changed_since);
+    assert!(found.complete && found.as_left);
     assert_eq!(found.first.unwrap()[..], original()[..64]);
     for (place, len) in [(70, 2500), (2400, 2500), (2600, 2601)] {
         let (other, byte) = (MemStorage::new(file.to_vec()), FileOffset::new(place));
         other.write_at(byte, &[0x55]).unwrap();
         assert_eq!(other.len().unwrap().get(), len);
-        assert!(inspect(&*log, &other).unwrap().changed_since, "{place}");
+        assert!(!inspect(&*log, &other).unwrap().as_left, "{place}");
     }
     restore(&*log, &file).unwrap();
     assert_eq!(file.to_vec(), original());
@@ -157,6 +158,45 @@ fn a_change_of_what_was_to_be_left_alone_is_seen() {
             "{place}"
         );
     }
+}
+
+#[test]
+fn what_an_undo_cuts_or_relies_on_must_be_as_it_was() {
+    let (log, file) = (Arc::new(MemStorage::default()), MemStorage::new(original()));
+    let mut journal = Journal::create(&OneFile(log.clone()), "x").unwrap();
+    journal.record_len(FileOffset::new(3000)).unwrap();
+    journal.record(&file, at(0, 64)).unwrap();
+    journal.watch(500..600).unwrap();
+    journal.record_late(&file, at(1000, 1100)).unwrap();
+    journal.seal(&OneFile(log.clone())).unwrap();
+    file.set_len(FileOffset::new(3500)).unwrap();
+    let closed = [7; 64];
+    journal.complete(&file, Some(closed)).unwrap();
+    let found = inspect(&*log, &file).unwrap();
+    assert!(found.complete && found.as_left_last && !found.as_left);
+    file.write_at(FileOffset::ZERO, &closed).unwrap();
+    let found = inspect(&*log, &file).unwrap();
+    assert!(found.as_left && !found.as_left_last);
+    for (place, as_left) in [
+        (499, true),
+        (500, false),
+        (599, false),
+        (600, true),
+        (1050, false),
+        (2999, true),
+        (3000, false),
+        (3499, false),
+    ] {
+        let other = MemStorage::new(file.to_vec());
+        other.write_at(FileOffset::new(place), &[0x5a]).unwrap();
+        assert_eq!(inspect(&*log, &other).unwrap().as_left, as_left, "{place}");
+    }
+    begin_undo(&*log).unwrap();
+    begin_undo(&*log).unwrap();
+    let found = inspect(&*log, &file).unwrap();
+    assert!(!found.complete && found.as_left);
+    restore(&*log, &file).unwrap();
+    assert_eq!(file.to_vec(), original());
 }
 
 #[test]

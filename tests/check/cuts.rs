@@ -148,14 +148,153 @@ fn an_undo_cut_anywhere_can_be_repeated() {
         let storage = host.open("x", true).expect("the image is there");
         undo_image(&*storage, &host, name).expect("the undo file is sound");
         for (number, moment) in host.moments().iter().enumerate() {
-            let left = moment.after_cut(&mut dice);
-            if left.names().contains(&name) {
-                assert!(undone(&left, name) == old, "{names:?}, operation {number}");
-            } else {
-                assert!(left.bytes("x") == Some(&old[..]), "{names:?}, {number}");
+            for _ in 0..8 {
+                let left = moment.after_cut(&mut dice);
+                let what = format!("{names:?}, operation {number}");
+                expect_old_or_new(version, &left, &old, &good, &what);
+                let there = left.names();
+                match there.iter().find(|name| **name != "x") {
+                    Some(name) => assert!(undone(&left, name) == old, "{what}"),
+                    None => assert!(left.bytes("x") == Some(&old[..]), "{what}"),
+                }
             }
         }
     }
+}
+
+/// What a cluster of the disk shows; none where its entry points to no data.
+fn shown(version: u8, bytes: &[u8], index: usize) -> Option<Vec<u8>> {
+    let entry = bytes[64 + 4 * index..].first_chunk();
+    let entry = u32::from_le_bytes(*entry.expect("the table is there")) as usize;
+    let start = entry * if version == 1 { 512 } else { 4096 };
+    if entry == 0 {
+        return Some(vec![0; 4096]);
+    }
+    if start < 4096 || start >= bytes.len() {
+        return None;
+    }
+    let mut data = bytes[start..bytes.len().min(start + 4096)].to_vec();
+    data.resize(4096, 0);
+    Some(data)
+}
+
+/// Whatever an undo has reached, each cluster shows what it did before or after the repair.
+fn expect_old_or_new(version: u8, left: &State, old: &[u8], good: &State, what: &str) {
+    let bytes = |state: &State| state.bytes("x").expect("the image is there").to_vec();
+    let (left, good) = (bytes(left), bytes(good));
+    for index in 0..30 {
+        let place = 64 + 4 * index..68 + 4 * index;
+        let before = shown(version, old, index);
+        if before.is_none() && left[place.clone()] == old[place] {
+            continue;
+        }
+        let now = shown(version, &left, index);
+        let is_known = now == before || now == shown(version, &good, index);
+        assert!(is_known, "{what}: cluster {index} shows neither");
+    }
+}
+
+/// The image after a repair, with the name of the undo file.
+fn repaired(names: &[&str]) -> (Host, String) {
+    let (good, _) = undisturbed(&bytes_of(2, names));
+    let there = good.names();
+    let name = there.iter().find(|name| **name != "x");
+    let name = (*name.expect("something was changed")).to_owned();
+    (Host::new(good), name)
+}
+
+fn expect_no_undo(host: &Host, name: &str, what: &str) {
+    let image = host.open("x", true).expect("the image is there");
+    let before = host.state();
+    let refused = undo_image(&*image, host, name).expect_err(what);
+    let (before, now) = (before.bytes("x"), host.state());
+    assert!(now.bytes("x") == before, "{what}: changed");
+    assert!(now.names().contains(&name), "{what}: {refused}");
+}
+
+fn place(at: u64) -> ploopfs::units::FileOffset {
+    ploopfs::units::FileOffset::new(at)
+}
+
+/// A program opens the mended image, writes a new cluster, syncs, and is killed.
+fn write_and_die(host: &Host) -> u64 {
+    let image = host.open("x", true).expect("the image is there");
+    let now = host.state();
+    let bytes = now.bytes("x").expect("there");
+    let hole = (0..29).find(|n| bytes[64 + 4 * n..68 + 4 * n] == [0; 4]);
+    let at = 64 + 4 * hole.expect("half of it is mapped") as u64;
+    let end = u32::try_from(bytes.len().div_ceil(4096)).expect("small");
+    let start = u64::from(end) * 4096;
+    let mark = ploopfs::format::header::IN_USE.to_le_bytes();
+    image.write_at(place(44), &mark).expect("memory");
+    image.write_at(place(start), &[7; 4096]).expect("memory");
+    image
+        .write_at(place(at), &end.to_le_bytes())
+        .expect("memory");
+    image.sync_data().expect("memory");
+    start
+}
+
+#[test]
+fn what_was_written_after_a_repair_is_not_undone() {
+    for names in [
+        &["t-duplicate"][..],
+        &["t-duplicate", "t-leak-tail"],
+        &["t-straddle", "h-in-use"],
+        &["h-in-use"],
+        &["t-leak-tail"],
+    ] {
+        let (host, name) = repaired(names);
+        write_and_die(&host);
+        expect_no_undo(&host, &name, "a new cluster and a mark");
+        // Killed at the last rename: the image is clean, and the undo file has its first name.
+        let (host, name) = repaired(names);
+        host.rename(&name, "x.repair").expect("it is there");
+        let start = write_and_die(&host);
+        expect_no_undo(&host, "x.repair", "the first name");
+        let done = repair(&host).expect("the image can be repaired");
+        assert!(is_clean(&done.after), "{names:?}: {:?}", done.after.report);
+        let now = host.state();
+        let start = usize::try_from(start).expect("small");
+        let data = now.bytes("x").and_then(|x| x.get(start..start + 4096));
+        assert!(data == Some(&[7; 4096][..]), "{names:?}: taken back");
+        if let Some(name) = done.undo {
+            let image = host.open("x", true).expect("the image is there");
+            undo_image(&*image, &host, &name).expect("the undo of the second repair");
+            let now = host.state();
+            let data = now.bytes("x").and_then(|x| x.get(start..start + 4096));
+            assert!(
+                data == Some(&[7; 4096][..]),
+                "{names:?}: taken back too far"
+            );
+        }
+    }
+}
+
+#[test]
+fn copies_and_what_they_were_made_from_are_not_undone_once_written_to() {
+    let old = bytes_of(2, &["t-duplicate"]);
+    let (good, _) = undisturbed(&old);
+    let good = good.bytes("x").expect("there").to_vec();
+    let entry = |bytes: &[u8], n: usize| {
+        u32::from_le_bytes(bytes[64 + 4 * n..68 + 4 * n].try_into().expect("four"))
+    };
+    let moved = (0..30).find(|n| entry(&old, *n) != entry(&good, *n));
+    let moved = moved.expect("one entry was repointed");
+    for target in [entry(&good, moved), entry(&old, moved)] {
+        let (host, name) = repaired(&["t-duplicate"]);
+        let image = host.open("x", true).expect("the image is there");
+        let byte = u64::from(target) * 4096 + 77;
+        image.write_at(place(byte), &[0xa5]).expect("memory");
+        expect_no_undo(&host, &name, "written in place");
+    }
+}
+
+#[test]
+fn an_undo_does_not_run_beside_an_interrupted_repair() {
+    let (host, name) = repaired(&["t-duplicate"]);
+    host.create_new("x.repair").expect("memory");
+    expect_no_undo(&host, &name, "two undo files");
 }
 
 #[test]
@@ -208,7 +347,6 @@ fn an_undo_file_is_not_used_when_somebody_else_has_written_since() {
         let hole = (0..29).find(|n| bytes[64 + 4 * n..68 + 4 * n] == [0; 4]);
         let at = 64 + 4 * hole.expect("half of it is mapped") as u64;
         let end = u32::try_from(bytes.len().div_ceil(4096)).expect("small");
-        let place = |at: u64| ploopfs::units::FileOffset::new(at);
         image
             .write_at(place(u64::from(end) * 4096), &[7; 4096])
             .expect("memory");

@@ -2,8 +2,11 @@
 
 use crate::forge::content::splitmix;
 use crate::forge::image::{ImageSpec, Mapped};
+use ploopfs::chain::bundle::{self, Selection};
+use ploopfs::disk::{self, DiskOptions};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// An image of which every third entry names the cluster of the one before it.
@@ -80,4 +83,35 @@ fn a_killed_repair_goes_on_or_is_undone() {
         assert!(read() == old, "{what}: not as it was");
     }
     assert!(kills > 3, "only {kills} kills");
+}
+
+#[test]
+fn nobody_writes_beside_an_interrupted_repair() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("x.hds");
+    ImageSpec::new(2, 8, 80).write(&path).expect("it is made");
+    let open = |write: bool| {
+        let selection = Selection {
+            write,
+            ..Selection::default()
+        };
+        let options = DiskOptions {
+            read_only: !write,
+            ..DiskOptions::default()
+        };
+        let images = bundle::open(&path, &selection).expect("the image opens");
+        disk::open(Arc::new(images), &options).map(|(_, notes)| notes)
+    };
+    assert!(open(true).is_ok());
+    let saved = dir.path().join("x.hds.repair");
+    std::fs::write(&saved, b"ploopfs undo 1\n\0").expect("there is room");
+    let before = std::fs::read(&path).expect("there");
+    let refused = open(true).expect_err("it is half mended").to_string();
+    assert!(refused.contains("x.hds.repair"), "{refused}");
+    assert!(std::fs::read(&path).expect("there") == before);
+    let notes = open(false).expect("reading is allowed");
+    assert!(notes.iter().any(|note| note.contains("interrupted")));
+    // The next repair has nothing to go on with, and removes it.
+    expect_done(&[path.to_str().expect("UTF-8")], "a repair");
+    assert!(!saved.exists() && open(true).is_ok());
 }

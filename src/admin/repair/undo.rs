@@ -1,11 +1,13 @@
 //! The undo file of a repair: where it is, what its name says, and how it is used.
 //!
 //! While a repair runs it is `IMAGE.repair`; when the image is mended it becomes `IMAGE.undo`, or
-//! `IMAGE.undo.2` and so on where there is one already. A file of the first name is therefore of a
-//! repair that was interrupted: the next one goes on with it, so that it still holds what the image
-//! was before the first.
+//! `IMAGE.undo.2` and so on where there is one already. An undo gives it the first name back before
+//! it changes anything. A file of that name is therefore of a repair or an undo that was
+//! interrupted: nobody may write to the image until it is ended. The next repair goes on with it,
+//! so that it still holds what the image was before the first.
 
-use super::KeepOld;
+use super::{KeepOld, is_clean};
+use crate::admin::check::check_image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{HEADER_LEN, IN_USE, RawHeader};
 use crate::journal::{self, Journal};
@@ -66,7 +68,7 @@ pub(super) fn begin(storage: &dyn Storage, keep: KeepOld<'_>, needed: bool) -> R
     if directory.entries()?.contains(&name) {
         let file = directory.open(&name, true)?;
         match Journal::resume(file.clone()) {
-            Ok(journal) if belongs(storage, &*file)? => {
+            Ok(journal) if belongs(storage, &*file, true)? => {
                 begun.journal = Some(journal);
                 begun.resumed = true;
                 return Ok(begun);
@@ -108,23 +110,27 @@ pub(super) fn abandon(begun: &Begun, keep: KeepOld<'_>) {
 
 /// True where the image is what the repair of this undo file found or left, or where that repair
 /// (or an undo) still runs: nobody else has changed it since.
-fn belongs(storage: &dyn Storage, saved: &dyn Storage) -> Result<bool> {
+///
+/// The in-use mark tells that one runs only beside an undo file that is not complete, or whose undo
+/// has begun, and that has the name of one that runs: whoever writes to a mended image sets the
+/// mark too.
+fn belongs(storage: &dyn Storage, saved: &dyn Storage, is_running: bool) -> Result<bool> {
     let undo = journal::inspect(saved, storage)?;
     if !undo.frame_holds {
         return Ok(false);
     }
+    let as_left = undo.as_left || (is_running && undo.as_left_last);
+    let may_run = is_running && !undo.complete;
     let Some(old) = undo.first else {
         // Only space was given back, and nothing was named anew.
-        return Ok(!undo.changed_since);
+        return Ok(may_run || as_left || undo.untouched);
     };
     if storage.len()?.get() < len_u64(HEADER_LEN) {
         return Ok(false);
     }
     let mut now = [0; HEADER_LEN];
     storage.read_at(FileOffset::ZERO, &mut now)?;
-    // While it runs a repair has the mark set, and so has an undo.
-    let runs = RawHeader::decode(&now).in_use == IN_USE;
-    let as_left = undo.complete && !undo.changed_since;
+    let runs = may_run && RawHeader::decode(&now).in_use == IN_USE;
     Ok(runs || as_left || (now == old && undo.untouched))
 }
 
@@ -190,6 +196,23 @@ impl<'a> Recorder<'a> {
         }
     }
 
+    /// All bytes of a range that the repair brings into use.
+    pub(super) fn late(&mut self, range: Range<u64>) -> Result<()> {
+        let range = FileOffset::new(range.start)..FileOffset::new(range.end);
+        match &mut self.journal {
+            Some(journal) => journal.record_late(self.storage, range),
+            None => Ok(()),
+        }
+    }
+
+    /// Notes a range that an undo relies on.
+    pub(super) fn watch(&mut self, range: Range<u64>) -> Result<()> {
+        match &mut self.journal {
+            Some(journal) => journal.watch(range),
+            None => Ok(()),
+        }
+    }
+
     /// The bytes of a range that are no hole of the file.
     pub(super) fn data(&mut self, range: Range<u64>) -> Result<()> {
         let mut at = range.start;
@@ -216,19 +239,50 @@ impl<'a> Recorder<'a> {
     }
 }
 
+/// The name that an undo file has while the repair or the undo runs.
+fn running_name(file: &str) -> String {
+    let image = file.strip_suffix(RUNNING);
+    let image = image.or_else(|| file.rfind(DONE).and_then(|end| file.get(..end)));
+    format!("{}{RUNNING}", image.unwrap_or(file))
+}
+
 /// Gives an image back what a repair changed, and removes the undo file. The caller has the image
-/// locked. The order: the in-use mark, so that an image that is neither old nor new never passes
-/// for a closed one; the old bytes and the old length; the old header; the undo file's name.
+/// locked. The order: the undo file's name, and its note that an undo runs, so that nobody takes
+/// the image for a mended one; the in-use mark, so that an image that is neither old nor new never
+/// passes for a closed one; the old bytes and the old length; the old header; the undo file goes.
 pub fn undo_image(storage: &dyn Storage, directory: &dyn Directory, file: &str) -> Result<()> {
     storage.sync_data()?;
     let saved = directory.open(file, true)?;
     let undo = journal::inspect(&*saved, storage)?;
-    if !belongs(storage, &*saved)? {
-        let why = "the image has been changed since the repair: going back would damage it";
-        let error = Error::why(ErrorKind::Corrupt, why);
-        return Err(error.fix("restore the image from a backup instead"));
+    let running = running_name(file);
+    if !belongs(storage, &*saved, file == running)? {
+        return Err(changed_since(storage));
     }
-    if undo.first.is_some() {
+    if file != running {
+        if directory.entries()?.contains(&running) {
+            let why = format!("{running} is there: another repair or undo was interrupted");
+            return Err(Error::why(ErrorKind::Usage, why).fix(
+                "end that first: `ploopfs repair IMAGE`, or `ploopfs repair --undo` with its file",
+            ));
+        }
+        directory.rename(file, &running)?;
+        directory.sync()?;
+    }
+    let advise = |error: Error| {
+        error.fix(format!(
+            "the image is on its way back, and not to be used: go on with `ploopfs repair --undo \
+             {running} IMAGE`"
+        ))
+    };
+    give_back(storage, &*saved, undo.first.is_some()).map_err(advise)?;
+    drop(saved);
+    directory.remove(&running)?;
+    directory.sync()
+}
+
+fn give_back(storage: &dyn Storage, saved: &dyn Storage, has_mark: bool) -> Result<()> {
+    journal::begin_undo(saved)?;
+    if has_mark {
         let mut now = [0; HEADER_LEN];
         storage.read_at(FileOffset::ZERO, &mut now)?;
         let mut raw = RawHeader::decode(&now);
@@ -236,8 +290,18 @@ pub fn undo_image(storage: &dyn Storage, directory: &dyn Directory, file: &str) 
         storage.write_at(FileOffset::ZERO, &raw.encode())?;
         storage.sync_data()?;
     }
-    journal::restore(&*saved, storage)?;
-    drop(saved);
-    directory.remove(file)?;
-    directory.sync()
+    journal::restore(saved, storage)
+}
+
+/// Why there is no going back, and what to do instead.
+fn changed_since(storage: &dyn Storage) -> Error {
+    let why = "the image has been changed since the repair: going back would damage it; nothing \
+               was changed";
+    let is_clean = check_image(storage).is_ok_and(|checked| is_clean(&checked));
+    Error::why(ErrorKind::Corrupt, why).fix(if is_clean {
+        "nothing need be done: the image is clean, and the undo file can be removed"
+    } else {
+        "`ploopfs check IMAGE` tells how the image is, and `ploopfs repair IMAGE` mends it; what \
+         was before the first repair is in a backup only"
+    })
 }
