@@ -357,8 +357,8 @@ impl State {
         }
     }
 
-    /// True when nothing but a header was written since the last sync: then the in-use mark is tried
-    /// again as a whole, and nothing is in the file that could be lost.
+    /// True when nothing but a header was written since the last sync: then the in-use mark is
+    /// tried again as a whole, and nothing is in the file that could be lost.
     fn is_mark_alone(&self, file: usize) -> bool {
         let events = self.log.iter().flatten().rev();
         events
