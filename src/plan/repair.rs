@@ -381,7 +381,9 @@ fn implausible(facts: &Facts) -> bool {
     let displaced = displaced.saturating_add(table.misaligned.clusters());
     let bad = table.invalid().saturating_add(table.misaligned.clusters());
     let all_bad = table.mapped > 1 && bad == table.mapped;
-    if all_bad || (displaced > 0 && displaced.saturating_mul(2) >= table.mapped) {
+    // Once the others are cleared these are all: a repair that was cut short must go on.
+    let inside = table.mapped.saturating_sub(table.past_end.clusters());
+    if all_bad || (displaced > 0 && displaced.saturating_mul(2) >= inside) {
         return true;
     }
     let needed = cluster.count_for(normal.header.size_bytes()).get();
