@@ -14,7 +14,7 @@ use crate::delta::{extension, walk};
 use crate::error::Result;
 use crate::format::bat::EntryError;
 use crate::format::extension::Extension;
-use crate::format::header::{HEADER_LEN, Header, HeaderError, IN_USE, RawHeader};
+use crate::format::header::{CLOSED_V21, HEADER_LEN, Header, HeaderError, IN_USE, RawHeader};
 use crate::format::layout::Layout;
 use crate::plan::repair::{
     Evidence, ExtensionFacts, Facts, Report, SPANS_MAX, Spans, TableFacts, count_entries, examine,
@@ -111,6 +111,9 @@ pub(super) fn gather(storage: &dyn Storage) -> Result<Gathered> {
         if matches!(header.raw().in_use, 0 | IN_USE) && header.raw().extension != 0 {
             facts.extension = ExtensionFacts::Stale;
         }
+        if !matches!(header.raw().in_use, 0 | IN_USE | CLOSED_V21) && header.raw().extension != 0 {
+            facts.extension = ExtensionFacts::Foreign;
+        }
         spaces(storage, &mut facts, &found)?;
         space = Some(found);
     }
@@ -164,6 +167,15 @@ pub(super) fn entries(
     Ok(())
 }
 
+/// End of the clusters that the entries need, or of the table's room where that is less. What
+/// follows up to the first block may be data, if the header has the wrong one.
+pub(super) fn slots_end(layout: &Layout) -> FileOffset {
+    let cluster = layout.cluster();
+    let needed = cluster.count_for(layout.table_end().get()).get();
+    let needed = FileOffset::new(needed.saturating_mul(cluster.bytes()));
+    layout.data_start().min(needed)
+}
+
 fn table(
     storage: &dyn Storage,
     header: &Header,
@@ -177,13 +189,16 @@ fn table(
     let (mut touched, mut shared) = (Used::new(classifier.limit())?, HashSet::new());
     let mut named_end = layout.data_start().get().max(layout.table_end().get());
     let mut end = named_end;
-    walk::words(storage, layout.data_start(), |at, bytes| {
+    let disk_clusters = layout.cluster().count_for(header.size_bytes()).get();
+    let slots_end = slots_end(layout);
+    walk::words(storage, slots_end, |at, bytes| {
         entries(at, bytes, layout, |cluster, entry| {
             let Some(cluster) = cluster else {
                 facts.stray_slots += u64::from(entry != 0);
                 return Ok(());
             };
             facts.mapped += u64::from(entry != 0);
+            facts.past_disk += u64::from(entry != 0 && cluster >= disk_clusters);
             match classifier.class(entry)? {
                 Class::Hole => {}
                 Class::Good(number) => named_end = named_end.max(grid.start(number + 1)),
@@ -205,7 +220,12 @@ fn table(
                     }
                     facts.misaligned.add(cluster);
                 }
-                Class::Bad(EntryError::InTable(_)) => facts.in_table.add(cluster),
+                Class::Bad(EntryError::InTable(_)) => {
+                    let start = layout.entry_start(entry);
+                    let is_data = start >= slots_end.max(layout.table_end()) && start < file_len;
+                    facts.before_first += u64::from(is_data);
+                    facts.in_table.add(cluster);
+                }
                 Class::Bad(_) => facts.past_end.add(cluster),
             }
             Ok(())
@@ -299,7 +319,8 @@ fn bitmap_ids(extension: &Extension) -> Vec<String> {
 
 /// Counts what has leaked, and finds the end of all that is used.
 fn spaces(storage: &dyn Storage, facts: &mut Facts, space: &Space) -> Result<()> {
-    if let ExtensionFacts::Valid { unknown: true, .. } = facts.extension {
+    let extension = facts.extension;
+    if let ExtensionFacts::Foreign | ExtensionFacts::Valid { unknown: true, .. } = extension {
         // Its sections may use any cluster.
         facts.table.end = facts.table.end.max(facts.file_len);
         return Ok(());

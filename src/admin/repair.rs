@@ -88,6 +88,11 @@ pub fn plan_image(storage: &dyn Storage, policy: &Policy) -> Result<Planned> {
     Ok(Planned { checked, fixes })
 }
 
+fn unguessed(why: &'static str) -> Error {
+    Error::why(ErrorKind::Corrupt, why)
+        .fix("nothing is guessed, and nothing was changed: it needs the header of a backup")
+}
+
 fn refused(refusal: Refusal) -> Error {
     match refusal {
         Refusal::Header(error) => {
@@ -100,12 +105,23 @@ fn refused(refusal: Refusal) -> Error {
                 ),
             }
         }
-        Refusal::Implausible => Error::why(
-            ErrorKind::Corrupt,
-            "at least half of the table makes no sense with the header, whose numbers contradict \
-             each other: its cluster size, or the size of the disk, is probably wrong",
+        Refusal::Implausible => unguessed(
+            "much of the image makes no sense with the header: its magic, its cluster size or the \
+             size of the disk is probably wrong",
+        ),
+        Refusal::BeforeFirst => unguessed(
+            "entries name clusters between the table and the header's first block, and either may \
+             be wrong",
+        ),
+        Refusal::PastDisk => unguessed(
+            "the table has entries for clusters behind the end of the disk: its size, or the \
+             cluster size, may be wrong",
+        ),
+        Refusal::ForeignExtension => Error::why(
+            ErrorKind::Unsupported,
+            "another program's closed mark stands with a format extension that a repair would lose",
         )
-        .fix("nothing is guessed: it needs the header of a backup"),
+        .fix("repair it with the program that wrote it; nothing was changed"),
         Refusal::Extension => Error::why(
             ErrorKind::Unsupported,
             "a section of the format extension that is not known here forbids writing",
@@ -113,7 +129,7 @@ fn refused(refusal: Refusal) -> Error {
         .fix("to give back wasted space only: --leaks-only"),
         Refusal::LeaksOfCorrupt => Error::why(
             ErrorKind::Corrupt,
-            "the table has bad entries, and what nothing names may be what they should name",
+            "the image is not sound, and what nothing names may be what it should name",
         )
         .fix("repair it without --leaks-only: the undo file then keeps those bytes"),
     }
@@ -245,7 +261,7 @@ impl Work<'_> {
         let layout = self.header.layout();
         let mut classifier = Classifier::new(layout, self.file_len)?;
         let mut new = Vec::with_capacity(walk::PIECE);
-        walk::words(self.storage, layout.data_start(), |at, bytes| {
+        walk::words(self.storage, check::slots_end(layout), |at, bytes| {
             new.clear();
             check::entries(at, bytes, layout, |cluster, word| {
                 let class = match cluster {

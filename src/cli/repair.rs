@@ -23,7 +23,14 @@ pub fn run(args: &RepairArgs, json: bool) -> Result<u8, Box<Report>> {
         report
     };
     let session = disk::open(&args.image, &args.allow_outside, !args.dry_run);
-    let session = session.map_err(|e| Report::refused(&what, &e))?;
+    let session = session.map_err(|e| {
+        let mut report = Report::refused(&what, &e);
+        // As a check has it: the file is there, and too short to be what it should be.
+        if e.kind() == ErrorKind::Truncated {
+            report.status = exit::CORRUPT;
+        }
+        report
+    })?;
     if let Some(file) = &args.undo {
         return undo(&session, file, args, json);
     }
@@ -45,6 +52,7 @@ pub fn run(args: &RepairArgs, json: bool) -> Result<u8, Box<Report>> {
         .repair(&policy)
         .map_err(|e| Report::new(&what, &e))?;
     show(&done, json, args.quiet, &what)?;
+    // Space that is wasted by what is not touched here is no failure.
     Ok(match exit::state(done.state) {
         exit::CORRUPT => exit::CORRUPT,
         _ => 0,
@@ -118,10 +126,14 @@ fn text(plan: &DiskRepair) -> String {
         if let Some(undo) = &file.undo {
             let _ = writeln!(
                 out,
-                "  to undo: ploopfs repair --undo {} IMAGE",
-                Shown(undo)
+                "  to undo: ploopfs repair --undo {} {}",
+                Shown(undo),
+                Shown(&plan.image)
             );
         }
+    }
+    for finding in &plan.findings {
+        let _ = writeln!(out, "{}: {}", finding.severity, Shown(&finding.message));
     }
     out
 }

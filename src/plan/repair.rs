@@ -68,6 +68,10 @@ pub enum Trouble {
     Misaligned,
     /// Entries that name a cluster of an earlier entry.
     Shared,
+    /// Entries that name clusters between the table's last cluster and the first block.
+    BeforeFirst,
+    /// Entries of clusters behind the end of the disk.
+    PastDisk,
     /// Slots after the last entry that are not zero.
     StraySlots,
     /// The file ends before its data begins.
@@ -82,9 +86,23 @@ pub enum Trouble {
     BadExtension,
     /// An extension with sections that are not known here; what it uses cannot be told.
     UnknownExtension,
+    /// The offset of an extension with another program's closed mark; what it uses cannot be told.
+    ForeignExtension,
 }
 
 impl Trouble {
+    /// True where nothing tells what would be right: the image is then left as it is.
+    const fn is_hopeless(self) -> bool {
+        matches!(
+            self,
+            Self::Header(_)
+                | Self::Implausible
+                | Self::BeforeFirst
+                | Self::PastDisk
+                | Self::ForeignExtension
+        )
+    }
+
     /// The word for programs.
     #[must_use]
     pub const fn word(&self) -> &'static str {
@@ -99,6 +117,8 @@ impl Trouble {
             Self::Cut => "entry-cut",
             Self::Misaligned => "entry-misaligned",
             Self::Shared => "entry-shared",
+            Self::BeforeFirst => "entry-before-first",
+            Self::PastDisk => "entry-past-disk",
             Self::StraySlots => "stray-slots",
             Self::ShortTable => "short-table",
             Self::Leaked => "leaked-clusters",
@@ -106,6 +126,7 @@ impl Trouble {
             Self::StaleExtension => "extension-stale",
             Self::BadExtension => "extension-bad",
             Self::UnknownExtension => "extension-unknown",
+            Self::ForeignExtension => "extension-foreign",
         }
     }
 }
@@ -142,6 +163,11 @@ pub struct TableFacts {
     pub shared: Spans,
     /// The earlier entries.
     pub partners: Spans,
+    /// Entries that name bytes of the file behind the clusters that the table needs and before the
+    /// first block: the header's first block may be wrong rather than they.
+    pub before_first: u64,
+    /// Entries that are not 0 of clusters behind the end of the disk.
+    pub past_disk: u64,
     /// Slots after the last entry that are not 0.
     pub stray_slots: u64,
     /// Clusters before [`TableFacts::end`] that nothing uses and that hold bytes.
@@ -178,6 +204,8 @@ pub enum ExtensionFacts {
     Stale,
     /// It cannot be believed.
     Bad,
+    /// The header names one, and has a closed mark of another program.
+    Foreign,
     /// It holds together.
     Valid {
         /// It has sections that are not known here.
@@ -238,7 +266,7 @@ impl Report {
                 trouble,
                 count,
                 clusters: clusters.clone(),
-                mendable: !matches!(trouble, Trouble::Header(_) | Trouble::Implausible),
+                mendable: severity == Severity::Note || !trouble.is_hopeless(),
             });
         }
     }
@@ -247,7 +275,7 @@ impl Report {
 /// What is wrong with an image.
 #[must_use]
 pub fn examine(facts: &Facts) -> Report {
-    use Severity::{Corrupt, Leak, Note};
+    use Severity::{Corrupt, Note};
     let mut report = Report::default();
     let nowhere = Spans::default();
     let normal = match &facts.normal {
@@ -290,22 +318,36 @@ pub fn examine(facts: &Facts) -> Report {
     ] {
         report.add(Corrupt, trouble, spans.clusters(), spans);
     }
+    report.add(Corrupt, Trouble::BeforeFirst, table.before_first, &nowhere);
+    report.add(Corrupt, Trouble::PastDisk, table.past_disk, &nowhere);
     report.add(Corrupt, Trouble::StraySlots, table.stray_slots, &nowhere);
+    examine_space(facts, &mut report);
+    report
+        .findings
+        .sort_by_key(|finding| std::cmp::Reverse(finding.severity));
+    report
+}
+
+/// The extension, and what nothing uses.
+fn examine_space(facts: &Facts, report: &mut Report) {
+    use Severity::{Corrupt, Leak, Note};
+    let nowhere = Spans::default();
     match facts.extension {
         ExtensionFacts::Stale => report.add(Corrupt, Trouble::StaleExtension, 1, &nowhere),
         ExtensionFacts::Bad => report.add(Corrupt, Trouble::BadExtension, 1, &nowhere),
         ExtensionFacts::Valid { unknown: true, .. } => {
             report.add(Note, Trouble::UnknownExtension, 1, &nowhere);
         }
+        ExtensionFacts::Foreign => {
+            // A repair of anything would set the in-use mark, and so lose the extension.
+            let severity = report.worst().map_or(Note, |_| Corrupt);
+            report.add(severity, Trouble::ForeignExtension, 1, &nowhere);
+        }
         ExtensionFacts::None | ExtensionFacts::Valid { .. } => {}
     }
-    report.add(Leak, Trouble::Leaked, table.leaked, &nowhere);
-    let tail = facts.file_len.saturating_sub(table.end);
+    report.add(Leak, Trouble::Leaked, facts.table.leaked, &nowhere);
+    let tail = facts.file_len.saturating_sub(facts.table.end);
     report.add(Leak, Trouble::Tail, tail, &nowhere);
-    report
-        .findings
-        .sort_by_key(|finding| std::cmp::Reverse(finding.severity));
-    report
 }
 
 /// What it is when a file ends before its data begins.
@@ -322,9 +364,10 @@ fn short(file_len: u64, header: &Header) -> Option<Trouble> {
     Some(Trouble::Header(HeaderError::FirstBlockPastEnd { first }))
 }
 
-/// True where mending the image would follow a header that is probably wrong itself: the number of
-/// entries contradicts the size of the disk, and so does the place of the data, or at least half of
-/// the entries are bad. A file that was cut off has as many bad entries, but no contradiction.
+/// True where mending the image would follow a header that is probably wrong itself: at least half
+/// of the entries point into the table or off the borders, or none is right; or the number of
+/// entries contradicts the size of the disk, and so does anything else. A file that was cut off has
+/// many entries that point past its end, but no contradiction.
 fn implausible(facts: &Facts) -> bool {
     let (Some(raw), Ok(normal)) = (facts.raw, &facts.normal) else {
         return false;
@@ -334,6 +377,15 @@ fn implausible(facts: &Facts) -> bool {
     if normal.header.size().get() == 0 {
         return table.stray_slots > 0 || table.mapped > 0;
     }
+    let displaced = table.in_table.clusters();
+    let displaced = displaced.saturating_add(table.misaligned.clusters());
+    let bad = table.invalid().saturating_add(table.misaligned.clusters());
+    let all_bad = table.mapped > 1 && bad == table.mapped;
+    // Once the others are cleared these are all: a repair that was cut short must go on.
+    let inside = table.mapped.saturating_sub(table.past_end.clusters());
+    if all_bad || (displaced > 0 && displaced.saturating_mul(2) >= inside) {
+        return true;
+    }
     let needed = cluster.count_for(normal.header.size_bytes()).get();
     let found = u64::from(raw.entry_count);
     if found == needed {
@@ -342,8 +394,13 @@ fn implausible(facts: &Facts) -> bool {
     let minimum = cluster.count_for(layout.table_end().get());
     let elsewhere = layout.data_start() != cluster.file_start(FileCluster::new(minimum.get()));
     let moved = |fix: &HeaderFix| matches!(fix, HeaderFix::FirstBlock { .. });
-    let bad = table.invalid().saturating_add(table.misaligned.clusters());
-    (found < needed && elsewhere)
+    let doubtful = bad > 0
+        || table.shared.clusters() > 0
+        || table.cut.clusters() > 0
+        || table.leaked > 0
+        || facts.file_len > table.end;
+    (found < needed && (elsewhere || doubtful))
+        || (found >= needed.saturating_mul(2) && doubtful)
         || normal.fixes.iter().any(moved)
         || (bad > 0 && bad.saturating_mul(2) >= table.mapped)
 }
@@ -415,6 +472,12 @@ pub enum Refusal {
     Header(HeaderError),
     /// Most of the table makes no sense with the header.
     Implausible,
+    /// Entries contradict the header's first block.
+    BeforeFirst,
+    /// Entries contradict the size of the disk.
+    PastDisk,
+    /// It has an extension that a repair would lose, of another program.
+    ForeignExtension,
     /// It has an extension that forbids to write to it.
     Extension,
     /// Only leaks may be mended, and what leaked may be what bad entries meant.
@@ -428,6 +491,9 @@ pub fn fixes(facts: &Facts, policy: Policy) -> Result<Vec<Fix>, Refusal> {
     if let Some(finding) = report.findings.iter().find(|f| !f.mendable) {
         return Err(match finding.trouble {
             Trouble::Header(error) => Refusal::Header(error),
+            Trouble::BeforeFirst => Refusal::BeforeFirst,
+            Trouble::PastDisk => Refusal::PastDisk,
+            Trouble::ForeignExtension => Refusal::ForeignExtension,
             _ => Refusal::Implausible,
         });
     }
@@ -461,7 +527,8 @@ pub fn fixes(facts: &Facts, policy: Policy) -> Result<Vec<Fix>, Refusal> {
             (table.leaked > 0, Fix::Punch),
             (facts.file_len > table.end, Fix::Cut),
         ];
-        let sound = !(moves || clears || extends || !normal.fixes.is_empty());
+        // What is not closed or contradicts itself may name its clusters in a way not seen here.
+        let sound = !(marks || clears || extends);
         let has_leaks = leaks.iter().any(|(wanted, _)| *wanted);
         if has_leaks && !sound {
             return Err(Refusal::LeaksOfCorrupt);

@@ -10,7 +10,7 @@ use ploopfs::plan::repair::Policy;
 use ploopfs::storage::Directory;
 
 /// Damage that together needs every step of a repair.
-const SETS: [(u8, &[&str]); 12] = [
+const SETS: [(u8, &[&str]); 13] = [
     (2, &["t-duplicate"]),
     (1, &["t-duplicate", "t-leak-tail"]),
     (2, &["t-duplicate", "t-odd-length", "h-in-use"]),
@@ -20,7 +20,8 @@ const SETS: [(u8, &[&str]); 12] = [
     (2, &["t-leak-interior", "t-leak-tail"]),
     (2, &["h-first-small", "t-far"]),
     (2, &["h-type", "h-extension-stale"]),
-    (1, &["h-entries-few", "t-all-ones", "t-odd-length"]),
+    (1, &["h-type", "t-all-ones", "t-odd-length"]),
+    (1, &["h-entries-few", "h-in-use"]),
     (2, &["h-extension-bad", "t-leak-interior"]),
     (2, &["t-duplicate", "t-straddle"]),
 ];

@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::{Descriptor, ImageType, Shot};
 use crate::format::guid::Guid;
 use crate::format::header::HeaderError;
+use crate::format::oddities;
 use crate::plan::repair::Severity;
 use crate::storage::directory::HostDirectory;
 use crate::storage::file::FileStorage;
@@ -251,6 +252,15 @@ impl Look<'_> {
             ("expanding", Some(checked))
         };
         self.add(&path, guid, format, &*storage, checked.as_ref())?;
+        if let Some(Ok(normal)) = checked.as_ref().map(|checked| &checked.facts.normal) {
+            for odd in oddities::of(&normal.header) {
+                self.found(
+                    Severity::Note,
+                    "header",
+                    format!("{}: {odd}", path.display()),
+                );
+            }
+        }
         let plain = if is_plain { Plain::Yes } else { Plain::No };
         let opened = OpenedFile {
             path,
@@ -327,8 +337,15 @@ impl Look<'_> {
             };
             for number in 0..descriptor.parts.len() {
                 let is_top = guid == descriptor.top;
-                if let Err(e) = self.chain(descriptor, number, &chain, is_top) {
+                let mut warnings = Vec::new();
+                if let Err(e) = self.chain(descriptor, number, &chain, is_top, &mut warnings) {
                     tell(self, e.to_string());
+                }
+                for warning in warnings {
+                    // What is odd about a header has been told with its file.
+                    if !self.findings.iter().any(|found| found.message == warning) {
+                        self.found(Severity::Note, "chain", warning);
+                    }
                 }
             }
         }
@@ -346,6 +363,7 @@ impl Look<'_> {
         number: usize,
         chain: &[Guid],
         is_top: bool,
+        warnings: &mut Vec<String>,
     ) -> Result<()> {
         let named = |e| Error::new(ErrorKind::Descriptor).because(e);
         descriptor.images(number, chain).map_err(named)?;
@@ -374,7 +392,7 @@ impl Look<'_> {
             files,
         };
         // Writing asks for more than reading; what else forbids it belongs to a file, and was told.
-        match chain::open::chain(&part, is_top, &mut Vec::new()) {
+        match chain::open::chain(&part, is_top, warnings) {
             Err(e) if e.kind() == ErrorKind::Descriptor => Err(e),
             _ => Ok(()),
         }

@@ -57,9 +57,9 @@ fn message(finding: &Finding) -> String {
     let n = finding.count;
     match &finding.trouble {
         Trouble::Header(error) => format!("the header makes no sense: {error}"),
-        Trouble::Implausible => "the header contradicts itself, and much of the table makes no \
-                                 sense with it: its cluster size or the size of the disk is \
-                                 probably wrong"
+        Trouble::Implausible => "the header contradicts itself, or much of the image makes no \
+                                 sense with it: its magic, its cluster size or the size of the \
+                                 disk is probably wrong"
             .to_owned(),
         Trouble::Field(fix) => field(*fix),
         Trouble::ReadOnly(error) => format!("this kind is only read here: {error}"),
@@ -83,6 +83,16 @@ fn message(finding: &Finding) -> String {
             "names the cluster of another one",
             "name the cluster of another one",
         ),
+        Trouble::BeforeFirst => entries(
+            n,
+            "names a cluster that the header's first block leaves to the table",
+            "name clusters that the header's first block leaves to the table",
+        ),
+        Trouble::PastDisk => entries(
+            n,
+            "is for a cluster behind the end of the disk",
+            "are for clusters behind the end of the disk",
+        ),
         Trouble::StraySlots => format!("{n} slots after the last entry are not zero"),
         Trouble::ShortTable => "the file ends before its first data cluster".to_owned(),
         Trouble::Leaked => format!("{n} clusters hold data that nothing names"),
@@ -91,6 +101,9 @@ fn message(finding: &Finding) -> String {
             "the header has the offset of a format extension and says that there is none".to_owned()
         }
         Trouble::BadExtension => "the format extension is not valid".to_owned(),
+        Trouble::ForeignExtension => "the header names a format extension with a closed mark of \
+                                      another program, so leaks cannot be told"
+            .to_owned(),
         Trouble::UnknownExtension => {
             "the format extension has unknown sections, so leaks cannot be told".to_owned()
         }

@@ -2,13 +2,16 @@
 //! chains may stand on them.
 
 use super::{KeepOld, is_clean, plan_image, repair_image, saved_names, undo_image};
+use crate::admin::check::disk::{Finding, Options, parent_of};
 use crate::admin::check::say::{self, Said};
-use crate::admin::check::{check_image, disk::parent_of};
+use crate::admin::check::{self, check_image};
 use crate::chain::bundle::{self, OpenedImages, Plain, Selection};
 use crate::error::{Error, ErrorKind, Result};
-use crate::plan::repair::{Fix, Policy};
+use crate::format::header::{HEADER_LEN, RawHeader, Version};
+use crate::plan::repair::{Fix, Policy, Severity};
 use crate::storage::SharedStorage;
 use crate::storage::directory::HostDirectory;
+use crate::units::{FileOffset, SectorCount, len_u64};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -18,7 +21,10 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// A disk whose images are open and locked for a repair, or for a look at what one would do.
 #[derive(Debug)]
 pub struct Session {
+    /// As the user named it.
+    image: PathBuf,
     images: OpenedImages,
+    allow_outside: Vec<PathBuf>,
 }
 
 /// What a repair will do, or has done.
@@ -32,6 +38,8 @@ pub struct DiskRepair {
     pub state: &'static str,
     /// The images that can be written to, one for each part, and frozen ones with trouble.
     pub files: Vec<FileRepair>,
+    /// What is wrong with a bundle besides: its descriptor, and how its images fit together.
+    pub findings: Vec<Finding>,
 }
 
 /// What a repair does to one image.
@@ -64,7 +72,11 @@ pub fn open(image: &Path, allow_outside: &[PathBuf], write: bool) -> Result<Sess
         ..Selection::default()
     };
     let images = bundle::open(image, &selection)?;
-    Ok(Session { images })
+    Ok(Session {
+        image: image.to_owned(),
+        images,
+        allow_outside: allow_outside.to_vec(),
+    })
 }
 
 struct Target<'a> {
@@ -117,6 +129,11 @@ impl Target<'_> {
     }
 }
 
+fn contradicted(why: String) -> Error {
+    let fix = "nothing is guessed, and nothing was changed: find out which is right first";
+    Error::why(ErrorKind::Corrupt, why).fix(fix)
+}
+
 fn words(fixes: &[Fix]) -> Vec<&'static str> {
     fixes.iter().map(|fix| fix.word()).collect()
 }
@@ -139,21 +156,78 @@ impl Session {
     }
 
     fn each(&self, act: impl Fn(&Target<'_>) -> Result<FileRepair>) -> Result<DiskRepair> {
+        self.fits()?;
         let mut files = Vec::new();
         for target in self.targets() {
             files.push(act(&target).map_err(|e| e.in_file(target.path))?);
         }
         self.frozen(&mut files)?;
+        let (mut found, mut findings) = ("clean", Vec::new());
+        if self.images.disk_size.is_some() {
+            // The locks are held here, and are those that a check would wait for.
+            let options = Options {
+                allow_outside: self.allow_outside.clone(),
+                no_lock: true,
+            };
+            let whole = check::disk::check(&self.image, &options)?;
+            (found, findings) = (whole.state, whole.findings);
+            findings.retain(|finding| finding.severity == Severity::Corrupt.word());
+        }
         let states = ["corrupt", "leaks"];
         let worst = states
             .into_iter()
-            .find(|state| files.iter().any(|file| file.state == *state));
+            .find(|state| found == *state || files.iter().any(|file| file.state == *state));
         Ok(DiskRepair {
             schema_version: SCHEMA_VERSION,
-            image: self.images.named.display().to_string(),
+            image: self.image.display().to_string(),
             state: worst.unwrap_or("clean"),
             files,
+            findings,
         })
+    }
+
+    /// Refuses a disk whose headers contradict its descriptor or each other: a repair would follow
+    /// one of them, and cannot know which is right.
+    fn fits(&self) -> Result<()> {
+        for part in &self.images.parts {
+            let mut cluster = part.blocksize.map(|sectors| (sectors, "the descriptor"));
+            // An only part is the whole disk, whatever its bounds say.
+            let whole = self
+                .images
+                .disk_size
+                .filter(|_| self.images.parts.len() == 1);
+            let bounds = part
+                .end
+                .map(|end| end.get().saturating_sub(part.start.get()));
+            let sectors = whole.map(SectorCount::get).or(bounds);
+            let top = part.files.len().saturating_sub(1);
+            for (level, file) in part.files.iter().enumerate() {
+                if file.plain != Plain::No || file.storage.len()?.get() < len_u64(HEADER_LEN) {
+                    continue;
+                }
+                let mut bytes = [0; HEADER_LEN];
+                file.storage.read_at(FileOffset::ZERO, &mut bytes)?;
+                let raw = RawHeader::decode(&bytes);
+                let Some(version) = Version::of(&raw.magic) else {
+                    continue;
+                };
+                let (other, whose) = *cluster.get_or_insert((raw.cluster_sectors, "another image"));
+                if other != raw.cluster_sectors {
+                    let found = raw.cluster_sectors;
+                    let why = format!("clusters of {found} sectors here, of {other} in {whose}");
+                    return Err(contradicted(why).in_file(&file.path));
+                }
+                let size = match version {
+                    Version::V1 => raw.size_in_sectors & u64::from(u32::MAX),
+                    Version::V2 => raw.size_in_sectors,
+                };
+                if let Some(declared) = sectors.filter(|n| level == top && *n != size) {
+                    let why = format!("{size} sectors here, {declared} in the descriptor");
+                    return Err(contradicted(why).in_file(&file.path));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Adds the levels below the top that have trouble.

@@ -193,13 +193,13 @@ fn a_cut_cluster_is_filled_up_and_a_tail_cut_off() {
 fn entries_off_the_borders_are_moved_with_their_content() {
     let bytes = image(
         &header(MAGIC_V1),
-        5,
-        &[(0, 8), (1, 17), (2, 17), (3, 32)],
+        6,
+        &[(0, 8), (1, 17), (2, 17), (3, 32), (4, 40)],
         0,
     );
     let result = mended(&bytes, &["entry-misaligned"]);
-    let sectors = [0, 1, 2, 3].map(|n| entry(&result, n));
-    assert_eq!(sectors, [8, 40, 48, 32]);
+    let sectors = [0, 1, 2, 3, 4].map(|n| entry(&result, n));
+    assert_eq!(sectors, [8, 48, 56, 32, 40]);
     let mut expected = vec![2; C - 512];
     expected.resize(C, 3);
     for index in [1, 2] {
@@ -283,15 +283,114 @@ fn leaks_alone_are_mended_on_request_unless_entries_are_bad() {
     let policy = Policy { leaks_only: true };
     let mut raw = header(MAGIC_V2);
     raw.in_use = IN_USE;
-    let storage = MemStorage::new(image(&raw, 6, &[(0, 3)], 10));
+    let good = header(MAGIC_V2);
+    let storage = MemStorage::new(image(&good, 6, &[(0, 3)], 10));
     let done = repair_image(&storage, KeepOld::Nowhere, &policy).unwrap();
     assert_eq!(done.fixes, [Fix::Punch, Fix::Cut]);
-    assert_eq!(words(&done.after), ["in-use"]);
-    let bytes = image(&raw, 6, &[(0, 3), (1, 9)], 10);
-    let storage = MemStorage::new(bytes.clone());
-    let refused = repair_image(&storage, KeepOld::Nowhere, &policy).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::Corrupt);
-    assert_eq!(storage.to_vec(), bytes);
+    assert_eq!(words(&done.after), [""; 0]);
+    let mut unbelieved = good;
+    (unbelieved.in_use, unbelieved.extension) = (CLOSED_V21, 16);
+    for (header, entry) in [
+        (&raw, (0, 3)),
+        (&good, (1, 9)),
+        (&good, (20, 9)),
+        (&unbelieved, (0, 3)),
+    ] {
+        let bytes = image(header, 6, &[(0, 3), (3, 4), entry], 10);
+        refused_unchanged(&bytes, &policy);
+    }
+}
+
+/// A repair is refused, and the image is as it was.
+fn refused_unchanged(bytes: &[u8], policy: &Policy) -> ErrorKind {
+    let storage = MemStorage::new(bytes.to_vec());
+    let refused = repair_image(&storage, KeepOld::Nowhere, policy).unwrap_err();
+    assert!(storage.to_vec() == bytes, "a refusal changes nothing");
+    refused.kind()
+}
+
+/// An image without fault in `mapped` clusters of `sectors`, 100 entries behind each other.
+fn sound(magic: [u8; 16], sectors: usize, entries: usize, mapped: usize) -> Vec<u8> {
+    let (size, n) = (512 * sectors, u32::try_from(entries).unwrap());
+    let mut raw = header(magic);
+    let table = (64 + 4 * entries).div_ceil(size);
+    raw.cluster_sectors = u32::try_from(sectors).unwrap();
+    raw.entry_count = n;
+    raw.size_in_sectors = u64::from(n * raw.cluster_sectors);
+    raw.first_block = u32::try_from(table * sectors).unwrap();
+    let mut bytes = vec![0; (table + mapped) * size];
+    bytes[..64].copy_from_slice(&raw.encode());
+    let unit = if magic == MAGIC_V1 { sectors } else { 1 };
+    for index in 0..mapped {
+        let word = u32::try_from((table + index) * unit).unwrap();
+        bytes[64 + 4 * index..68 + 4 * index].copy_from_slice(&word.to_le_bytes());
+        bytes[(table + index) * size..][..size].fill(u8::try_from(index % 255).unwrap() + 1);
+    }
+    bytes
+}
+
+fn patched(mut bytes: Vec<u8>, at: usize, value: u32) -> Vec<u8> {
+    bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn headers_that_lie_are_not_followed() {
+    let both = [false, true].map(|leaks_only| Policy { leaks_only });
+    let v2 = |entries, mapped| sound(MAGIC_V2, 8, entries, mapped);
+    let mut other_magic = sound(MAGIC_V2, 64, 320, 60);
+    other_magic[..16].copy_from_slice(&MAGIC_V1);
+    let mut same = sound(MAGIC_V1, 64, 320, 60);
+    same[..16].copy_from_slice(&MAGIC_V2);
+    let mut tail = patched(v2(10_000, 1000), 28, 16);
+    tail.resize(tail.len() * 11 / 10, 0xee);
+    let mut moved = sound(MAGIC_V2, 64, 320, 100);
+    moved.resize(moved.len() + 100, 7);
+    for (story, bytes) in [
+        (
+            "a late first block",
+            patched(sound(MAGIC_V2, 64, 320, 100), 48, 64 * 40),
+        ),
+        ("a late first block and a tail", patched(moved, 48, 64 * 40)),
+        ("version 2 called 1", other_magic),
+        ("version 1 called 2", same),
+        ("half the cluster size", patched(v2(3000, 300), 28, 4)),
+        (
+            "half the cluster size, large",
+            patched(sound(MAGIC_V2, 64, 3000, 50), 28, 32),
+        ),
+        ("twice the cluster size", tail),
+        ("entries behind the disk", patched(v2(100, 60), 36, 50 * 8)),
+    ] {
+        for policy in &both {
+            let kind = refused_unchanged(&bytes, policy);
+            assert_eq!(kind, ErrorKind::Corrupt, "{story}");
+        }
+        let found = check::check_image(&MemStorage::new(bytes)).unwrap();
+        assert!(found.report.has_unmendable(), "{story}");
+    }
+}
+
+#[test]
+fn words_behind_the_tables_clusters_are_no_slots() {
+    let mut raw = header(MAGIC_V2);
+    raw.first_block = 32;
+    let mut bytes = image(&raw, 6, &[(0, 4), (3, 5), (20, 9)], 0);
+    let result = mended(&bytes, &["stray-slots"]);
+    assert_eq!(result[C..], bytes[C..], "data before the first block");
+    bytes[64 + 4 * 20..68 + 4 * 20].fill(0);
+    assert_eq!(mended(&bytes, &[]), bytes);
+}
+
+#[test]
+fn an_extension_of_another_program_is_left_alone() {
+    let mut raw = header(MAGIC_V2);
+    (raw.in_use, raw.extension) = (0x3232_6470, 16);
+    let bytes = image(&raw, 4, &[(0, 1)], 100);
+    assert_eq!(mended(&bytes, &["extension-foreign"]), bytes);
+    let bytes = image(&raw, 4, &[(0, 1), (1, 3), (2, 9)], 100);
+    let kind = refused_unchanged(&bytes, &Policy::default());
+    assert_eq!(kind, ErrorKind::Unsupported);
 }
 
 #[test]
