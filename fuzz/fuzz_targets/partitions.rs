@@ -68,7 +68,8 @@ fn check(file: SparseFile) {
     let images = OpenedImages::from_parts(PathBuf::from("plain"), vec![part]);
     let options = support::options(true);
     let opened = disk::open_with(Arc::new(images), &options, support::resources());
-    let (disk, _) = opened.expect("any bytes are a plain disk");
+    // Bytes that start with the magic of an image are taken for one, and refused.
+    let Ok((disk, _)) = opened else { return };
     let found = partitions::list(&disk).expect("the disk can be read");
     assert!(found.len() <= PARTITIONS_MAX);
     let numbers: BTreeSet<u32> = found.iter().map(|partition| partition.number).collect();
