@@ -216,7 +216,14 @@ fn run(cli: &Cli) -> Result<()> {
             );
         }
         if STOP.load(Ordering::Relaxed) {
-            break;
+            // It may have failed before it was cut off: that is for the reader to see.
+            println!("{}", printed.join("\n"));
+            println!(
+                "soak: round {} was cut off, its output is above; nothing lost, nothing foreign in \
+                 the {rounds} before it",
+                rounds + 1
+            );
+            return Ok(());
         }
         let after = sums.values().sum::<u64>();
         if after == before {
