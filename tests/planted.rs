@@ -19,7 +19,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 /// Seeds that are tried before a bug counts as unnoticed.
-const SEEDS: u64 = 400;
+const SEEDS: u64 = 1500;
 
 /// What the simulation finds with this seed; the first of it.
 fn complaint(
@@ -56,6 +56,8 @@ fn kinds_for(bug: Bug) -> Vec<&'static kinds::DiskKind> {
     let all = kinds::all().iter();
     match bug {
         Bug::NoSyncAtOpen => all.filter(|kind| kind.name == "plain").collect(),
+        // Zeros instead of what was there before show only where something was.
+        Bug::LivePages => all.filter(|kind| kind.name.starts_with("over")).collect(),
         Bug::StalePageInserted | Bug::DirtyEvicted => all
             .filter(|kind| kind.name == "table of two pages")
             .collect(),
@@ -92,6 +94,10 @@ fn each_planted_bug_is_found() {
     let mut unnoticed = Vec::new();
     let only = std::env::var("PLOOPFS_BUG").ok();
     for bug in Bug::ALL {
+        // No bug that could go unnoticed: see below.
+        if *bug == Bug::Panic {
+            continue;
+        }
         if only
             .as_ref()
             .is_some_and(|only| *only != format!("{bug:?}"))
