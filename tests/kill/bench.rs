@@ -28,7 +28,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-const CLUSTER: u32 = 128;
+/// Sectors of a cluster.
+pub(crate) const CLUSTER: u32 = 128;
 /// Sectors of the disk.
 pub(crate) const SECTORS: u64 = 24 * 2048;
 

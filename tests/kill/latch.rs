@@ -4,7 +4,7 @@
 //! Imports: `bench`, `host`, `writer`, `support`; std, `anyhow`, `nix`.
 //! Never: relies on a time that something should take.
 
-use super::bench::{Bench, Front, SECTORS, spec, spec_of, table};
+use super::bench::{Bench, CLUSTER, Front, SECTORS, spec, spec_of, table};
 use super::host::Fault;
 use super::writer;
 use super::{STOP, seed};
@@ -106,6 +106,8 @@ fn close_keeps_the_mark() -> Outcome {
         bench.work(&front.disk())?;
         let file = writer::open(&front.disk(), true)?;
         bench.scatter(&file)?;
+        // Entries go, so the table must be made durable, too.
+        bench.zero(&file, 0, 4 * u64::from(CLUSTER), true)?;
         drop(file);
         bench.host.arm(Fault::Sync(after));
         let log = front.log.clone();

@@ -14,6 +14,10 @@
 //!
 //! A failed request may have been carried out in part, or not at all: it counts as issued, but
 //! overwrites nothing for certain. The same is true of a discard that may be ignored.
+//!
+//! A read that runs at the same time as a write of its sector may see bytes of both: the host's page
+//! cache copies to one and from the other without a lock, below any loop device. What is read later
+//! is whole.
 
 use crate::forge::content::{Model, SECTOR, mix, splitmix};
 use anyhow::{Result, bail, ensure};
@@ -250,7 +254,7 @@ impl Ledger {
             let fates = (first as usize..end).map(|sector| inner.left(sector, begun));
             fates.collect::<Vec<_>>()
         };
-        self.judge(first, bytes, &fates).map(drop)
+        self.judge(first, bytes, &fates, Some(begun)).map(drop)
     }
 
     /// After a restart: these bytes are there. From now on nothing older and nothing that failed
@@ -258,7 +262,7 @@ impl Ledger {
     pub(crate) fn settle(&self, first: u64, bytes: &[u8]) -> Result<()> {
         let range = first as usize..first as usize + bytes.len() / 512;
         let fates = self.lock().fates[range.clone()].to_vec();
-        let found = self.judge(first, bytes, &fates)?;
+        let found = self.judge(first, bytes, &fates, None)?;
         let mut inner = self.lock();
         for (sector, number) in range.zip(found) {
             let running = inner.get(number).done == RUNNING;
@@ -268,8 +272,15 @@ impl Ledger {
         Ok(())
     }
 
-    /// Which of the candidates each sector holds.
-    fn judge(&self, first: u64, bytes: &[u8], fates: &[Fate]) -> Result<Vec<u32>> {
+    /// Which of the candidates each sector holds. For a read that began while disks were written to,
+    /// the time when it began.
+    fn judge(
+        &self,
+        first: u64,
+        bytes: &[u8],
+        fates: &[Fate],
+        begun: Option<u64>,
+    ) -> Result<Vec<u32>> {
         let contents: Vec<SmallVec<[(u32, Content); 2]>> = {
             let mut inner = self.lock();
             inner.judged += fates.len() as u64;
@@ -282,19 +293,49 @@ impl Ledger {
         for ((sector, bytes), candidates) in sectors {
             // The latest first: two zero requests look alike.
             let fits = |(number, content): &&(u32, Content)| match content {
-                Content::Zeros => bytes.iter().all(|byte| *byte == 0),
-                Content::Start => bytes == self.start.read(sector * SECTOR, 512),
-                Content::Stamp => {
-                    word(bytes, 8) == u64::from(*number)
-                        && bytes == stamp(self.seed, *number, sector)
-                }
+                Content::Stamp if word(bytes, 8) != u64::from(*number) => false,
+                _ => bytes == self.content(*number, *content, sector),
             };
-            match candidates.iter().rev().find(fits) {
-                Some((number, _)) => found.push(*number),
-                None => bail!("{}", self.tell(sector, bytes, candidates)),
+            let whole = candidates.iter().rev().find(fits);
+            match (whole, candidates.last()) {
+                (Some((number, _)), _) => found.push(*number),
+                (None, Some((last, _))) if self.is_mixed(sector, bytes, candidates, begun) => {
+                    found.push(*last);
+                }
+                _ => bail!("{}", self.tell(sector, bytes, candidates)),
             }
         }
         Ok(found)
+    }
+
+    /// The sector as this request leaves it.
+    fn content(&self, number: u32, content: Content, sector: u64) -> [u8; 512] {
+        let mut bytes = [0; 512];
+        match content {
+            Content::Zeros => {}
+            Content::Start => bytes.copy_from_slice(&self.start.read(sector * SECTOR, 512)),
+            Content::Stamp => bytes = stamp(self.seed, number, sector),
+        }
+        bytes
+    }
+
+    /// Does a sector have each byte from one of the candidates, while one of them was running?
+    fn is_mixed(
+        &self,
+        sector: u64,
+        bytes: &[u8],
+        candidates: &[(u32, Content)],
+        begun: Option<u64>,
+    ) -> bool {
+        let Some(begun) = begun else { return false };
+        let is_running = |(number, _): &(u32, Content)| self.lock().get(*number).done > begun;
+        if !candidates.iter().any(is_running) {
+            return false;
+        }
+        let of = |(number, content): &(u32, Content)| self.content(*number, *content, sector);
+        let contents: Vec<[u8; 512]> = candidates.iter().map(of).collect();
+        let mut bytes = bytes.iter().enumerate();
+        bytes.all(|(at, byte)| contents.iter().any(|content| content[at] == *byte))
     }
 
     /// What is wrong with a sector, for the text of a failure.
@@ -332,6 +373,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         trial("ledger_order", &[], ledger_order),
         trial("ledger_restart", &[], ledger_restart),
         trial("ledger_reads", &[], ledger_reads),
+        trial("ledger_mixed_reads", &[], ledger_mixed_reads),
     ]
 }
 
@@ -412,5 +454,27 @@ fn ledger_reads() -> Result<()> {
     ensure!(ledger.seen(early, 3, &[0; 1024]).is_ok(), "old is right");
     ensure!(ledger.seen(other, 3, &content).is_ok(), "new is right");
     ensure!(ledger.seen(late, 3, &[0; 1024]).is_err(), "a stale read");
+    Ok(())
+}
+
+/// Bytes of the old and of the new content are right while the request runs, and never later; nor
+/// are any others.
+fn ledger_mixed_reads() -> Result<()> {
+    let ledger = books();
+    let number = ledger.issue(Content::Stamp, 3..5);
+    let mut mixed = bytes_of(&ledger, number);
+    mixed[100..200].fill(0);
+    let mut foreign = mixed.clone();
+    foreign[150] = 1;
+    let [early, other] = [ledger.read(), ledger.read()];
+    ensure!(ledger.seen(early, 3, &mixed).is_ok(), "the request runs");
+    ensure!(ledger.seen(other, 3, &foreign).is_err(), "a foreign byte");
+    ledger.done(number);
+    let late = ledger.read();
+    ensure!(
+        ledger.seen(late, 3, &mixed).is_err(),
+        "the request was done"
+    );
+    ensure!(ledger.settle(3, &mixed).is_err(), "torn after a restart");
     Ok(())
 }

@@ -6,7 +6,7 @@
 use super::subject::Door;
 use super::writer;
 use crate::support::command::Finished;
-use crate::support::guards::{Loop, Mounted, is_gone, is_mounted, text};
+use crate::support::guards::{Loop, Mounted, backing_file, is_gone, is_mounted, text};
 use crate::support::{Outcome, PLOOPFS, command};
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
@@ -24,8 +24,16 @@ const GONE: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 struct Attached {
     dev: PathBuf,
+    file: Option<PathBuf>,
     pid: i32,
     done: bool,
+}
+
+impl Attached {
+    /// False once the device is free, or another test has it.
+    fn is_there(&self) -> bool {
+        self.file.is_some() && backing_file(&self.dev) == self.file
+    }
 }
 
 impl Drop for Attached {
@@ -34,7 +42,9 @@ impl Drop for Attached {
             if runs_ploopfs(self.pid) {
                 let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
             }
-            let _ = command::run(command::new("losetup").arg("-d").arg(&self.dev));
+            if self.is_there() {
+                let _ = command::run(command::new("losetup").arg("-d").arg(&self.dev));
+            }
         }
     }
 }
@@ -92,12 +102,15 @@ fn attach(dir: &Path, image: &Path, options: &[&str]) -> Result<(Attached, Finis
     let mut tool = command::ploopfs(&["attach", "--pid-file", text(&pid_file)]);
     let said = command::run(tool.args(options).arg(image))?.expect_code(0)?;
     let pid = fs::read_to_string(&pid_file).context("no pid file after attach")?;
+    let dev = PathBuf::from(said.text().trim());
     let attached = Attached {
-        dev: PathBuf::from(said.text().trim()),
+        file: backing_file(&dev),
+        dev,
         pid: pid.trim().parse().context("the pid file holds no number")?,
         done: false,
     };
     ensure!(runs_ploopfs(attached.pid), "{pid} is not our daemon");
+    ensure!(attached.is_there(), "{} is not attached", said.text());
     Ok((attached, said))
 }
 
@@ -189,11 +202,11 @@ impl Stage {
                 let mut tool = command::ploopfs(&["detach"]);
                 let done = command::run(tool.arg(&attached.dev))?;
                 attached.done = true;
-                let file = attached.dev.file_name().context("no device")?;
-                let file = file.to_string_lossy().into_owned();
-                let back = fs::read_to_string(format!("/sys/block/{file}/loop/backing_file"));
-                let still = back.is_ok_and(|file| file.contains("disk.img"));
-                ensure!(!still, "detach leaves the device: {}", done.story());
+                ensure!(
+                    !attached.is_there(),
+                    "detach leaves the device: {}",
+                    done.story()
+                );
             }
         }
         Ok(())

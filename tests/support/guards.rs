@@ -238,7 +238,15 @@ impl Drop for Mounted {
 #[derive(Debug)]
 pub(crate) struct Loop {
     dev: PathBuf,
+    file: Option<PathBuf>,
     attached: bool,
+}
+
+/// The file under a loop device, as the host shows it.
+pub(crate) fn backing_file(dev: &Path) -> Option<PathBuf> {
+    let name = dev.file_name()?.to_string_lossy();
+    let shown = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).ok()?;
+    Some(PathBuf::from(shown.trim_end_matches('\n')))
 }
 
 impl Loop {
@@ -259,8 +267,10 @@ impl Loop {
                     .arg(file),
             )
         })?;
+        let dev = PathBuf::from(dev.trim());
         Ok(Self {
-            dev: PathBuf::from(dev.trim()),
+            file: backing_file(&dev),
+            dev,
             attached: true,
         })
     }
@@ -286,17 +296,10 @@ impl Loop {
     pub(crate) fn detach(mut self) -> Outcome {
         self.attached = false;
         command::ok(command::new("losetup").arg("-d").arg(&self.dev))?;
-        let name = self
-            .dev
-            .file_name()
-            .context("no name")?
-            .to_string_lossy()
-            .into_owned();
         command::eventually(Duration::from_secs(20), || {
-            let backing = format!("/sys/block/{name}/loop/backing_file");
-            let still = fs::read_to_string(backing).unwrap_or_default();
-            let ours = still.contains(text(&harness::root()));
-            ensure!(!ours, "{name} is still attached to {still}");
+            // Another test may have the number by now.
+            let is_ours = self.file.is_some() && backing_file(&self.dev) == self.file;
+            ensure!(!is_ours, "{} still has its file", self.dev.display());
             Ok(())
         })
     }
