@@ -15,9 +15,9 @@
 //! A failed request may have been carried out in part, or not at all: it counts as issued, but
 //! overwrites nothing for certain. The same is true of a discard that may be ignored.
 //!
-//! A read that runs at the same time as a write of its sector may see bytes of both: the host's page
-//! cache copies to one and from the other without a lock, below any loop device. What is read later
-//! is whole.
+//! A read that runs at the same time as a write of its sector may see bytes of both: the host's
+//! page cache copies to one and from the other without a lock, below any loop device. What is read
+//! later is whole.
 
 use crate::forge::content::{Model, SECTOR, mix, splitmix};
 use anyhow::{Result, bail, ensure};
@@ -272,8 +272,8 @@ impl Ledger {
         Ok(())
     }
 
-    /// Which of the candidates each sector holds. For a read that began while disks were written to,
-    /// the time when it began.
+    /// Which of the candidates each sector holds; `begun` is when the read began that may have run
+    /// beside them.
     fn judge(
         &self,
         first: u64,
