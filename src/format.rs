@@ -14,6 +14,7 @@
 //! is told by [`oddities`].
 
 pub mod bat;
+pub mod chs;
 pub mod descriptor;
 pub mod extension;
 pub mod guid;

@@ -89,6 +89,16 @@ bugs! {
     StalePageInserted,
     /// Writes do not keep the clusters that they write to from being freed.
     WritesDoNotPin,
+    /// Entries name the new places of moved clusters before the data there is durable.
+    MovedNotSynced,
+    /// The old places of moved clusters are changed before the entries are durable.
+    OldPlaceEarly,
+    /// The header of another size is written before what its table covers is zeroed.
+    ResizedEarly,
+    /// The descriptor gets the new size of the disk before the header has it.
+    DescriptorEarly,
+    /// The in-use mark of a resized image goes before the descriptor is right.
+    UnmarkedEarly,
     /// A job panics between its payload and its publishing.
     Panic,
 }

@@ -13,7 +13,7 @@ mod files;
 mod find;
 mod survey;
 
-pub use find::subject;
+pub use find::{role_in_bundle, subject};
 pub use survey::{Survey, SurveyedFile, SurveyedPart};
 
 use crate::chain::bundle::files::{Opening, Registry, Wanted};
