@@ -1,8 +1,9 @@
 //! Names in an open directory: made, renamed, removed, listed, made durable.
 
 use nix::dir::Dir;
-use nix::fcntl::{AT_FDCWD, OFlag, openat, renameat};
-use nix::sys::stat::Mode;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
+use nix::sys::stat::{Mode, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use std::ffi::OsString;
 use std::fs::File;
@@ -29,6 +30,33 @@ pub fn rename(dir: BorrowedFd<'_>, from: &Path, to: &Path) -> io::Result<()> {
     Ok(renameat(dir, from, dir, to)?)
 }
 
+/// Renames within the directory; a name that is there already is EEXIST, and stays.
+pub fn rename_new(dir: BorrowedFd<'_>, from: &Path, to: &Path) -> io::Result<()> {
+    match renameat2(dir, from, dir, to, RenameFlags::RENAME_NOREPLACE) {
+        // Some file systems lack it; who takes the name between look and rename loses it.
+        Err(Errno::EINVAL | Errno::ENOSYS) => {
+            match fstatat(dir, to, AtFlags::AT_SYMLINK_NOFOLLOW) {
+                Err(Errno::ENOENT) => rename(dir, from, to),
+                Err(other) => Err(other.into()),
+                Ok(_) => Err(Errno::EEXIST.into()),
+            }
+        }
+        other => Ok(other?),
+    }
+}
+
+/// Makes a directory (mode 0700) that must not exist yet, and opens it.
+pub fn create_directory(dir: BorrowedFd<'_>, name: &Path) -> io::Result<OwnedFd> {
+    mkdirat(dir, name, Mode::S_IRWXU)?;
+    let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(openat(dir, name, how, Mode::empty())?)
+}
+
+/// Removes an empty directory.
+pub fn remove_directory(dir: BorrowedFd<'_>, name: &Path) -> io::Result<()> {
+    Ok(unlinkat(dir, name, UnlinkatFlags::RemoveDir)?)
+}
+
 /// Removes a name that is no directory's.
 pub fn remove(dir: BorrowedFd<'_>, name: &Path) -> io::Result<()> {
     Ok(unlinkat(dir, name, UnlinkatFlags::NoRemoveDir)?)
@@ -52,7 +80,7 @@ pub fn entries(dir: BorrowedFd<'_>) -> io::Result<Vec<OsString>> {
 /// themselves, and say EINVAL.
 pub fn sync(dir: BorrowedFd<'_>) -> io::Result<()> {
     match fsync(dir) {
-        Err(nix::errno::Errno::EINVAL) => Ok(()),
+        Err(Errno::EINVAL) => Ok(()),
         other => Ok(other?),
     }
 }
