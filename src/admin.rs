@@ -4,9 +4,11 @@
 //! Never: serves a request, or prints.
 //!
 //! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
-//! [`info`] tells what a disk is made of, [`check`] what is wrong with it, and [`repair`] mends it.
+//! [`info`] tells what a disk is made of, [`check`] what is wrong with it, [`repair`] mends it,
+//! and [`create`] makes a new one.
 
 pub mod check;
+pub mod create;
 pub mod info;
 pub mod progress;
 pub mod repair;
