@@ -1,6 +1,6 @@
 //! The operator's door: operations on whole disks that are not mounted.
 //!
-//! Imports: `chain` and lower.
+//! Imports: `disk` and lower.
 //! Never: serves a request, or prints.
 //!
 //! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
@@ -12,3 +12,4 @@ pub mod create;
 pub mod info;
 pub mod progress;
 pub mod repair;
+pub mod source;

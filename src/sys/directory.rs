@@ -8,7 +8,7 @@ use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -23,6 +23,32 @@ pub fn create_new(dir: BorrowedFd<'_>, name: &Path) -> io::Result<File> {
     let how = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
     let mode = Mode::S_IRUSR | Mode::S_IWUSR;
     Ok(File::from(openat(dir, name, how, mode)?))
+}
+
+/// Creates a file (mode 0600) in a directory that has no name there, and so goes away with its last
+/// descriptor.
+pub fn nameless(dir: &Path) -> io::Result<File> {
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    let how = OFlag::O_RDWR | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
+    match openat(AT_FDCWD, dir, how, mode) {
+        // File systems of the network lack this.
+        Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::ENOENT | Errno::EINVAL) => {}
+        other => return Ok(File::from(other?)),
+    }
+    let dir = open(dir)?;
+    let pid = std::process::id();
+    for number in 0..100 {
+        let name = format!(".ploopfs-{pid}-{number}");
+        match create_new(dir.as_fd(), Path::new(&name)) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            made => {
+                let file = made?;
+                remove(dir.as_fd(), Path::new(&name))?;
+                return Ok(file);
+            }
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EEXIST))
 }
 
 /// Renames within the directory, replacing what has the new name.
