@@ -11,6 +11,7 @@
 )]
 
 mod errors;
+pub mod write;
 
 pub use errors::{DescriptorError, Oddity};
 
