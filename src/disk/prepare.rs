@@ -40,34 +40,6 @@ pub struct Writer {
     pub is_marked: bool,
 }
 
-/// Refuses to write beside the undo file of a repair, or of its undo, that was interrupted: the
-/// image is half of one state and half of another, and whatever were written to it, the end of the
-/// repair or undo might take it back. Who only reads is told.
-pub fn look_for_repair(
-    parts: &[OpenedPart],
-    read_only: bool,
-    notes: &mut Vec<String>,
-) -> Result<()> {
-    for file in parts.iter().flat_map(|part| &part.files) {
-        let mut saved = file.path.clone().into_os_string();
-        saved.push(".repair");
-        let saved = std::path::PathBuf::from(saved);
-        if saved.symlink_metadata().is_err() {
-            continue;
-        }
-        let why = format!("a repair or an undo was interrupted: {}", saved.display());
-        if read_only {
-            let path = file.path.display();
-            notes.push(format!("{path}: {why}; what is read may be wrong"));
-            continue;
-        }
-        return Err(Error::why(ErrorKind::Corrupt, why)
-            .in_file(&file.path)
-            .fix("repeat `ploopfs repair`, or `ploopfs repair --undo` with that file"));
-    }
-    Ok(())
-}
-
 /// Opens one part for writing. The strings in `notes` are what the user should be told.
 pub fn open_for_writing(
     opened: &OpenedPart,
