@@ -4,7 +4,8 @@
 //! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order
 //!    could read what an operation of ploop is about to replace.
 //! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice,
-//!    lock all, and only then read the first bytes of any (`files`).
+//!    lock all, and only then look at the first bytes of each, and whether the undo file of a repair
+//!    that was interrupted lies beside it (`files`).
 //!
 //! Lower deltas are never opened for writing. Everything stays locked as long as its storage lives,
 //! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
@@ -56,6 +57,9 @@ pub struct Selection {
     pub no_lock: bool,
     /// Directories outside the bundle that a descriptor may name files in.
     pub allow_outside: Vec<PathBuf>,
+    /// A repair or its undo that was interrupted is to be ended, so what it has left is no reason
+    /// not to open the image (`repair` only).
+    pub mending: bool,
 }
 
 /// All files of the disk, opened and locked.
@@ -136,6 +140,7 @@ struct Bundle {
     names: HashMap<Guid, String>,
     files: Registry,
     no_lock: bool,
+    mending: bool,
     trust_header: bool,
     _lock: Option<File>,
 }
@@ -171,11 +176,11 @@ fn open_by_hand(
         return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(named));
     }
     let warning = match selection.lower.as_slice() {
-        [] => check_membership(top, selection.write)?,
+        [] => find::check_membership(top, selection)?,
         _ => None,
     };
     let registry = Registry::default();
-    let mut opening = Opening::new(selection.no_lock, &registry);
+    let mut opening = Opening::new(selection.no_lock, selection.mending, &registry);
     let paths = selection.lower.iter().map(PathBuf::as_path).chain([top]);
     for (level, path) in paths.enumerate() {
         let is_top = level == selection.lower.len();
@@ -212,21 +217,6 @@ fn open_by_hand(
         warnings,
         bundle: None,
     })
-}
-
-/// An image of a bundle that was named by itself: a warning, or a refusal where writing to it alone
-/// would damage the disk.
-fn check_membership(image: &Path, write: bool) -> Result<Option<String>> {
-    let Some(member) = find::membership(image) else {
-        return Ok(None);
-    };
-    let what = format!("the image is {} of the bundle around it", member.role);
-    if write && member.entangled {
-        let why = format!("{what}, and writing to it alone would damage the disk");
-        let error = Error::why(ErrorKind::ReadOnly, why).in_file(image);
-        return Err(error.fix("name the bundle to write to the disk; to read this image alone: -r"));
-    }
-    Ok(Some(format!("{what}; name the bundle to use the disk")))
 }
 
 fn refuse_image_options(named: &Path, selection: &Selection) -> Result<()> {
@@ -276,10 +266,14 @@ fn open_bundle(
         names,
         files: Registry::default(),
         no_lock: selection.no_lock,
+        mending: selection.mending,
         trust_header: selection.trust_header,
         _lock: kept,
     });
     let mut images = open_chain(&bundle, target, selection.write)?;
+    if selection.write {
+        files::refuse_shared_tops(&bundle.roots, &bundle.descriptor, &images)?;
+    }
     drop(passing);
     named.clone_into(&mut images.named);
     warnings.append(&mut images.warnings);
@@ -472,7 +466,7 @@ fn open_chain(bundle: &Arc<Bundle>, target: Guid, write: bool) -> Result<OpenedI
         roots, descriptor, ..
     } = bundle.as_ref();
     let chain = descriptor.chain(target).map_err(descriptor_error)?;
-    let mut opening = Opening::new(bundle.no_lock, &bundle.files);
+    let mut opening = Opening::new(bundle.no_lock, bundle.mending, &bundle.files);
     let mut moved = 0;
     for part in 0..descriptor.parts.len() {
         let images = descriptor.images(part, &chain).map_err(descriptor_error)?;
