@@ -5,6 +5,7 @@
 //!
 //! [`info`] tells what a disk is made of, [`check`] what is wrong with it, and [`repair`] mends it.
 
+pub mod bundle;
 pub mod check;
 pub mod info;
 pub mod repair;
