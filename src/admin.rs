@@ -3,9 +3,11 @@
 //! Imports: `chain` and lower.
 //! Never: serves a request, or prints.
 //!
+//! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
 //! [`info`] tells what a disk is made of, [`check`] what is wrong with it, and [`repair`] mends it.
 
 pub mod bundle;
 pub mod check;
 pub mod info;
+pub mod progress;
 pub mod repair;

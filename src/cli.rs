@@ -18,6 +18,7 @@ pub mod list;
 pub mod mount;
 pub mod options;
 pub mod output;
+pub mod progress;
 pub mod repair;
 pub mod serve;
 pub mod size;
