@@ -7,6 +7,7 @@
 //! [`info`] tells what a disk is made of, [`check`] what is wrong with it, [`repair`] mends it,
 //! and [`create`] makes a new one.
 
+pub mod bundle;
 pub mod check;
 pub mod create;
 pub mod info;

@@ -10,13 +10,16 @@
 //! Lower deltas are never opened for writing. Everything stays locked as long as its storage lives,
 //! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
 
+mod change;
 mod files;
 mod find;
 mod survey;
 
+pub use change::Changing;
 pub use find::subject;
 pub use survey::{Survey, SurveyedFile, SurveyedPart};
 
+use crate::chain::bundle::change::lock_bundle;
 use crate::chain::bundle::files::{Opening, Registry, Wanted};
 use crate::chain::bundle::find::{Found, Naming};
 use crate::error::{Error, ErrorKind, Result};
@@ -25,14 +28,12 @@ use crate::format::guid::Guid;
 use crate::format::xml;
 use crate::storage::SharedStorage;
 use crate::storage::host::Roots;
-use crate::storage::lock;
 use crate::sys::open as sys;
 use crate::units::SectorCount;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Name of the descriptor in a bundle.
 pub const DESCRIPTOR: &str = "DiskDescriptor.xml";
@@ -279,50 +280,6 @@ fn open_bundle(
     warnings.append(&mut images.warnings);
     images.warnings = warnings;
     Ok(images)
-}
-
-/// Takes ploop's lock, shared for reading. Reading makes no file and does not insist.
-fn lock_bundle(
-    roots: &Roots,
-    descriptor_name: &str,
-    selection: &Selection,
-    warnings: &mut Vec<String>,
-) -> Result<Option<File>> {
-    if selection.no_lock {
-        return Ok(None);
-    }
-    let name = format!("{descriptor_name}.lck");
-    let path = roots.path().join(&name);
-    let file = match sys::lock_file(roots.home(), Path::new(&name), selection.write) {
-        Ok(file) => file,
-        Err(_) if !selection.write => return Ok(None),
-        Err(e) => return Err(no_lock_file(e, &path)),
-    };
-    let deadline = Instant::now() + lock::PATIENCE;
-    match lock::bundle(&file, selection.write, deadline) {
-        Ok(true) => Ok(Some(file)),
-        Ok(false) if selection.write => Err(lock::bundle_refusal(&file, &path)),
-        Ok(false) => {
-            warnings.push("another program is working on the bundle".to_owned());
-            Ok(None)
-        }
-        Err(_) if !selection.write => Ok(None),
-        Err(e) => Err(e.in_file(&path)),
-    }
-}
-
-fn no_lock_file(error: std::io::Error, path: &Path) -> Error {
-    let kind = match error.raw_os_error() {
-        // A link, or what `lock_file` has found to be no plain file.
-        Some(libc::ELOOP | libc::ENXIO | libc::ENODEV | libc::EISDIR) | None => {
-            let why = "ploop's lock file is not a plain file, so it was not made by ploop";
-            let error = Error::why(ErrorKind::OutsideBundle, why).in_file(path);
-            return error.fix("see what it is, and remove it");
-        }
-        Some(errno) => ErrorKind::Io(errno),
-    };
-    let why = "cannot take ploop's lock on the bundle";
-    with_hint(Error::why(kind, why).because(error).in_file(path), true)
 }
 
 /// What is odd about a bundle, for people.
