@@ -152,7 +152,11 @@ fn plan(storage: &dyn Storage, lower: &[Image], request: &Request, change: bool)
         let limit = new_first.saturating_add(resized.entry_count.into());
         let limit = limit.max(first);
         Wanted {
-            sources: if after == before { 0..0 } else { limit..u64::MAX },
+            sources: if after == before {
+                0..0
+            } else {
+                limit..u64::MAX
+            },
             targets: first..limit,
         }
     };
@@ -250,7 +254,8 @@ impl Plan {
             if storage.len()?.get() < self.end {
                 storage.set_len(FileOffset::new(self.end))?;
             }
-            self.wanted.carry_out(storage, &self.sound, batch, progress)?;
+            self.wanted
+                .carry_out(storage, &self.sound, batch, progress)?;
             self.clear_slots(storage)?;
             self.clear_tail(storage)?;
             storage.sync_data()?;
@@ -274,7 +279,11 @@ impl Plan {
         let entries = u64::from(layout.entry_count().min(self.resized.entry_count));
         let start = Layout::entry_offset(DiskCluster::new(entries)).get();
         let first = u64::from(self.resized.first_block).saturating_mul(SECTOR);
-        let written = if first > TABLE_WRITTEN_MAX { start } else { first.max(start) };
+        let written = if first > TABLE_WRITTEN_MAX {
+            start
+        } else {
+            first.max(start)
+        };
         let zeros = vec![0; len_usize(STRIDE.min(written - start)).unwrap_or(0)];
         let mut at = start;
         while at < written {

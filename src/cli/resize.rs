@@ -69,13 +69,20 @@ fn text(told: &DiskResize, verb: &str) -> String {
     let image = Shown(&told.image).to_string();
     let (before, after) = (show_size(told.before_bytes), show_size(told.after_bytes));
     if told.is_done {
-        return format!("{image}: has {after} ({} bytes) already\n", told.after_bytes);
+        return format!(
+            "{image}: has {after} ({} bytes) already\n",
+            told.after_bytes
+        );
     }
     let bytes = told.after_bytes;
     let mut out = format!("{image}: {verb} {after} ({bytes} bytes), was {before}\n");
     if told.moved_clusters > 0 {
         let moved = show_size(told.moved_bytes);
-        let _ = writeln!(out, "  clusters that are moved: {} ({moved})", told.moved_clusters);
+        let _ = writeln!(
+            out,
+            "  clusters that are moved: {} ({moved})",
+            told.moved_clusters
+        );
     }
     if let Some(byte) = told.discards_from_byte {
         let _ = writeln!(out, "  data is cut off, the first of it at byte {byte}");

@@ -66,7 +66,10 @@ pub(crate) fn shown(files: &[Vec<u8>]) -> Disk {
     };
     for cluster in 0..(sectors * 512).div_ceil(size) {
         let whole = (sectors * 512 - cluster * size).min(size) as usize;
-        let found = files.iter().rev().find_map(|file| piece(file, cluster, size));
+        let found = files
+            .iter()
+            .rev()
+            .find_map(|file| piece(file, cluster, size));
         let mut bytes = found.unwrap_or_default();
         bytes.resize(whole, 0);
         if bytes.iter().any(|byte| *byte != 0) {
@@ -208,7 +211,14 @@ impl Case {
         let mut found = Found::default();
         let quiet = World::new(self.files.clone(), Manners::default(), true);
         self.run(&quiet).expect("nothing fails");
-        let kinds = [Kind::Write, Kind::Sync, Kind::SetLen, Kind::Zero, Kind::Copy, Kind::Read];
+        let kinds = [
+            Kind::Write,
+            Kind::Sync,
+            Kind::SetLen,
+            Kind::Zero,
+            Kind::Copy,
+            Kind::Read,
+        ];
         for (kind, count) in quiet.counts() {
             for nth in 0..count {
                 if !kinds.contains(&kind) {
@@ -217,7 +227,11 @@ impl Case {
                 let fault = Fault {
                     kind,
                     nth,
-                    errno: if kind == Kind::Sync { libc::EIO } else { libc::ENOSPC },
+                    errno: if kind == Kind::Sync {
+                        libc::EIO
+                    } else {
+                        libc::ENOSPC
+                    },
                     for_ever: false,
                 };
                 let manners = Manners {
@@ -234,7 +248,7 @@ impl Case {
                     media.take(event);
                 }
                 let mut dice = nth + 1;
-                for _ in 0..3 {
+                for _ in 0..2 {
                     found.states += 1;
                     let (files, _) = media.after_cut(&mut dice);
                     if let Err(why) = self.judge(files, &good) {

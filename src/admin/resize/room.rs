@@ -96,12 +96,7 @@ pub(super) fn in_the_way(byte: u64) -> Error {
 }
 
 /// Refuses to make room where a level below has data that the end of the disk has hidden.
-fn expose(
-    storage: &dyn Storage,
-    header: &Header,
-    lower: &[Image],
-    disk: Range<u64>,
-) -> Result<()> {
+fn expose(storage: &dyn Storage, header: &Header, lower: &[Image], disk: Range<u64>) -> Result<()> {
     let size = header.layout().cluster().bytes();
     let mut start = disk.start;
     if start % size != 0 {
