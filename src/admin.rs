@@ -6,11 +6,14 @@
 //! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
 //! [`info`] tells what a disk is made of, [`check`] what is wrong with it, [`repair`] mends it,
 //! and [`create`] makes a new one.
+//! [`resize`] gives a disk another size.
 
 pub mod bundle;
 pub mod check;
 pub mod create;
 pub mod info;
 pub mod progress;
+mod relocate;
 pub mod repair;
+pub mod resize;
 pub mod source;

@@ -97,6 +97,16 @@ bugs! {
     NamesNotSynced,
     /// Files are removed before the descriptor that does not name them is durable.
     RenameNotSynced,
+    /// Entries name the new places of moved clusters before the data there is durable.
+    MovedNotSynced,
+    /// The old places of moved clusters are changed before the entries are durable.
+    OldPlaceEarly,
+    /// The header of another size is written before what its table covers is zeroed.
+    ResizedEarly,
+    /// The descriptor gets the new size of the disk before the header has it.
+    DescriptorEarly,
+    /// The in-use mark of a resized image goes before the descriptor is right.
+    UnmarkedEarly,
     /// A job panics between its payload and its publishing.
     Panic,
 }

@@ -16,7 +16,7 @@ mod find;
 mod survey;
 
 pub use change::Changing;
-pub use find::subject;
+pub use find::{role_in_bundle, subject};
 pub use survey::{Survey, SurveyedFile, SurveyedPart};
 
 use crate::chain::bundle::change::lock_bundle;
