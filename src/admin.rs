@@ -5,8 +5,7 @@
 //!
 //! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
 //! [`info`] tells what a disk is made of, [`check`] what is wrong with it, [`repair`] mends it,
-//! and [`create`] makes a new one.
-//! [`resize`] gives a disk another size.
+//! [`create`] makes a new one, and [`resize`] gives one another size.
 
 pub mod bundle;
 pub mod check;

@@ -88,8 +88,8 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
     match &cli.verb {
         Verb::Check(args) => return check::run(args, cli.json),
         Verb::Repair(args) => return repair::run(args, cli.json),
-        Verb::Create(args) => create::run(args, cli.json),
         Verb::Resize(args) => resize::run(args, cli.json),
+        Verb::Create(args) => create::run(args, cli.json),
         Verb::Mount(args) => mount::run(args, cli.json),
         Verb::Umount(args) => umount::run(args),
         Verb::Attach(args) => attach::attach(args, cli.json),

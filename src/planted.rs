@@ -89,14 +89,6 @@ bugs! {
     StalePageInserted,
     /// Writes do not keep the clusters that they write to from being freed.
     WritesDoNotPin,
-    /// A change of a bundle does not say which files come and go.
-    NothingAnnounced,
-    /// A descriptor gets its name before it has its bytes.
-    DescriptorNotSynced,
-    /// A descriptor names files whose own names a power cut may take.
-    NamesNotSynced,
-    /// Files are removed before the descriptor that does not name them is durable.
-    RenameNotSynced,
     /// Entries name the new places of moved clusters before the data there is durable.
     MovedNotSynced,
     /// The old places of moved clusters are changed before the entries are durable.
@@ -107,6 +99,14 @@ bugs! {
     DescriptorEarly,
     /// The in-use mark of a resized image goes before the descriptor is right.
     UnmarkedEarly,
+    /// A change of a bundle does not say which files come and go.
+    NothingAnnounced,
+    /// A descriptor gets its name before it has its bytes.
+    DescriptorNotSynced,
+    /// A descriptor names files whose own names a power cut may take.
+    NamesNotSynced,
+    /// Files are removed before the descriptor that does not name them is durable.
+    RenameNotSynced,
     /// A job panics between its payload and its publishing.
     Panic,
 }

@@ -21,17 +21,6 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
-/// Reads the size of a disk. ploop counts plain numbers in sectors, so a small one is asked about.
-pub fn parse_disk_size(text: &str) -> Result<u64, String> {
-    let bytes = parse_size(text)?;
-    if text.bytes().all(|byte| byte.is_ascii_digit()) && bytes < 1 << 20 {
-        return Err(format!(
-            "a plain number is bytes, and so few make no disk: {text}s for sectors, {text}M for MiB"
-        ));
-    }
-    Ok(bytes)
-}
-
 /// Reads a new size, or with a sign before it by how much a size changes.
 pub fn parse_change(text: &str) -> Result<Change, String> {
     if let Some(more) = text.strip_prefix('+') {
@@ -41,6 +30,17 @@ pub fn parse_change(text: &str) -> Result<Change, String> {
         Some(less) => parse_size(less).map(Change::Minus),
         None => parse_size(text).map(Change::To),
     }
+}
+
+/// Reads the size of a disk. ploop counts plain numbers in sectors, so a small one is asked about.
+pub fn parse_disk_size(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    if text.bytes().all(|byte| byte.is_ascii_digit()) && bytes < 1 << 20 {
+        return Err(format!(
+            "a plain number is bytes, and so few make no disk: {text}s for sectors, {text}M for MiB"
+        ));
+    }
+    Ok(bytes)
 }
 
 fn factor(unit: &str) -> Option<u64> {
@@ -144,6 +144,16 @@ mod tests {
     }
 
     #[test]
+    fn a_sign_makes_a_size_a_change() {
+        assert_eq!(parse_change("2K"), Ok(Change::To(2048)));
+        assert_eq!(parse_change("+1s"), Ok(Change::Plus(512)));
+        assert_eq!(parse_change("-1M"), Ok(Change::Minus(1 << 20)));
+        for text in ["+-1", "--1", "+", "-"] {
+            assert!(parse_change(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
     fn a_small_plain_number_is_no_disk() {
         assert!(parse_disk_size("20480").unwrap_err().contains("20480s"));
         for (text, bytes) in [
@@ -152,16 +162,6 @@ mod tests {
             ("64K", 65536),
         ] {
             assert_eq!(parse_disk_size(text), Ok(bytes), "{text}");
-        }
-    }
-
-    #[test]
-    fn a_sign_makes_a_size_a_change() {
-        assert_eq!(parse_change("2K"), Ok(Change::To(2048)));
-        assert_eq!(parse_change("+1s"), Ok(Change::Plus(512)));
-        assert_eq!(parse_change("-1M"), Ok(Change::Minus(1 << 20)));
-        for text in ["+-1", "--1", "+", "-"] {
-            assert!(parse_change(text).is_err(), "{text}");
         }
     }
 

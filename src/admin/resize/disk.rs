@@ -2,12 +2,16 @@
 
 use super::plain::{Place, plan_plain};
 use super::{Planned, Request, plan_image, resize_image, resize_plain, room, rounded};
+use crate::admin::bundle::{Bundle, Files};
 use crate::admin::progress::Progress;
 use crate::chain::Chain;
 use crate::chain::bundle::{self, OpenedImages, OpenedPart, Selection};
 use crate::chain::open::chain;
 use crate::delta::image::{Image, Kind};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::descriptor;
+use crate::format::descriptor::edit::Edit;
+use crate::storage::{Directory, SharedStorage};
 use crate::units::{SECTOR, SectorCount};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -264,6 +268,7 @@ impl Session {
         let sizes = self.sizes()?;
         let request = self.request(sizes)?;
         let storage = &**self.top().storage();
+        self.try_to_describe(sizes, request.size)?;
         let mut describe = |part: SectorCount| self.describe(sizes, part);
         let planned = match self.top().kind() {
             Kind::Expanding(_) => {
@@ -277,13 +282,47 @@ impl Session {
 
     /// Makes the descriptor say what size the disk has.
     fn describe(&self, sizes: Sizes, part: SectorCount) -> Result<()> {
-        let total = sizes.start + part.get();
-        if sizes.declared.is_none_or(|declared| declared == total) {
-            return Ok(());
+        let total = SectorCount::new(sizes.start + part.get());
+        match self.images.home()? {
+            Some((directory, name)) => describe(&directory, name, total),
+            None => Ok(()),
         }
-        Err(Error::why(
-            ErrorKind::Unsupported,
-            "bundles are not resized yet",
-        ))
+    }
+
+    /// Refuses where the descriptor cannot be changed, before anything is.
+    fn try_to_describe(&self, sizes: Sizes, part: SectorCount) -> Result<()> {
+        let total = SectorCount::new(sizes.start + part.get());
+        match self.images.home()? {
+            Some((directory, name)) => {
+                let bundle = Bundle::open(&directory, name, &NoFiles)?;
+                bundle.try_edits(&[Edit::DiskSize(total)])
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Makes a descriptor say what size the disk has, durably, and clears away what an interrupted
+/// change has left beside it.
+pub fn describe(directory: &dyn Directory, name: &str, size: SectorCount) -> Result<()> {
+    let mut bundle = Bundle::open(directory, name, &NoFiles)?;
+    bundle.settle()?;
+    if bundle.descriptor().disk_size != size {
+        bundle.replace(&[Edit::DiskSize(size)])?;
+    }
+    Ok(())
+}
+
+/// A change of the descriptor alone: no image is opened for it.
+#[derive(Debug)]
+struct NoFiles;
+
+impl Files for NoFiles {
+    fn image(&self, _: &descriptor::Image) -> Result<SharedStorage> {
+        Err(Error::new(ErrorKind::Unsupported))
+    }
+
+    fn own_name(&self, _: &descriptor::Image) -> Option<String> {
+        None
     }
 }
