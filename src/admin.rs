@@ -9,5 +9,7 @@
 pub mod bundle;
 pub mod check;
 pub mod info;
+pub mod merge;
 pub mod progress;
 pub mod repair;
+pub mod snapshot;
