@@ -107,6 +107,10 @@ bugs! {
     NamesNotSynced,
     /// Files are removed before the descriptor that does not name them is durable.
     RenameNotSynced,
+    /// A merge writes entries before the data that they name.
+    MergeNamesFirst,
+    /// A merge does not sync the data before the entries that name it.
+    MergeDataNotSynced,
     /// A job panics between its payload and its publishing.
     Panic,
 }
