@@ -89,6 +89,14 @@ bugs! {
     StalePageInserted,
     /// Writes do not keep the clusters that they write to from being freed.
     WritesDoNotPin,
+    /// A punch counts as durable at once: a round with nothing else to sync leaves its sync out.
+    PunchBelieved,
+    /// The same of a longer file, whose new clusters have nothing but zeros in them.
+    GrowthBelieved,
+    /// A close cuts the file before its last flush, by what is free in memory by then.
+    TrimBeforeFlush,
+    /// The lock of the file's length is taken under the one of the table.
+    LocksInverted,
     /// A job panics between its payload and its publishing.
     Panic,
 }
