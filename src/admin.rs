@@ -16,5 +16,5 @@ pub mod progress;
 mod relocate;
 pub mod repair;
 pub mod resize;
-pub mod source;
 pub mod snapshot;
+pub mod source;

@@ -1,8 +1,9 @@
 //! Cuts the power after every operation of a command on images, and judges what is left.
 
 use crate::sim::directory::Names;
+use crate::sim::faults::Fault;
 use crate::sim::replay::Media;
-use crate::sim::storage::{Event, Fault, Kind, Manners, SimStorage, World};
+use crate::sim::storage::{Event, Kind, Manners, SimStorage, World};
 use ploopfs::admin::check::check_image;
 use ploopfs::error::Result;
 use ploopfs::plan::repair::Severity;
@@ -66,7 +67,10 @@ pub(crate) fn shown(files: &[Vec<u8>]) -> Disk {
     };
     for cluster in 0..(sectors * 512).div_ceil(size) {
         let whole = (sectors * 512 - cluster * size).min(size) as usize;
-        let found = files.iter().rev().find_map(|file| piece(file, cluster, size));
+        let found = files
+            .iter()
+            .rev()
+            .find_map(|file| piece(file, cluster, size));
         let mut bytes = found.unwrap_or_default();
         bytes.resize(whole, 0);
         if bytes.iter().any(|byte| *byte != 0) {
@@ -208,7 +212,14 @@ impl Case {
         let mut found = Found::default();
         let quiet = World::new(self.files.clone(), Manners::default(), true);
         self.run(&quiet).expect("nothing fails");
-        let kinds = [Kind::Write, Kind::Sync, Kind::SetLen, Kind::Zero, Kind::Copy, Kind::Read];
+        let kinds = [
+            Kind::Write,
+            Kind::Sync,
+            Kind::SetLen,
+            Kind::Zero,
+            Kind::Copy,
+            Kind::Read,
+        ];
         for (kind, count) in quiet.counts() {
             for nth in 0..count {
                 if !kinds.contains(&kind) {
@@ -217,7 +228,11 @@ impl Case {
                 let fault = Fault {
                     kind,
                     nth,
-                    errno: if kind == Kind::Sync { libc::EIO } else { libc::ENOSPC },
+                    errno: if kind == Kind::Sync {
+                        libc::EIO
+                    } else {
+                        libc::ENOSPC
+                    },
                     for_ever: false,
                 };
                 let manners = Manners {
@@ -226,7 +241,7 @@ impl Case {
                 };
                 let world = World::new(self.files.clone(), manners, true);
                 let what = format!("{}: {kind:?} {nth} fails", self.name);
-                if self.run(&world).is_ok() && world.has_fired() {
+                if self.run(&world).is_ok() && world.failures().count > 0 {
                     found.complaints.push(format!("{what}, and nobody says so"));
                 }
                 let mut media = Media::new(&self.files, Names::new());

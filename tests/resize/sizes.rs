@@ -42,7 +42,9 @@ fn to(sectors: u64, force_discard: bool) -> Box<Act> {
             batch_bytes: 8192,
             ..Request::new(SectorCount::new(sectors))
         };
-        let done = resize_image(&**top, &lower, &request, &Progress::default(), &mut |_| Ok(()));
+        let done = resize_image(&**top, &lower, &request, &Progress::default(), &mut |_| {
+            Ok(())
+        });
         done.map(|_| ())
     })
 }
@@ -140,7 +142,11 @@ fn what_stays_is_as_before_and_what_comes_is_zeros() {
         let mapped = (0..entries).filter(|n| word(64 + 4 * *n as usize) != 0);
         let mapped = mapped.count() as u64;
         if name.contains("not closed") || name.contains("all of") {
-            assert_eq!(top.len() as u64, (table + mapped) * 4096, "{name}: no waste");
+            assert_eq!(
+                top.len() as u64,
+                (table + mapped) * 4096,
+                "{name}: no waste"
+            );
         }
         assert_eq!(u32::from(mapped == 0), word(52) & 1, "{name}: the flag");
     }
