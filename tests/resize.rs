@@ -4,6 +4,8 @@
 //! left must show the disk as it was or as it will be, must have nothing wrong but its mark and
 //! wasted space, and the command repeated must end with the very bytes of an undisturbed one.
 
+#[path = "resize/bundles.rs"]
+mod bundles;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
 #[path = "resize/interop.rs"]

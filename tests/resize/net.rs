@@ -263,7 +263,7 @@ impl Case {
 }
 
 /// Nothing is wrong with an image but its mark and wasted space.
-fn sound(top: &[u8]) -> std::result::Result<(), String> {
+pub(crate) fn sound(top: &[u8]) -> std::result::Result<(), String> {
     let world = World::new(vec![top.to_vec()], Manners::default(), false);
     let found = check_image(&*world.open(0, false)).map_err(|e| e.to_string())?;
     let bad = found.report.findings.iter().find(|finding| {

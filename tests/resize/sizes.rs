@@ -7,6 +7,7 @@ use crate::sim::storage::SimStorage;
 use ploopfs::admin::progress::Progress;
 use ploopfs::admin::resize::{Request, resize_image};
 use ploopfs::delta::image::Image;
+use ploopfs::error::Result;
 use ploopfs::storage::SharedStorage;
 use ploopfs::units::SectorCount;
 use std::path::Path;
@@ -19,14 +20,12 @@ fn forged(spec: &ImageSpec) -> Vec<u8> {
     std::fs::read(path).expect("its bytes")
 }
 
-fn levels(files: &[Arc<SimStorage>]) -> Vec<Image> {
+fn levels(files: &[Arc<SimStorage>]) -> Result<Vec<Image>> {
     let below = &files[..files.len() - 1];
     let open = |file: &Arc<SimStorage>| {
         let storage: SharedStorage = Arc::<SimStorage>::clone(file);
         let path = Path::new("lower");
-        Image::expanding(path, Arc::clone(&storage))
-            .or_else(|_| Image::plain(path, storage))
-            .expect("it was forged")
+        Image::expanding(path, storage)
     };
     below.iter().map(open).collect()
 }
@@ -34,7 +33,7 @@ fn levels(files: &[Arc<SimStorage>]) -> Vec<Image> {
 /// To this size, two clusters between syncs.
 fn to(sectors: u64, force_discard: bool) -> Box<Act> {
     Box::new(move |files| {
-        let lower = levels(files);
+        let lower = levels(files)?;
         let top = files.last().expect("a top");
         let request = Request {
             shrink: true,
