@@ -107,6 +107,18 @@ bugs! {
     NamesNotSynced,
     /// Files are removed before the descriptor that does not name them is durable.
     RenameNotSynced,
+    /// A merge writes entries before the data that they name.
+    MergeNamesFirst,
+    /// A merge does not sync the data before the entries that name it.
+    MergeDataNotSynced,
+    /// A punch counts as durable at once: a round with nothing else to sync leaves its sync out.
+    PunchBelieved,
+    /// The same of a longer file, whose new clusters have nothing but zeros in them.
+    GrowthBelieved,
+    /// A close cuts the file before its last flush, by what is free in memory by then.
+    TrimBeforeFlush,
+    /// The lock of the file's length is taken under the one of the table.
+    LocksInverted,
     /// A job panics between its payload and its publishing.
     Panic,
 }

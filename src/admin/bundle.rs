@@ -148,17 +148,9 @@ impl<'a> Bundle<'a> {
         let has = |name: &str| there.iter().any(|found| found == name);
         let mut gone = false;
         let list = format!("{}{PENDING}", self.name);
-        let pending = if has(&list) {
-            let storage = self.directory.open(&list, false)?;
-            Pending::decode(&read_small(&*storage, xml::BYTES_MAX)?)
-        } else {
-            None
-        };
-        for name in pending.iter().flat_map(|pending| &pending.names) {
-            if has(name) && !self.names(name) {
-                self.directory.remove(name)?;
-                gone = true;
-            }
+        for name in self.waste(&there)? {
+            self.directory.remove(&name)?;
+            gone = true;
         }
         for end in [NEW.to_owned(), format!("{BACKUP}{NEW}")] {
             let name = format!("{}{end}", self.name);
@@ -178,6 +170,27 @@ impl<'a> Bundle<'a> {
             self.directory.sync()?;
         }
         Ok(())
+    }
+
+    /// Files that an interrupted change has left and that nothing names.
+    fn waste(&self, there: &[String]) -> Result<Vec<String>> {
+        let list = format!("{}{PENDING}", self.name);
+        if !there.contains(&list) {
+            return Ok(Vec::new());
+        }
+        let storage = self.directory.open(&list, false)?;
+        let pending = Pending::decode(&read_small(&*storage, xml::BYTES_MAX)?);
+        let mut names = pending.map(|pending| pending.names).unwrap_or_default();
+        names.retain(|name| there.contains(name) && !self.names(name));
+        Ok(names)
+    }
+
+    /// The names that no new file may have.
+    pub fn taken(&self) -> Result<Vec<String>> {
+        let mut there = self.directory.entries()?;
+        let waste = self.waste(&there)?;
+        there.retain(|name| !waste.contains(name));
+        Ok(there)
     }
 
     /// True for the descriptor itself and for every file that it names.

@@ -4,8 +4,8 @@
 //! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order
 //!    could read what an operation of ploop is about to replace.
 //! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice,
-//!    lock all, and only then look at the first bytes of each, and whether the undo file of a repair
-//!    that was interrupted lies beside it (`files`).
+//!    lock all, and only then look at the first bytes of each, and whether the undo file of a
+//!    repair that was interrupted lies beside it (`files`).
 //!
 //! Lower deltas are never opened for writing. Everything stays locked as long as its storage lives,
 //! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
