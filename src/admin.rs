@@ -5,10 +5,12 @@
 //!
 //! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
 //! [`info`] tells what a disk is made of, [`check`] what is wrong with it, [`repair`] mends it,
-//! [`create`] makes a new one, and [`resize`] gives one another size.
+//! [`create`] makes a new one, [`resize`] gives one another size, and [`compact`] takes from one what
+//! it does not need.
 
 pub mod bundle;
 pub mod check;
+pub mod compact;
 pub mod create;
 pub mod info;
 pub mod merge;

@@ -11,6 +11,7 @@ pub mod args;
 pub mod attach;
 pub mod check;
 mod child;
+pub mod compact;
 pub mod create;
 pub mod exit;
 mod filesystem;
@@ -89,6 +90,7 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
         Verb::Check(args) => return check::run(args, cli.json),
         Verb::Repair(args) => return repair::run(args, cli.json),
         Verb::Resize(args) => resize::run(args, cli.json),
+        Verb::Compact(args) => compact::run(args, cli.json),
         Verb::Create(args) => create::run(args, cli.json),
         Verb::Mount(args) => mount::run(args, cli.json),
         Verb::Umount(args) => umount::run(args),
