@@ -24,6 +24,10 @@ fn simulated() -> Vec<Trial> {
         })
     };
     vec![
+        run(
+            "stopping_leaves_a_closed_disk",
+            cases::stopping_leaves_a_closed_disk,
+        ),
         run("the_disk_stays_and_the_file_shrinks", cases::undisturbed),
         run("the_power_may_fail", cases::the_power_may_fail),
         run("the_host_may_fail", cases::the_host_may_fail),

@@ -4,6 +4,9 @@
 #[allow(dead_code)]
 #[path = "resize/bundles.rs"]
 mod bundles;
+#[allow(dead_code)]
+#[path = "compact/cases.rs"]
+mod cases;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
 #[allow(dead_code)]
@@ -96,8 +99,9 @@ fn fault(bug: Bug, seed: u64) -> Option<Fault> {
     })
 }
 
-/// Bugs of a change of a disk's size, which have a test of their own below.
-const OF_RESIZE: [Bug; 5] = [
+/// Bugs of `resize` and `compact`, which have a test of their own below.
+const OF_SIZES: [Bug; 6] = [
+    Bug::FreedNotSynced,
     Bug::MovedNotSynced,
     Bug::OldPlaceEarly,
     Bug::ResizedEarly,
@@ -106,12 +110,13 @@ const OF_RESIZE: [Bug; 5] = [
 ];
 
 #[test]
-fn each_bug_of_a_resize_is_found() {
+fn each_bug_of_resize_and_compact_is_found() {
     let _one = ONE.lock();
     let mut unnoticed = Vec::new();
-    for bug in OF_RESIZE.into_iter().chain([Bug::MarkNotSynced]) {
+    for bug in OF_SIZES.into_iter().chain([Bug::MarkNotSynced]) {
         plant(Some(bug));
-        let of_images = sizes::cases()
+        let all = sizes::cases().into_iter().chain(cases::cases());
+        let of_images = all
             .into_iter()
             .find_map(|case| case.cuts(12, false).complaints.pop());
         let why = of_images.or_else(|| bundles::complaints(12).1.pop());
@@ -135,7 +140,7 @@ fn each_planted_bug_is_found() {
     let only = std::env::var("PLOOPFS_BUG").ok();
     for bug in Bug::ALL {
         // No bug that could go unnoticed: see below.
-        if *bug == Bug::Panic || OF_RESIZE.contains(bug) {
+        if *bug == Bug::Panic || OF_SIZES.contains(bug) {
             continue;
         }
         if only

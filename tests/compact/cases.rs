@@ -1,12 +1,12 @@
 //! Images with gaps, zeros and disorder.
 
 use crate::forge::image::{IN_USE, ImageSpec, Layout, Mapped};
-use crate::net::{Act, Case, shown};
-use crate::sim::storage::SimStorage;
+use crate::net::{Act, Case, shown, sound};
+use crate::sim::storage::{Manners, SimStorage, World};
 use ploopfs::admin::compact::{Request, compact_image, plan_image};
 use ploopfs::admin::progress::Progress;
 use ploopfs::delta::image::Image;
-use ploopfs::error::Result;
+use ploopfs::error::{ErrorKind, Result};
 use ploopfs::storage::SharedStorage;
 use std::path::Path;
 use std::sync::Arc;
@@ -165,5 +165,27 @@ pub(crate) fn the_host_may_fail() {
     for case in cases() {
         let found = case.faults();
         assert!(found.complaints.is_empty(), "{:#?}", found.complaints);
+    }
+}
+
+pub(crate) fn stopping_leaves_a_closed_disk() {
+    for case in cases() {
+        let world = World::new(case.files.clone(), Manners::default(), false);
+        let last = case.files.len() - 1;
+        let files: Vec<_> = (0..=last).map(|n| world.open(n, n == last)).collect();
+        let (lower, progress) = (levels(&files).expect("forged"), Progress::default());
+        progress.cancel();
+        let done = compact_image(&*files[last], &lower, &request(false, true), &progress);
+        if case.name == "zeros over a base" || case.name == "zeros" {
+            // In order already, and closed: there is nothing to stop.
+            assert!(done.is_ok(), "{}", case.name);
+            continue;
+        }
+        let error = done.expect_err("it was stopped");
+        assert_eq!(error.kind(), ErrorKind::Interrupted, "{}", case.name);
+        let now = world.files();
+        assert_eq!(now[last][44..48], [0; 4], "{}: closed", case.name);
+        assert_eq!(shown(&case.files), shown(&now), "{}", case.name);
+        sound(&now[last]).unwrap_or_else(|why| panic!("{}: {why}", case.name));
     }
 }

@@ -97,12 +97,23 @@ pub(super) fn free(storage: &dyn Storage, clusters: &BitSet) -> Result<()> {
 /// The levels below, asked in disk order.
 struct Below<'a> {
     cluster_bytes: u64,
-    levels: Vec<(&'a Image, Option<PageIndex>, Box<[u8; BAT_PAGE_LEN]>)>,
+    levels: Vec<Level<'a>>,
+}
+
+/// One of them, and the page of its table that was asked for last.
+struct Level<'a> {
+    image: &'a Image,
+    page: Option<PageIndex>,
+    bytes: Box<[u8; BAT_PAGE_LEN]>,
 }
 
 impl<'a> Below<'a> {
     fn new(lower: &'a [Image], cluster_bytes: u64) -> Self {
-        let level = |image| (image, None, Box::new([0; BAT_PAGE_LEN]));
+        let level = |image| Level {
+            image,
+            page: None,
+            bytes: Box::new([0; BAT_PAGE_LEN]),
+        };
         Self {
             cluster_bytes,
             levels: lower.iter().map(level).collect(),
@@ -111,7 +122,8 @@ impl<'a> Below<'a> {
 
     /// True where a level has something for the cluster, be it zeros.
     fn has(&mut self, cluster: DiskCluster) -> Result<bool> {
-        for (image, page, bytes) in &mut self.levels {
+        for level in &mut self.levels {
+            let image = level.image;
             if cluster.get().saturating_mul(self.cluster_bytes) >= image.disk_len() {
                 continue;
             }
@@ -122,11 +134,11 @@ impl<'a> Below<'a> {
                 continue;
             }
             let (wanted, slot) = Layout::page_of(cluster);
-            if *page != Some(wanted) {
-                image.read_bat_page(wanted, bytes)?;
-                *page = Some(wanted);
+            if level.page != Some(wanted) {
+                image.read_bat_page(wanted, &mut level.bytes)?;
+                level.page = Some(wanted);
             }
-            if bytes[4 * slot..4 * slot + 4] != [0; 4] {
+            if level.bytes[4 * slot..4 * slot + 4] != [0; 4] {
                 return Ok(true);
             }
         }
