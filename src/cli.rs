@@ -11,6 +11,7 @@ pub mod args;
 pub mod attach;
 pub mod check;
 mod child;
+pub mod create;
 pub mod exit;
 mod filesystem;
 pub mod helper;
@@ -18,7 +19,9 @@ pub mod list;
 pub mod mount;
 pub mod options;
 pub mod output;
+pub mod progress;
 pub mod repair;
+pub mod resize;
 pub mod serve;
 pub mod size;
 pub mod umount;
@@ -85,6 +88,8 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
     match &cli.verb {
         Verb::Check(args) => return check::run(args, cli.json),
         Verb::Repair(args) => return repair::run(args, cli.json),
+        Verb::Resize(args) => resize::run(args, cli.json),
+        Verb::Create(args) => create::run(args, cli.json),
         Verb::Mount(args) => mount::run(args, cli.json),
         Verb::Umount(args) => umount::run(args),
         Verb::Attach(args) => attach::attach(args, cli.json),

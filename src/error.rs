@@ -63,6 +63,8 @@ pub enum ErrorKind {
     Host,
     /// Something did not happen in the time allowed.
     TimedOut,
+    /// The user stopped the operation by a signal.
+    Interrupted,
 }
 
 impl ErrorKind {
@@ -89,6 +91,7 @@ impl ErrorKind {
             Self::Mountpoint => "mountpoint",
             Self::Host => "host",
             Self::TimedOut => "timed-out",
+            Self::Interrupted => "interrupted",
         }
     }
 
@@ -115,6 +118,7 @@ impl ErrorKind {
             Self::Mountpoint => "cannot use the mountpoint",
             Self::Host => "the host is missing something",
             Self::TimedOut => "timed out",
+            Self::Interrupted => "stopped by a signal",
         }
     }
 }

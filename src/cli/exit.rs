@@ -2,7 +2,7 @@
 //!
 //! Imports: `error`.
 //! Never: gives a command of this program another status than 0 (done) or 1 (not done) without an
-//! entry here.
+//! entry here. A signal that stopped one adds its number to 128, as shells do.
 
 use crate::error::ErrorKind;
 
@@ -17,7 +17,7 @@ pub const MOUNT_FAILED: u8 = 32;
 
 /// The status of a command that failed with this kind of error.
 #[must_use]
-pub const fn status(kind: ErrorKind) -> u8 {
+pub fn status(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::Io(_)
         | ErrorKind::Truncated
@@ -38,6 +38,7 @@ pub const fn status(kind: ErrorKind) -> u8 {
         | ErrorKind::Mountpoint
         | ErrorKind::Host
         | ErrorKind::TimedOut => FAILED,
+        ErrorKind::Interrupted => super::progress::signal_status(),
     }
 }
 
@@ -82,6 +83,7 @@ pub const fn is_refusal(kind: ErrorKind) -> bool {
         | ErrorKind::Latched
         | ErrorKind::OutOfRange
         | ErrorKind::Host
-        | ErrorKind::TimedOut => false,
+        | ErrorKind::TimedOut
+        | ErrorKind::Interrupted => false,
     }
 }

@@ -36,7 +36,8 @@ pub fn of_kind(kind: ErrorKind) -> Errno {
         | ErrorKind::OutsideBundle
         | ErrorKind::Mountpoint
         | ErrorKind::Host
-        | ErrorKind::TimedOut => Errno::EIO,
+        | ErrorKind::TimedOut
+        | ErrorKind::Interrupted => Errno::EIO,
     }
 }
 
@@ -73,7 +74,7 @@ pub fn answer(verb: &str, error: &Error) -> Errno {
 mod tests {
     use super::*;
 
-    const KINDS: [ErrorKind; 18] = [
+    const KINDS: [ErrorKind; 19] = [
         ErrorKind::Truncated,
         ErrorKind::NotAnImage,
         ErrorKind::Unsupported,
@@ -92,6 +93,7 @@ mod tests {
         ErrorKind::Mountpoint,
         ErrorKind::Host,
         ErrorKind::TimedOut,
+        ErrorKind::Interrupted,
     ];
 
     #[test]

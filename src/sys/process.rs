@@ -1,10 +1,11 @@
 //! Processes: fork, stray descriptors, signals to ignore, and who is still alive.
 
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{SigHandler, SigSet, Signal};
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// linux/prctl.h; newer than the `libc` crate's list.
@@ -12,6 +13,18 @@ const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
 /// linux/capability.h.
 const CAP_IPC_LOCK: u32 = 14;
+
+/// Where programs of the host are.
+const DIRECTORIES: [&str; 5] = ["/usr/bin", "/bin", "/usr/local/bin", "/sbin", "/usr/sbin"];
+
+/// Finds a program of the host without the help of `PATH`.
+#[must_use]
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    DIRECTORIES
+        .iter()
+        .map(|directory| Path::new(directory).join(name))
+        .find(|path| path.is_file())
+}
 
 /// Which side of a fork this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,24 +92,20 @@ pub fn hide_strays() -> io::Result<()> {
 
 /// The signals that a daemon ignores: of a broken pipe or a file that is too large the call that
 /// fails tells enough.
-fn ignored() -> impl Iterator<Item = libc::c_int> {
-    [libc::SIGPIPE, libc::SIGXFSZ].into_iter()
+fn ignored() -> impl Iterator<Item = Signal> {
+    [Signal::SIGPIPE, Signal::SIGXFSZ].into_iter()
 }
 
 /// Ignores from now on what a daemon ignores.
 pub fn ignore_signals() -> io::Result<()> {
-    ignored().try_for_each(|signal| set_handler(signal, libc::SIG_IGN))
+    ignored().try_for_each(|signal| set_handler(signal, SigHandler::SigIgn))
 }
 
-fn set_handler(signal: libc::c_int, handler: libc::sighandler_t) -> io::Result<()> {
+fn set_handler(signal: Signal, handler: SigHandler) -> io::Result<()> {
     // SAFETY: the callers pass SIG_IGN or SIG_DFL, which run no code of ours.
     #[allow(unsafe_code)]
-    let old = unsafe { libc::signal(signal, handler) };
-    if old == libc::SIG_ERR {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    let old = unsafe { nix::sys::signal::signal(signal, handler) };
+    Ok(old.map(drop)?)
 }
 
 /// Lets a program start with no signal blocked or ignored: a file system's own daemon, which
@@ -104,7 +113,7 @@ fn set_handler(signal: libc::c_int, handler: libc::sighandler_t) -> io::Result<(
 pub fn with_plain_signals(command: &mut Command) -> &mut Command {
     let plain = || {
         SigSet::empty().thread_set_mask()?;
-        ignored().try_for_each(|signal| set_handler(signal, libc::SIG_DFL))
+        ignored().try_for_each(|signal| set_handler(signal, SigHandler::SigDfl))
     };
     // SAFETY: between fork and exec this makes system calls that are safe there, on values of its
     // own; it takes no lock and asks the heap for nothing.
@@ -235,7 +244,7 @@ mod tests {
         // A thread's mask ends with it, and SIGXFSZ means nothing to the other tests.
         let said = std::thread::spawn(|| {
             SigSet::all().thread_block().unwrap();
-            set_handler(libc::SIGXFSZ, libc::SIG_IGN).unwrap();
+            set_handler(Signal::SIGXFSZ, SigHandler::SigIgn).unwrap();
             let mut command = Command::new("cat");
             command.arg("/proc/self/status");
             with_plain_signals(&mut command).output().unwrap().stdout
