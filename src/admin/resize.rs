@@ -279,7 +279,11 @@ impl Plan {
         let entries = u64::from(layout.entry_count().min(self.resized.entry_count));
         let start = Layout::entry_offset(DiskCluster::new(entries)).get();
         let first = u64::from(self.resized.first_block).saturating_mul(SECTOR);
-        let written = if first > TABLE_WRITTEN_MAX { start } else { first.max(start) };
+        let written = if first > TABLE_WRITTEN_MAX {
+            start
+        } else {
+            first.max(start)
+        };
         let zeros = vec![0; len_usize(STRIDE.min(written - start)).unwrap_or(0)];
         let mut at = start;
         while at < written {
