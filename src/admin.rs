@@ -1,15 +1,18 @@
 //! The operator's door: operations on whole disks that are not mounted.
 //!
-//! Imports: `chain` and lower.
+//! Imports: `disk` and lower.
 //! Never: serves a request, or prints.
 //!
 //! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
-//! [`info`] tells what a disk is made of, [`check`] what is wrong with it, and [`repair`] mends it.
+//! [`info`] tells what a disk is made of, [`check`] what is wrong with it, [`repair`] mends it,
+//! and [`create`] makes a new one.
 
 pub mod bundle;
 pub mod check;
+pub mod create;
 pub mod info;
 pub mod merge;
 pub mod progress;
 pub mod repair;
 pub mod snapshot;
+pub mod source;

@@ -11,10 +11,12 @@ pub mod args;
 pub mod attach;
 pub mod check;
 mod child;
+pub mod create;
 pub mod exit;
 mod filesystem;
 pub mod helper;
 pub mod list;
+pub mod merge;
 pub mod mount;
 pub mod options;
 pub mod output;
@@ -22,6 +24,7 @@ pub mod progress;
 pub mod repair;
 pub mod serve;
 pub mod size;
+pub mod snapshot;
 pub mod umount;
 
 use crate::admin;
@@ -86,11 +89,14 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
     match &cli.verb {
         Verb::Check(args) => return check::run(args, cli.json),
         Verb::Repair(args) => return repair::run(args, cli.json),
+        Verb::Create(args) => create::run(args, cli.json),
         Verb::Mount(args) => mount::run(args, cli.json),
         Verb::Umount(args) => umount::run(args),
         Verb::Attach(args) => attach::attach(args, cli.json),
         Verb::Detach(args) => attach::detach(args),
         Verb::List => list::run(cli.json),
+        Verb::Snapshot(args) => snapshot::run(args, cli.json),
+        Verb::Merge(args) => merge::run(args, cli.json),
         Verb::Info(args) => info(args, cli.json),
         Verb::Completions { shell } => {
             let mut text = Vec::new();

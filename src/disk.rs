@@ -18,6 +18,7 @@
 
 pub mod buffers;
 pub mod epoch;
+pub mod extents;
 pub mod flags;
 pub mod flush;
 pub mod flusher;

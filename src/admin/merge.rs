@@ -29,6 +29,7 @@ use crate::delta::in_use::InUseMark;
 use crate::delta::survey::{Fault, Survey, survey};
 use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
 use crate::format::bat::EntryError;
+use crate::format::chs::Chs;
 use crate::format::header::{FLAG_CONVERTING, Header, RawHeader, Version};
 use crate::format::layout::Layout;
 use crate::plan::merge::{Move, Piece, Place, Upper, plan_merge};
@@ -237,8 +238,8 @@ impl Merge<'_> {
         };
         raw.entry_count = raw.entry_count.max(entries);
         raw.size_in_sectors = SectorCount::new(sectors).get();
-        let heads = u64::from(raw.heads).saturating_mul(32).max(1);
-        raw.cylinders = u32::try_from(sectors / heads).unwrap_or(u32::MAX);
+        let chs = Chs::of(SectorCount::new(sectors));
+        (raw.heads, raw.cylinders) = (chs.heads, chs.header_cylinders());
         Ok(raw)
     }
 

@@ -4,7 +4,8 @@
 //! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order
 //!    could read what an operation of ploop is about to replace.
 //! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice,
-//!    lock all, and only then read the first bytes of any (`files`).
+//!    lock all, and only then look at the first bytes of each, and whether the undo file of a repair
+//!    that was interrupted lies beside it (`files`).
 //!
 //! Lower deltas are never opened for writing. Everything stays locked as long as its storage lives,
 //! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
@@ -57,6 +58,9 @@ pub struct Selection {
     pub no_lock: bool,
     /// Directories outside the bundle that a descriptor may name files in.
     pub allow_outside: Vec<PathBuf>,
+    /// A repair or its undo that was interrupted is to be ended, so what it has left is no reason
+    /// not to open the image (`repair` only).
+    pub mending: bool,
 }
 
 /// All files of the disk, opened and locked.
@@ -137,6 +141,7 @@ struct Bundle {
     names: HashMap<Guid, String>,
     files: Registry,
     no_lock: bool,
+    mending: bool,
     trust_header: bool,
     _lock: Option<File>,
 }
@@ -172,11 +177,11 @@ fn open_by_hand(
         return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(named));
     }
     let warning = match selection.lower.as_slice() {
-        [] => check_membership(top, selection.write)?,
+        [] => find::check_membership(top, selection)?,
         _ => None,
     };
     let registry = Registry::default();
-    let mut opening = Opening::new(selection.no_lock, &registry);
+    let mut opening = Opening::new(selection.no_lock, selection.mending, &registry);
     let paths = selection.lower.iter().map(PathBuf::as_path).chain([top]);
     for (level, path) in paths.enumerate() {
         let is_top = level == selection.lower.len();
@@ -215,21 +220,6 @@ fn open_by_hand(
     })
 }
 
-/// An image of a bundle that was named by itself: a warning, or a refusal where writing to it alone
-/// would damage the disk.
-fn check_membership(image: &Path, write: bool) -> Result<Option<String>> {
-    let Some(member) = find::membership(image) else {
-        return Ok(None);
-    };
-    let what = format!("the image is {} of the bundle around it", member.role);
-    if write && member.entangled {
-        let why = format!("{what}, and writing to it alone would damage the disk");
-        let error = Error::why(ErrorKind::ReadOnly, why).in_file(image);
-        return Err(error.fix("name the bundle to write to the disk; to read this image alone: -r"));
-    }
-    Ok(Some(format!("{what}; name the bundle to use the disk")))
-}
-
 fn refuse_image_options(named: &Path, selection: &Selection) -> Result<()> {
     for (given, option) in [
         (!selection.lower.is_empty(), "--lower"),
@@ -254,9 +244,10 @@ fn open_bundle(
     let lock = lock_bundle(&roots, descriptor_name, selection, &mut warnings)?;
     let path = directory.join(descriptor_name);
     let descriptor = read_descriptor(&roots, descriptor_name)?;
-    let names = find::snapshot_names(&directory);
+    let names = find::snapshot_names(&directory, descriptor_name);
     let target =
         select(&descriptor, &names, selection.snapshot.as_deref()).map_err(|e| e.in_file(&path))?;
+    refuse_going(&descriptor, target).map_err(|e| e.in_file(&path))?;
     if selection.write {
         check_writable(&descriptor, target).map_err(|e| e.in_file(&path))?;
     }
@@ -277,10 +268,14 @@ fn open_bundle(
         names,
         files: Registry::default(),
         no_lock: selection.no_lock,
+        mending: selection.mending,
         trust_header: selection.trust_header,
         _lock: kept,
     });
     let mut images = open_chain(&bundle, target, selection.write)?;
+    if selection.write {
+        files::refuse_shared_tops(&bundle.roots, &bundle.descriptor, &images)?;
+    }
     drop(passing);
     named.clone_into(&mut images.named);
     warnings.append(&mut images.warnings);
@@ -346,6 +341,17 @@ fn encryption_text(descriptor: &Descriptor) -> Option<String> {
         Encryption::Key(key) => format!("key {key:?}"),
         Encryption::Engine(engine) => format!("engine {engine}"),
     })
+}
+
+/// Refuses a snapshot that is being deleted: it may be half of one state and half of another.
+fn refuse_going(descriptor: &Descriptor, target: Guid) -> Result<()> {
+    let mut shots = descriptor.snapshots.iter();
+    if target == descriptor.top || !shots.any(|shot| shot.guid == target && shot.temporary) {
+        return Ok(());
+    }
+    let why = format!("the snapshot {target} is being deleted");
+    Err(Error::why(ErrorKind::NoSuchSnapshot, why)
+        .fix("`ploopfs snapshot delete` with its name goes on with that"))
 }
 
 /// The snapshot that a word means.
@@ -429,7 +435,7 @@ fn open_chain(bundle: &Arc<Bundle>, target: Guid, write: bool) -> Result<OpenedI
         roots, descriptor, ..
     } = bundle.as_ref();
     let chain = descriptor.chain(target).map_err(descriptor_error)?;
-    let mut opening = Opening::new(bundle.no_lock, &bundle.files);
+    let mut opening = Opening::new(bundle.no_lock, bundle.mending, &bundle.files);
     let mut moved = 0;
     for part in 0..descriptor.parts.len() {
         let images = descriptor.images(part, &chain).map_err(descriptor_error)?;
@@ -523,6 +529,7 @@ impl OpenedImages {
             return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(&self.named));
         };
         let target = select(&bundle.descriptor, &bundle.names, Some(snapshot))?;
+        refuse_going(&bundle.descriptor, target)?;
         let mut images = open_chain(bundle, target, false)?;
         images.named.clone_from(&self.named);
         Ok(images)

@@ -20,6 +20,17 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// Reads the size of a disk. ploop counts plain numbers in sectors, so a small one is asked about.
+pub fn parse_disk_size(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    if text.bytes().all(|byte| byte.is_ascii_digit()) && bytes < 1 << 20 {
+        return Err(format!(
+            "a plain number is bytes, and so few make no disk: {text}s for sectors, {text}M for MiB"
+        ));
+    }
+    Ok(bytes)
+}
+
 fn factor(unit: &str) -> Option<u64> {
     let power = |base: u64, letter: char| {
         let power = "kmgt"
@@ -117,6 +128,18 @@ mod tests {
             "1e3",
         ] {
             assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_small_plain_number_is_no_disk() {
+        assert!(parse_disk_size("20480").unwrap_err().contains("20480s"));
+        for (text, bytes) in [
+            ("20480s", 20480 * 512),
+            ("1048576", 1 << 20),
+            ("64K", 65536),
+        ] {
+            assert_eq!(parse_disk_size(text), Ok(bytes), "{text}");
         }
     }
 

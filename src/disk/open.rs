@@ -89,7 +89,6 @@ pub fn open_with(
     let caches = look_at_parts(&images, options)?;
     check_split(&images.parts, options)?;
     let mut notes = images.warnings.clone();
-    prepare::look_for_repair(&images.parts, options.read_only, &mut notes)?;
     let mut parts = Vec::with_capacity(images.parts.len());
     let mut marks = Vec::with_capacity(images.parts.len());
     for (opened, bat_cache) in images.parts.iter().zip(caches) {

@@ -15,9 +15,9 @@ const HOLE_PAGES: u32 = 4096;
 
 /// What is at a position, and up to where the same holds at least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Extent {
-    is_data: bool,
-    end: u64,
+pub(super) struct Extent {
+    pub(super) is_data: bool,
+    pub(super) end: u64,
 }
 
 impl Disk {
@@ -42,7 +42,7 @@ impl Disk {
         let mut from = within.get();
         for part in &parts[first..] {
             while from < part.disk_len() {
-                let extent = self.extent(part, from)?;
+                let extent = self.extent(part, from, true)?;
                 if extent.is_data == data {
                     return Ok(Some(DiskOffset::new(part.start + from)));
                 }
@@ -53,7 +53,9 @@ impl Disk {
         Ok(None)
     }
 
-    fn extent(&self, part: &Part, from: u64) -> Result<Extent> {
+    /// What is at a position of a part. With `by_host` what the host says of a plain file counts,
+    /// else all of it is data.
+    pub(super) fn extent(&self, part: &Part, from: u64, by_host: bool) -> Result<Extent> {
         let geometry = part.chain.geometry();
         let (cluster, _) = geometry.cluster.split(DiskOffset::new(from));
         let (page, _) = Layout::page_of(cluster);
@@ -70,7 +72,9 @@ impl Disk {
                 is_data: false,
                 end,
             }),
-            State::At { level, start } if start.get() == from - from % geometry.cluster.bytes() => {
+            State::At { level, start }
+                if by_host && start.get() == from - from % geometry.cluster.bytes() =>
+            {
                 plain_extent(part, level, from, end)
             }
             State::At { .. } | State::Bad => Ok(Extent { is_data: true, end }),
@@ -83,7 +87,7 @@ impl Disk {
                 }
                 // Held, so that it is still there when it is looked at.
                 let _page = part.load(page, &self.counters)?;
-                self.extent(part, from)
+                self.extent(part, from, by_host)
             }
         }
     }

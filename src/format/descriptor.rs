@@ -12,6 +12,7 @@
 
 pub mod edit;
 mod errors;
+pub mod write;
 
 pub use errors::{DescriptorError, Oddity};
 

@@ -115,8 +115,25 @@ impl Directory for HostDirectory {
         sys::rename(self.fd.as_fd(), old, new).map_err(|e| self.failed(from, e))
     }
 
+    fn rename_new(&self, from: &str, to: &str) -> Result<()> {
+        let (old, new) = (single(&self.path, from)?, single(&self.path, to)?);
+        sys::rename_new(self.fd.as_fd(), old, new).map_err(|e| self.failed(to, e))
+    }
+
     fn remove(&self, name: &str) -> Result<()> {
         sys::remove(self.fd.as_fd(), single(&self.path, name)?).map_err(|e| self.failed(name, e))
+    }
+
+    fn create_directory(&self, name: &str) -> Result<Arc<dyn Directory>> {
+        let fd = sys::create_directory(self.fd.as_fd(), single(&self.path, name)?)
+            .map_err(|e| self.failed(name, e))?;
+        let path = self.path.join(name);
+        Ok(Arc::new(Self { fd, path }))
+    }
+
+    fn remove_directory(&self, name: &str) -> Result<()> {
+        sys::remove_directory(self.fd.as_fd(), single(&self.path, name)?)
+            .map_err(|e| self.failed(name, e))
     }
 
     fn entries(&self) -> Result<Vec<String>> {
@@ -163,6 +180,29 @@ mod tests {
     }
 
     #[test]
+    fn directories_are_made_filled_and_take_no_name_that_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = HostDirectory::open(dir.path()).unwrap();
+        let inner = host.create_directory("a").unwrap();
+        inner.create_new("x").unwrap();
+        host.create_new("file").unwrap();
+        let exists = ErrorKind::Io(libc::EEXIST);
+        assert_eq!(host.create_directory("a").unwrap_err().kind(), exists);
+        for (from, to) in [("a", "file"), ("file", "a")] {
+            assert_eq!(host.rename_new(from, to).unwrap_err().kind(), exists);
+        }
+        std::os::unix::fs::symlink("nowhere", dir.path().join("link")).unwrap();
+        assert_eq!(host.rename_new("a", "link").unwrap_err().kind(), exists);
+        host.rename_new("a", "b").unwrap();
+        assert_eq!(inner.entries().unwrap(), ["x"]);
+        assert!(host.remove_directory("b").is_err(), "it is not empty");
+        inner.remove("x").unwrap();
+        host.remove_directory("b").unwrap();
+        assert!(host.remove_directory("file").is_err());
+        assert_eq!(host.entries().unwrap(), ["file", "link"]);
+    }
+
+    #[test]
     fn nothing_leads_out_of_the_directory() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("sub")).unwrap();
@@ -184,7 +224,10 @@ mod tests {
                 host.create_new(name).map(|_| ()),
                 host.rename(name, "x"),
                 host.rename("link", name),
+                host.rename_new("link", name),
                 host.remove(name),
+                host.create_directory(name).map(|_| ()),
+                host.remove_directory(name),
             ] {
                 assert_eq!(
                     result.unwrap_err().kind(),

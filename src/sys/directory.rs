@@ -1,13 +1,14 @@
 //! Names in an open directory: made, renamed, removed, listed, made durable.
 
 use nix::dir::Dir;
-use nix::fcntl::{AT_FDCWD, OFlag, openat, renameat};
-use nix::sys::stat::{Mode, fchmod, fstat};
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
+use nix::sys::stat::{Mode, fchmod, fstat, fstatat, mkdirat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, unlinkat};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -41,9 +42,62 @@ pub fn create_new(dir: BorrowedFd<'_>, name: &Path) -> io::Result<File> {
     Ok(File::from(openat(dir, name, how, mode)?))
 }
 
+/// Creates a file (mode 0600) in a directory that has no name there, and so goes away with its last
+/// descriptor.
+pub fn nameless(dir: &Path) -> io::Result<File> {
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    let how = OFlag::O_RDWR | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
+    match openat(AT_FDCWD, dir, how, mode) {
+        // File systems of the network lack this.
+        Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::ENOENT | Errno::EINVAL) => {}
+        other => return Ok(File::from(other?)),
+    }
+    let dir = open(dir)?;
+    let pid = std::process::id();
+    for number in 0..100 {
+        let name = format!(".ploopfs-{pid}-{number}");
+        match create_new(dir.as_fd(), Path::new(&name)) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            made => {
+                let file = made?;
+                remove(dir.as_fd(), Path::new(&name))?;
+                return Ok(file);
+            }
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EEXIST))
+}
+
 /// Renames within the directory, replacing what has the new name.
 pub fn rename(dir: BorrowedFd<'_>, from: &Path, to: &Path) -> io::Result<()> {
     Ok(renameat(dir, from, dir, to)?)
+}
+
+/// Renames within the directory; a name that is there already is EEXIST, and stays.
+pub fn rename_new(dir: BorrowedFd<'_>, from: &Path, to: &Path) -> io::Result<()> {
+    match renameat2(dir, from, dir, to, RenameFlags::RENAME_NOREPLACE) {
+        // Some file systems lack it; who takes the name between look and rename loses it.
+        Err(Errno::EINVAL | Errno::ENOSYS) => {
+            match fstatat(dir, to, AtFlags::AT_SYMLINK_NOFOLLOW) {
+                Err(Errno::ENOENT) => rename(dir, from, to),
+                Err(other) => Err(other.into()),
+                Ok(_) => Err(Errno::EEXIST.into()),
+            }
+        }
+        other => Ok(other?),
+    }
+}
+
+/// Makes a directory (mode 0700) that must not exist yet, and opens it.
+pub fn create_directory(dir: BorrowedFd<'_>, name: &Path) -> io::Result<OwnedFd> {
+    mkdirat(dir, name, Mode::S_IRWXU)?;
+    let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(openat(dir, name, how, Mode::empty())?)
+}
+
+/// Removes an empty directory.
+pub fn remove_directory(dir: BorrowedFd<'_>, name: &Path) -> io::Result<()> {
+    Ok(unlinkat(dir, name, UnlinkatFlags::RemoveDir)?)
 }
 
 /// Removes a name that is no directory's.
@@ -69,7 +123,7 @@ pub fn entries(dir: BorrowedFd<'_>) -> io::Result<Vec<OsString>> {
 /// themselves, and say EINVAL.
 pub fn sync(dir: BorrowedFd<'_>) -> io::Result<()> {
     match fsync(dir) {
-        Err(nix::errno::Errno::EINVAL) => Ok(()),
+        Err(Errno::EINVAL) => Ok(()),
         other => Ok(other?),
     }
 }

@@ -1,7 +1,7 @@
 //! Opening files without being led astray: by links, devices, and names that change meanwhile.
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::fcntl::{AT_FDCWD, FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat, openat2};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::Mode;
 use std::fs::File;
@@ -24,6 +24,16 @@ fn flags(write: bool) -> OFlag {
     access | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | OFlag::O_NOCTTY
 }
 
+/// What is only read keeps its access time, where the host allows that: to its owner and to root.
+fn quietly(file: File, write: bool) -> File {
+    if !write {
+        let flags = fcntl(&file, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        let quiet = |flags| fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_NOATIME));
+        let _ = flags.and_then(quiet);
+    }
+    file
+}
+
 fn patiently<T>(mut open: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
     let mut tries = 0;
     loop {
@@ -40,7 +50,8 @@ fn patiently<T>(mut open: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
 
 /// Opens what the user named, links and all.
 pub fn any(path: &Path, write: bool) -> io::Result<File> {
-    patiently(|| openat(AT_FDCWD, path, flags(write), Mode::empty())).map(File::from)
+    let opened = patiently(|| openat(AT_FDCWD, path, flags(write), Mode::empty()))?;
+    Ok(quietly(File::from(opened), write))
 }
 
 /// Opens a directory, to start walks from.
@@ -72,7 +83,7 @@ pub fn beneath(dir: BorrowedFd<'_>, name: &Path, write: bool) -> io::Result<File
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
             beneath_by_steps(dir, name, write)
         }
-        other => other.map(File::from),
+        other => Ok(quietly(File::from(other?), write)),
     }
 }
 
@@ -90,7 +101,8 @@ fn beneath_by_steps(dir: BorrowedFd<'_>, name: &Path, write: bool) -> io::Result
         let at = below.as_ref().map_or(dir, AsFd::as_fd);
         if components.peek().is_none() {
             let how = flags(write) | OFlag::O_NOFOLLOW;
-            return patiently(|| openat(at, part, how, Mode::empty())).map(File::from);
+            let opened = patiently(|| openat(at, part, how, Mode::empty()))?;
+            return Ok(quietly(File::from(opened), write));
         }
         let next = File::from(patiently(|| openat(at, part, step, Mode::empty()))?);
         let kind = next.metadata()?.file_type();
