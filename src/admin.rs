@@ -5,7 +5,7 @@
 //!
 //! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
 //! [`info`] tells what a disk is made of, [`check`] what is wrong with it, [`repair`] mends it,
-//! and [`create`] makes a new one.
+//! [`create`] makes a new one, and [`resize`] gives one another size.
 
 pub mod bundle;
 pub mod check;
@@ -13,6 +13,8 @@ pub mod create;
 pub mod info;
 pub mod merge;
 pub mod progress;
+mod relocate;
 pub mod repair;
+pub mod resize;
 pub mod snapshot;
 pub mod source;

@@ -4,8 +4,8 @@
 //! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order
 //!    could read what an operation of ploop is about to replace.
 //! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice,
-//!    lock all, and only then look at the first bytes of each, and whether the undo file of a repair
-//!    that was interrupted lies beside it (`files`).
+//!    lock all, and only then look at the first bytes of each, and whether the undo file of a
+//!    repair that was interrupted lies beside it (`files`).
 //!
 //! Lower deltas are never opened for writing. Everything stays locked as long as its storage lives,
 //! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
@@ -16,7 +16,7 @@ mod find;
 mod survey;
 
 pub use change::Changing;
-pub use find::subject;
+pub use find::{role_in_bundle, subject};
 pub use survey::{Survey, SurveyedFile, SurveyedPart};
 
 use crate::chain::bundle::change::lock_bundle;
@@ -137,6 +137,8 @@ pub struct BundleLock {
 #[derive(Debug)]
 struct Bundle {
     roots: Roots,
+    /// Name of the descriptor.
+    name: String,
     descriptor: Descriptor,
     names: HashMap<Guid, String>,
     files: Registry,
@@ -264,6 +266,7 @@ fn open_bundle(
     };
     let bundle = Arc::new(Bundle {
         roots,
+        name: descriptor_name.to_owned(),
         descriptor,
         names,
         files: Registry::default(),

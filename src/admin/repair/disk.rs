@@ -321,8 +321,8 @@ impl Session {
     }
 }
 
-/// True where a file lies directly in a directory. An undo file elsewhere would not be seen by those
-/// who must not write while an undo runs.
+/// True where a file lies directly in a directory. An undo file elsewhere would not be seen by
+/// those who must not write while an undo runs.
 fn is_in(file: &Path, directory: &HostDirectory) -> bool {
     let ids = |path: &Path| {
         let found = std::fs::metadata(path);

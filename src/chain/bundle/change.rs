@@ -1,7 +1,7 @@
 //! A bundle that will be changed: locked against everybody else, its files one by one.
 
 use super::find::{self, Found};
-use super::{Selection, select, told, with_hint};
+use super::{OpenedImages, Selection, select, told, with_hint};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::{Descriptor, Image};
 use crate::format::guid::Guid;
@@ -137,6 +137,17 @@ impl Changing {
         let name = Path::new(&image.file).file_name()?.to_str()?;
         let there = self.directory.open(name, false).ok()?;
         (there.file_id() == Some(id)).then(|| name.to_owned())
+    }
+}
+
+impl OpenedImages {
+    /// The directory of a bundle that is open, and the name of the descriptor in it.
+    pub fn home(&self) -> Result<Option<(HostDirectory, &str)>> {
+        let Some(bundle) = &self.bundle else {
+            return Ok(None);
+        };
+        let directory = HostDirectory::behind(bundle.roots.home(), bundle.roots.path())?;
+        Ok(Some((directory, &bundle.name)))
     }
 }
 

@@ -319,3 +319,9 @@ pub(super) fn membership(image: &Path) -> Option<Membership> {
         entangled: !alone,
     })
 }
+
+/// What a single image is to the bundle around it, in words; none where there is no such bundle.
+#[must_use]
+pub fn role_in_bundle(image: &Path) -> Option<&'static str> {
+    membership(image).map(|member| member.role)
+}

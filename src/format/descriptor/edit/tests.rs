@@ -11,7 +11,7 @@ fn guid(text: &str) -> Guid {
     Guid::parse(text).unwrap()
 }
 
-/// Lines as this program's source has them, with line ends of another world and the names filled in.
+/// Lines as this program's source has them, with line ends of another world and names filled in.
 fn lines(text: &str) -> String {
     text.replace('\n', "\r\n")
         .replace("TOP", TOP)
