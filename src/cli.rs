@@ -17,6 +17,7 @@ pub mod exit;
 mod filesystem;
 pub mod helper;
 pub mod list;
+pub mod merge;
 pub mod mount;
 pub mod options;
 pub mod output;
@@ -25,6 +26,7 @@ pub mod repair;
 pub mod resize;
 pub mod serve;
 pub mod size;
+pub mod snapshot;
 pub mod umount;
 
 use crate::admin;
@@ -97,6 +99,8 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
         Verb::Attach(args) => attach::attach(args, cli.json),
         Verb::Detach(args) => attach::detach(args),
         Verb::List => list::run(cli.json),
+        Verb::Snapshot(args) => snapshot::run(args, cli.json),
+        Verb::Merge(args) => merge::run(args, cli.json),
         Verb::Info(args) => info(args, cli.json),
         Verb::Completions { shell } => {
             let mut text = Vec::new();

@@ -160,6 +160,18 @@ bugs! {
     UndoEndsUnsynced,
 }
 
+impl Bug {
+    /// Those that show in changes of bundles: `tests/snapshot_planted.rs` looks for them.
+    pub const OF_BUNDLES: &[Self] = &[
+        Self::NothingAnnounced,
+        Self::DescriptorNotSynced,
+        Self::NamesNotSynced,
+        Self::RenameNotSynced,
+        Self::MergeNamesFirst,
+        Self::MergeDataNotSynced,
+    ];
+}
+
 #[cfg(feature = "planted")]
 static PLANTED: AtomicU8 = AtomicU8::new(u8::MAX);
 

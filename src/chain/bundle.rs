@@ -137,6 +137,8 @@ pub struct BundleLock {
 #[derive(Debug)]
 struct Bundle {
     roots: Roots,
+    /// Name of the descriptor.
+    name: String,
     descriptor: Descriptor,
     names: HashMap<Guid, String>,
     files: Registry,
@@ -244,9 +246,10 @@ fn open_bundle(
     let lock = lock_bundle(&roots, descriptor_name, selection, &mut warnings)?;
     let path = directory.join(descriptor_name);
     let descriptor = read_descriptor(&roots, descriptor_name)?;
-    let names = find::snapshot_names(&directory);
+    let names = find::snapshot_names(&directory, descriptor_name);
     let target =
         select(&descriptor, &names, selection.snapshot.as_deref()).map_err(|e| e.in_file(&path))?;
+    refuse_going(&descriptor, target).map_err(|e| e.in_file(&path))?;
     if selection.write || selection.mending {
         check_writable(&descriptor, target, selection.mending).map_err(|e| e.in_file(&path))?;
     }
@@ -263,6 +266,7 @@ fn open_bundle(
     };
     let bundle = Arc::new(Bundle {
         roots,
+        name: descriptor_name.to_owned(),
         descriptor,
         names,
         files: Registry::default(),
@@ -340,6 +344,17 @@ fn encryption_text(descriptor: &Descriptor) -> Option<String> {
         Encryption::Key(key) => format!("key {key:?}"),
         Encryption::Engine(engine) => format!("engine {engine}"),
     })
+}
+
+/// Refuses a snapshot that is being deleted: it may be half of one state and half of another.
+fn refuse_going(descriptor: &Descriptor, target: Guid) -> Result<()> {
+    let mut shots = descriptor.snapshots.iter();
+    if target == descriptor.top || !shots.any(|shot| shot.guid == target && shot.temporary) {
+        return Ok(());
+    }
+    let why = format!("the snapshot {target} is being deleted");
+    Err(Error::why(ErrorKind::NoSuchSnapshot, why)
+        .fix("`ploopfs snapshot delete` with its name goes on with that"))
 }
 
 /// The snapshot that a word means.
@@ -522,6 +537,7 @@ impl OpenedImages {
             return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(&self.named));
         };
         let target = select(&bundle.descriptor, &bundle.names, Some(snapshot))?;
+        refuse_going(&bundle.descriptor, target)?;
         let mut images = open_chain(bundle, target, false)?;
         images.named.clone_from(&self.named);
         Ok(images)

@@ -3,6 +3,13 @@
 //! Imports: nothing but its siblings.
 //! Never: does anything; a value that parses may still be impossible.
 
+mod snapshot;
+
+pub use snapshot::{
+    DeleteArgs, MergeArgs, SnapshotArgs, SnapshotCreateArgs, SnapshotListArgs, SnapshotRenameArgs,
+    SnapshotVerb, SwitchArgs,
+};
+
 use super::options::{Settings, parse_enospc, parse_order, parse_step, parse_threads};
 use super::size::{parse_change, parse_disk_size, parse_millis, parse_size};
 use crate::admin::resize::disk::Change;
@@ -63,6 +70,10 @@ pub enum Verb {
     /// Make a new disk
     #[command(alias = "init")]
     Create(CreateArgs),
+    /// Make, list, delete snapshots, or go back to one
+    Snapshot(SnapshotArgs),
+    /// Merge images of a chain
+    Merge(MergeArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completions {

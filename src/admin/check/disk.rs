@@ -2,6 +2,7 @@
 
 use super::say::{self, Said};
 use super::{Checked, check_image_with};
+use crate::admin::bundle;
 use crate::admin::progress::Progress;
 use crate::admin::repair::{Saved, saved_names};
 use crate::chain;
@@ -501,6 +502,8 @@ impl Look<'_> {
             self.saved(&directory, name, &names);
         }
         let own = path.file_name().and_then(|name| name.to_str());
+        let descriptor_name = own.unwrap_or_default();
+        let ends = [bundle::NEW, bundle::PENDING, ".Backup.new", ".names.new"];
         for name in names.iter().take(NAMES_MAX) {
             if known.contains(name.as_str()) || own == Some(name) {
                 continue;
@@ -508,6 +511,15 @@ impl Look<'_> {
             let is_left = [".tmp", ".idx"].iter().any(|end| name.ends_with(end));
             if is_left {
                 let text = format!("{name} is left over from an operation of ploop");
+                self.found(Severity::Leak, "left-over", text);
+            } else if ends
+                .iter()
+                .any(|end| *name == format!("{descriptor_name}{end}"))
+            {
+                let text = format!(
+                    "{name}: a change of the bundle was interrupted; the next snapshot that is \
+                     made or deleted clears that away"
+                );
                 self.found(Severity::Leak, "left-over", text);
             } else if is_image(&directory, name) {
                 let text = format!("{name} is an image that no snapshot names");

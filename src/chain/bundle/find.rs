@@ -223,7 +223,16 @@ pub(super) fn few(told: Vec<String>) -> Vec<String> {
 }
 
 /// What people called the snapshots, where the virtual machine's directory says so.
-pub(super) fn snapshot_names(directory: &Path) -> HashMap<Guid, String> {
+pub(super) fn snapshot_names(directory: &Path, descriptor: &str) -> HashMap<Guid, String> {
+    let mut found = names_of_machine(directory);
+    let own = format!("{descriptor}{}", names::OWN_END);
+    if let Some(bytes) = host::read_optional(directory, &own, xml::BYTES_MAX) {
+        found.extend(names::parse_own(&bytes));
+    }
+    found
+}
+
+fn names_of_machine(directory: &Path) -> HashMap<Guid, String> {
     // By way of the real path: a bundle may be named through a link, or as ".".
     let Ok(real) = fs::canonicalize(directory) else {
         return HashMap::new();
