@@ -5,8 +5,8 @@
 //!
 //! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
 //! [`info`] tells what a disk is made of, [`check`] what is wrong with it, [`repair`] mends it,
-//! [`create`] makes a new one, [`resize`] gives one another size, [`compact`] takes from one what it
-//! does not need, and [`snapshot`] and [`merge`] change the tree of its images.
+//! [`create`] makes a new one, [`resize`] gives one another size, [`compact`] takes from one what
+//! it does not need, and [`snapshot`] and [`merge`] change the tree of its images.
 
 pub mod bundle;
 pub mod check;
