@@ -5,11 +5,13 @@
 //!
 //! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
 //! [`info`] tells what a disk is made of, [`check`] what is wrong with it, [`repair`] mends it,
-//! and [`create`] makes a new one.
+//! [`create`] makes a new one, and [`convert`] one from a [`source`] of any kind.
 
 pub mod check;
+pub mod convert;
 pub mod create;
 pub mod info;
+mod program;
 pub mod progress;
 pub mod repair;
 pub mod source;

@@ -11,6 +11,7 @@ pub mod args;
 pub mod attach;
 pub mod check;
 mod child;
+pub mod convert;
 pub mod create;
 pub mod exit;
 mod filesystem;
@@ -88,6 +89,7 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
         Verb::Check(args) => return check::run(args, cli.json),
         Verb::Repair(args) => return repair::run(args, cli.json),
         Verb::Create(args) => create::run(args, cli.json),
+        Verb::Convert(args) => convert::run(args, cli.json),
         Verb::Mount(args) => mount::run(args, cli.json),
         Verb::Umount(args) => umount::run(args),
         Verb::Attach(args) => attach::attach(args, cli.json),

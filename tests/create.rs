@@ -1,6 +1,8 @@
 //! New disks: what other programs say of them, power cuts at every operation, refusals that leave
 //! nothing.
 
+#[path = "create/convert.rs"]
+mod convert;
 #[path = "create/cuts.rs"]
 mod cuts;
 #[path = "create/ends.rs"]
@@ -23,5 +25,6 @@ fn main() {
     trials.extend(interop::trials());
     trials.extend(systems::trials());
     trials.extend(ends::trials());
+    trials.extend(convert::trials());
     harness::main(trials)
 }

@@ -12,7 +12,7 @@
 //! What fails or is stopped removes what it has made. Of what is killed the temporary name is left,
 //! which is in nobody's way: the next attempt takes another.
 
-mod content;
+pub(super) mod content;
 pub mod mkfs;
 
 pub use content::NewFile;
@@ -35,7 +35,7 @@ use std::path::Path;
 /// Bytes of a cluster where none are asked for.
 pub const CLUSTER_BYTES: u64 = 1 << 20;
 /// What a temporary name has behind the disk's.
-const CREATING: &str = ".creating.";
+pub(super) const CREATING: &str = ".creating.";
 
 /// How the disk's bytes are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -131,6 +131,11 @@ pub fn plan(path: &Path, request: &Request) -> Result<Plan> {
             return Err(usage("the name ends neither in .hdd nor in .hds").fix(fix));
         }
     };
+    plan_as(is_bundle, request, true)
+}
+
+/// The same, whatever the name; rounded up only if asked for.
+pub(super) fn plan_as(is_bundle: bool, request: &Request, rounds: bool) -> Result<Plan> {
     let bytes = request.cluster.unwrap_or(CLUSTER_BYTES);
     let sectors = u32::try_from(bytes / SECTOR).ok();
     let cluster = sectors.and_then(ClusterSize::from_sectors);
@@ -148,17 +153,24 @@ pub fn plan(path: &Path, request: &Request) -> Result<Plan> {
     if is_desktop && cluster.bytes() != CLUSTER_BYTES {
         return Err(usage("Parallels Desktop opens clusters of 1 MiB only"));
     }
-    let size = cluster
-        .count_for(request.size)
-        .get()
-        .checked_mul(cluster.sectors().get());
-    let size = size.ok_or_else(|| usage("a disk of so many bytes cannot be"))?;
+    let unit = if rounds { cluster.bytes() } else { SECTOR };
+    let size = request.size.checked_next_multiple_of(unit);
+    let size = size
+        .map(|bytes| bytes / SECTOR)
+        .ok_or_else(|| usage("a disk of so many bytes cannot be"))?;
     let shape = Shape {
         version,
         cluster,
         size: SectorCount::new(size),
     };
-    shape.layout()?;
+    if request.kind == Kind::Plain {
+        // Only the disk's own size counts.
+        if i64::try_from(request.size).is_err() || size == 0 {
+            return Err(usage(format!("a disk of {} bytes cannot be", request.size)));
+        }
+    } else {
+        shape.layout()?;
+    }
     Ok(Plan {
         shape,
         kind: request.kind,
@@ -191,14 +203,7 @@ impl Ids {
 /// Makes the disk that a request asks for.
 pub fn create(path: &Path, request: &Request, progress: &Progress) -> Result<Plan> {
     let plan = plan(path, request)?;
-    let name = path.file_name().and_then(|name| name.to_str());
-    let name = name.ok_or_else(|| usage("the name must be UTF-8, as descriptors are"))?;
-    let parent = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    let parent = HostDirectory::open(parent)?;
-    refuse_existing(&parent, name)?;
+    let (parent, name) = place_for(path)?;
     let ids = Ids::new()?;
     match &request.file_system {
         None => create_in(&parent, name, &plan, &ids, progress, |_| Ok(()))?,
@@ -213,7 +218,20 @@ pub fn create(path: &Path, request: &Request, progress: &Progress) -> Result<Pla
     Ok(plan)
 }
 
-fn exists(name: &str) -> Error {
+/// The directory that a new disk is to be in, and its name there, which nothing has yet.
+pub(super) fn place_for(path: &Path) -> Result<(HostDirectory, &str)> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.ok_or_else(|| usage("it needs a name, in UTF-8 as descriptors are"))?;
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let parent = HostDirectory::open(parent)?;
+    refuse_existing(&parent, name)?;
+    Ok((parent, name))
+}
+
+pub(super) fn exists(name: &str) -> Error {
     usage(format!("{name} is there already, and is left as it is"))
         .fix("choose another name, or remove it first")
 }

@@ -58,6 +58,8 @@ pub enum Verb {
     /// Make a new disk
     #[command(alias = "init")]
     Create(CreateArgs),
+    /// Make a disk from one of any kind
+    Convert(ConvertArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completions {
@@ -412,6 +414,65 @@ pub struct CreateArgs {
     /// NAME.hdd for a bundle, NAME.hds for a single image
     #[arg(value_hint = ValueHint::AnyPath)]
     pub path: PathBuf,
+}
+
+/// What a disk can be converted to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Target {
+    /// The disk's bytes as they are, with holes.
+    Raw,
+    /// A single image.
+    Hds,
+    /// A bundle.
+    Hdd,
+    /// QEMU's format.
+    Qcow2,
+}
+
+/// `ploopfs convert`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  ploopfs convert disk.hdd disk.img                 a flat file with holes
+  ploopfs convert disk.qcow2 disk.hdd
+  ploopfs convert --snapshot latest disk.hdd old.hds
+  ploopfs convert root.hds - | zstd > disk.img.zst")]
+pub struct ConvertArgs {
+    /// What to make: raw, hds, hdd or qcow2 [default: by the name of DST]
+    #[arg(
+        short = 'O',
+        long = "to",
+        value_enum,
+        value_name = "FORMAT",
+        hide_possible_values = true
+    )]
+    pub to: Option<Target>,
+    /// Version of the new image, 1 or 2 [default: 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub image_version: Option<u8>,
+    /// Bytes of a new cluster, a power of two from 32K to 64M [default: 1M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub cluster_size: Option<u64>,
+    /// Write what this product opens: parallels-desktop or virtuozzo
+    #[arg(
+        long = "for",
+        value_enum,
+        value_name = "PRODUCT",
+        hide_possible_values = true
+    )]
+    pub product: Option<For>,
+    /// Say nothing when it worked
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Which disk.
+    #[command(flatten)]
+    pub select: SelectArgs,
+    /// A disk: ours, raw, or of another program
+    #[arg(value_name = "SRC", value_hint = ValueHint::AnyPath)]
+    pub source: PathBuf,
+    /// The new disk; - for raw bytes to standard output
+    #[arg(value_name = "DST", value_hint = ValueHint::AnyPath)]
+    pub target: PathBuf,
 }
 
 #[cfg(test)]

@@ -49,16 +49,9 @@ fn request(args: &CreateArgs) -> Request {
             Some(NewKind::Preallocated) => Kind::Preallocated,
             Some(NewKind::Plain) => Kind::Plain,
         },
-        version: args.image_version.map(|version| match version {
-            1 => Version::V1,
-            _ => Version::V2,
-        }),
+        version: args.image_version.map(version),
         cluster: args.cluster_size,
-        product: match args.product {
-            None => Product::Any,
-            Some(For::ParallelsDesktop) => Product::Desktop,
-            Some(For::Virtuozzo) => Product::Virtuozzo,
-        },
+        product: product(args.product),
         file_system: args.mkfs.map(|kind| FileSystem {
             kind: match kind {
                 NewFs::Ext4 => FsKind::Ext4,
@@ -66,6 +59,23 @@ fn request(args: &CreateArgs) -> Request {
             },
             label: args.label.clone(),
         }),
+    }
+}
+
+/// The version of this number.
+pub(super) fn version(number: u8) -> Version {
+    match number {
+        1 => Version::V1,
+        _ => Version::V2,
+    }
+}
+
+/// The product that the user has named.
+pub(super) fn product(named: Option<For>) -> Product {
+    match named {
+        None => Product::Any,
+        Some(For::ParallelsDesktop) => Product::Desktop,
+        Some(For::Virtuozzo) => Product::Virtuozzo,
     }
 }
 
