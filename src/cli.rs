@@ -22,6 +22,7 @@ pub mod options;
 pub mod output;
 pub mod progress;
 pub mod repair;
+pub mod resize;
 pub mod serve;
 pub mod size;
 pub mod umount;
@@ -88,6 +89,7 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
     match &cli.verb {
         Verb::Check(args) => return check::run(args, cli.json),
         Verb::Repair(args) => return repair::run(args, cli.json),
+        Verb::Resize(args) => resize::run(args, cli.json),
         Verb::Create(args) => create::run(args, cli.json),
         Verb::Convert(args) => convert::run(args, cli.json),
         Verb::Mount(args) => mount::run(args, cli.json),

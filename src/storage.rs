@@ -11,6 +11,7 @@
 //! A [`Directory`] is the names around it: what makes, renames and removes whole files.
 //! [`directory::HostDirectory`] is the real one.
 
+pub mod beside;
 pub mod directory;
 pub mod file;
 pub mod host;

@@ -4,7 +4,8 @@
 //! Never: does anything; a value that parses may still be impossible.
 
 use super::options::{Settings, parse_enospc, parse_order, parse_step, parse_threads};
-use super::size::{parse_disk_size, parse_millis, parse_size};
+use super::size::{parse_change, parse_disk_size, parse_millis, parse_size};
+use crate::admin::resize::disk::Change;
 use crate::disk::EnospcPolicy;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use std::ffi::OsString;
@@ -55,6 +56,8 @@ pub enum Verb {
     Check(CheckArgs),
     /// Mend an image that is not in use
     Repair(RepairArgs),
+    /// Give a disk another size
+    Resize(ResizeArgs),
     /// Make a new disk
     #[command(alias = "init")]
     Create(CreateArgs),
@@ -334,6 +337,46 @@ pub struct RepairArgs {
     /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
     #[arg(value_hint = ValueHint::AnyPath)]
     pub image: PathBuf,
+}
+
+/// `ploopfs resize`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  ploopfs resize disk.hdd 100G            this size
+  ploopfs resize disk.hdd +20G            so much more
+  ploopfs resize --shrink disk.hdd 50G    and no data may be in what is cut off")]
+pub struct ResizeArgs {
+    /// The disk may become smaller
+    #[arg(long)]
+    pub shrink: bool,
+    /// Lose the data in what is cut off
+    #[arg(long, requires = "shrink")]
+    pub force_discard: bool,
+    /// Drop dirty bitmaps, which the change would turn into a lie
+    #[arg(long)]
+    pub drop_bitmaps: bool,
+    /// Show what would be done and change nothing
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Say nothing when it worked
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// What a file without a magic number is
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub format: Option<Format>,
+    /// Let the descriptor name files in this directory outside the bundle (repeatable)
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub allow_outside: Vec<PathBuf>,
+    /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub image: PathBuf,
+    /// The size, or with + or - before it the difference
+    #[arg(value_parser = parse_change, allow_hyphen_values = true)]
+    pub size: Change,
 }
 
 /// How a new disk's bytes are kept.

@@ -10,6 +10,7 @@
     clippy::indexing_slicing
 )]
 
+pub mod edit;
 mod errors;
 pub mod write;
 

@@ -4,12 +4,12 @@
 //! the directory itself, or one above it, leads nothing astray.
 
 use super::file::FileStorage;
-use super::{Directory, SharedStorage};
+use super::{Directory, SharedStorage, Storage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::{directory as sys, open};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,6 +25,15 @@ impl HostDirectory {
     /// Opens a directory that the user named.
     pub fn open(path: &Path) -> Result<Self> {
         let fd = sys::open(path).map_err(|e| Error::from(e).in_file(path))?;
+        Ok(Self {
+            fd,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Opens the directory behind a handle; `path` is what people call it.
+    pub fn behind(handle: BorrowedFd<'_>, path: &Path) -> Result<Self> {
+        let fd = sys::reopen(handle).map_err(|e| Error::from(e).in_file(path))?;
         Ok(Self {
             fd,
             path: path.to_owned(),
@@ -56,6 +65,18 @@ impl HostDirectory {
             FileStorage::new(file).map_err(|e| e.in_file(&path))?,
         ))
     }
+}
+
+/// Gives a new file the owner, the group and the mode of the one whose place it takes. Where either
+/// is none of the host's there is nothing to give.
+pub fn take_after(new: &dyn Storage, old: &dyn Storage) -> Result<()> {
+    let (Some(new), Some(old)) = (new.as_host_fd(), old.as_host_fd()) else {
+        return Ok(());
+    };
+    sys::take_after(new, old).map_err(|e| {
+        let kind = Error::from(e);
+        kind.fix("the owner of a file is kept: do this as its owner, or as root")
+    })
 }
 
 fn not_plain(path: &Path) -> Error {

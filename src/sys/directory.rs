@@ -3,8 +3,8 @@
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
-use nix::sys::stat::{Mode, fstatat, mkdirat};
-use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
+use nix::sys::stat::{Mode, fchmod, fstat, fstatat, mkdirat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, unlinkat};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
@@ -16,6 +16,23 @@ use std::path::Path;
 pub fn open(path: &Path) -> io::Result<OwnedFd> {
     let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     Ok(openat(AT_FDCWD, path, how, Mode::empty())?)
+}
+
+/// Opens the directory behind a handle once more, for listing and syncing.
+pub fn reopen(dir: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    Ok(openat(dir, ".", how, Mode::empty())?)
+}
+
+/// Gives a file the owner, the group and the mode of another one.
+pub fn take_after(new: BorrowedFd<'_>, old: BorrowedFd<'_>) -> io::Result<()> {
+    let (wanted, found) = (fstat(old)?, fstat(new)?);
+    if (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid) {
+        let (user, group) = (wanted.st_uid, wanted.st_gid);
+        fchown(new, Some(Uid::from_raw(user)), Some(Gid::from_raw(group)))?;
+    }
+    let mode = Mode::from_bits_truncate(wanted.st_mode & 0o777);
+    Ok(fchmod(new, mode)?)
 }
 
 /// Creates a file (mode 0600) that must not exist yet; a link of that name counts as existing.
