@@ -4,10 +4,16 @@
 //! Never: serves a request, or prints.
 //!
 //! [`progress`] is how a long operation tells how far it is, and learns that it is to stop.
+//! A [`source`] is a disk of any kind, to be read: [`map`] tells where its bytes are, [`compare`]
+//! whether another one has the same, [`checksum`] sums them up, [`measure`] says what they need.
 //! [`info`] tells what a disk is made of, [`check`] what is wrong with it, and [`repair`] mends it.
 
 pub mod check;
+pub mod checksum;
+pub mod compare;
 pub mod info;
+pub mod map;
+pub mod measure;
 pub mod progress;
 pub mod repair;
 pub mod source;

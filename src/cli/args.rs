@@ -3,6 +3,10 @@
 //! Imports: nothing but its siblings.
 //! Never: does anything; a value that parses may still be impossible.
 
+use super::checksum::ChecksumArgs;
+use super::compare::CompareArgs;
+use super::map::MapArgs;
+use super::measure::MeasureArgs;
 use super::options::{Settings, parse_enospc, parse_order, parse_step, parse_threads};
 use super::size::{parse_millis, parse_size};
 use crate::disk::EnospcPolicy;
@@ -55,6 +59,14 @@ pub enum Verb {
     Check(CheckArgs),
     /// Mend an image that is not in use
     Repair(RepairArgs),
+    /// Show where the bytes of a disk are
+    Map(MapArgs),
+    /// Tell whether two disks of any kind are equal
+    Compare(CompareArgs),
+    /// Tell what a conversion will need
+    Measure(MeasureArgs),
+    /// Sum up a disk, or hold it against its sums
+    Checksum(ChecksumArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completions {
