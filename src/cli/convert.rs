@@ -3,23 +3,82 @@
 //! Imports: `admin`, `error`.
 //! Never: writes over anything that is there, or mixes words with the bytes on standard output.
 
-use super::args::{ConvertArgs, Format as RawFormat, Target};
-use super::create::{product, version};
-use super::options::Settings;
+use super::create::{For, product, version};
 use super::output::{Report, note, print};
 use super::progress::Shown;
-use super::size::show_size;
+use super::size::{parse_size, show_size};
+use super::source::ReadArgs;
 use crate::admin::convert::{self, Output, Wanted};
 use crate::admin::progress::Progress;
-use crate::admin::source::{self, Asked, Format, Opened};
+use crate::admin::source::{self, Opened};
 use crate::error::{Error, ErrorKind, Result};
+use clap::{Args, ValueEnum, ValueHint};
 use std::io::{self, IsTerminal};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Version of the JSON document.
 const SCHEMA_VERSION: u32 = 1;
 /// The status of a program whose reader has gone, as shells tell it.
 const READER_GONE: i32 = 141;
+
+/// What a disk can be converted to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Target {
+    /// The disk's bytes as they are, with holes.
+    Raw,
+    /// A single image.
+    Hds,
+    /// A bundle.
+    Hdd,
+    /// QEMU's format.
+    Qcow2,
+}
+
+/// `ploopfs convert`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  ploopfs convert disk.hdd disk.img                 a flat file with holes
+  ploopfs convert disk.qcow2 disk.hdd
+  ploopfs convert --snapshot latest disk.hdd old.hds
+  ploopfs convert root.hds - | zstd > disk.img.zst")]
+pub struct ConvertArgs {
+    /// What to make: raw, hds, hdd or qcow2 [default: by the name of DST]
+    #[arg(
+        short = 'O',
+        long = "to",
+        value_enum,
+        value_name = "FORMAT",
+        hide_possible_values = true
+    )]
+    pub to: Option<Target>,
+    /// Version of the new image, 1 or 2 [default: 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub image_version: Option<u8>,
+    /// Bytes of a new cluster, a power of two from 32K to 64M [default: 1M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub cluster_size: Option<u64>,
+    /// Write what this product opens: parallels-desktop or virtuozzo
+    #[arg(
+        long = "for",
+        value_enum,
+        value_name = "PRODUCT",
+        hide_possible_values = true
+    )]
+    pub product: Option<For>,
+    /// Say nothing when it worked
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Which disk.
+    #[command(flatten)]
+    pub read: ReadArgs,
+    /// A disk: ours, raw, or of another program
+    #[arg(value_name = "SRC", value_hint = ValueHint::AnyPath)]
+    pub source: PathBuf,
+    /// The new disk; - for raw bytes to standard output
+    #[arg(value_name = "DST", value_hint = ValueHint::AnyPath)]
+    pub target: PathBuf,
+}
 
 /// Runs the command.
 pub fn run(args: &ConvertArgs, json: bool) -> Result<(), Box<Report>> {
@@ -42,7 +101,9 @@ pub fn run(args: &ConvertArgs, json: bool) -> Result<(), Box<Report>> {
         report
     })?;
     if !args.quiet {
-        done.notes.iter().for_each(|told| note(told));
+        for told in &done.notes {
+            note(&crate::error::Shown(told).to_string());
+        }
     }
     if to_stdout {
         return Ok(());
@@ -87,17 +148,7 @@ fn word(output: Output) -> &'static str {
 }
 
 fn open(args: &ConvertArgs) -> Result<Opened> {
-    let mut settings = Settings::default();
-    args.select.apply(&mut settings);
-    let mut asked = Asked {
-        format: None,
-        selection: settings.selection,
-    };
-    if args.select.format == Some(RawFormat::Raw) && args.select.lower.is_empty() {
-        asked.format = Some(Format::Raw);
-        asked.selection.raw = false;
-    }
-    source::open(&args.source, &asked)
+    source::open(&args.source, &args.read.asked())
 }
 
 fn to_file(args: &ConvertArgs, progress: &Progress) -> Result<Done> {
