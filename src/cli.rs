@@ -14,6 +14,7 @@ pub mod checksum;
 mod child;
 pub mod compare;
 pub mod convert;
+pub mod copy;
 pub mod create;
 pub mod exit;
 mod filesystem;
@@ -101,6 +102,7 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
         Verb::Resize(args) => resize::run(args, cli.json),
         Verb::Create(args) => create::run(args, cli.json),
         Verb::Convert(args) => convert::run(args, cli.json),
+        Verb::Copy(args) => copy::run(args, cli.json),
         Verb::Compare(args) => return compare::run(args, cli.json),
         Verb::Checksum(args) => return checksum::run(args, cli.json),
         Verb::Map(args) => map::run(args, cli.json),

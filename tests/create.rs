@@ -3,6 +3,8 @@
 
 #[path = "create/convert.rs"]
 mod convert;
+#[path = "create/copy.rs"]
+mod copy;
 #[path = "create/cuts.rs"]
 mod cuts;
 #[path = "create/ends.rs"]
@@ -26,5 +28,6 @@ fn main() {
     trials.extend(systems::trials());
     trials.extend(ends::trials());
     trials.extend(convert::trials());
+    trials.extend(copy::trials());
     harness::main(trials)
 }

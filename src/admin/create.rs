@@ -31,6 +31,7 @@ use crate::sys::random;
 use crate::units::{ClusterSize, FileOffset, SECTOR, SectorCount};
 use mkfs::FileSystem;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Bytes of a cluster where none are asked for.
 pub const CLUSTER_BYTES: u64 = 1 << 20;
@@ -252,24 +253,51 @@ pub fn create_in(
     progress: &Progress,
     fill: impl Fn(&NewFile) -> Result<()>,
 ) -> Result<()> {
+    make_in(
+        parent,
+        name,
+        plan.is_bundle,
+        ids,
+        progress,
+        |place| match place {
+            Place::Bundle(inner) => make_bundle(&**inner, name, plan, ids, &fill),
+            Place::Image(file) => make_image(Arc::clone(file), plan, &fill),
+        },
+    )
+}
+
+/// Where a disk is made.
+pub(super) enum Place {
+    /// The directory of a bundle.
+    Bundle(Arc<dyn Directory>),
+    /// The file of an image.
+    Image(SharedStorage),
+}
+
+/// Makes a disk under a temporary name and then gives it its own; `make` leaves all that it makes
+/// durable, the names in a bundle too.
+pub(super) fn make_in(
+    parent: &dyn Directory,
+    name: &str,
+    is_bundle: bool,
+    ids: &Ids,
+    progress: &Progress,
+    make: impl FnOnce(&Place) -> Result<()>,
+) -> Result<()> {
     refuse_existing(parent, name)?;
     let temporary = format!("{name}{CREATING}{}", ids.temporary);
     // Nothing of that name is ours yet, so what fails here has nothing to remove.
-    let made = if plan.is_bundle {
-        let inner = parent.create_directory(&temporary)?;
-        let made = make_bundle(&*inner, name, plan, ids, &fill);
-        (made, Some(inner))
+    let place = if is_bundle {
+        Place::Bundle(parent.create_directory(&temporary)?)
     } else {
-        let file = parent.create_new(&temporary)?;
-        (make_image(file, plan, &fill), None)
+        Place::Image(parent.create_new(&temporary)?)
     };
-    let (made, inner) = made;
-    let named = made.and_then(|()| {
+    let named = make(&place).and_then(|()| {
         progress.check()?;
         parent.rename_new(&temporary, name)
     });
     if let Err(e) = named {
-        let left = remove(parent, &temporary, inner.as_deref());
+        let left = remove(parent, &temporary, &place);
         return Err(match (left, e.kind()) {
             (Err(_), _) => e.fix(format!("remove what was left: {temporary}")),
             (Ok(()), ErrorKind::Io(libc::EEXIST)) => exists(name),
@@ -277,14 +305,14 @@ pub fn create_in(
         });
     }
     parent.sync().inspect_err(|_| {
-        let left = remove(parent, name, inner.as_deref());
+        let left = remove(parent, name, &place);
         log::debug!("the disk that may not last was removed: {left:?}");
     })
 }
 
 /// Takes back what was made.
-fn remove(parent: &dyn Directory, name: &str, inner: Option<&dyn Directory>) -> Result<()> {
-    let Some(inner) = inner else {
+fn remove(parent: &dyn Directory, name: &str, place: &Place) -> Result<()> {
+    let Place::Bundle(inner) = place else {
         return parent.remove(name);
     };
     for file in inner.entries()? {

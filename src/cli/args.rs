@@ -6,6 +6,7 @@
 use super::checksum::ChecksumArgs;
 use super::compare::CompareArgs;
 use super::convert::ConvertArgs;
+use super::copy::CopyArgs;
 use super::create::CreateArgs;
 use super::map::MapArgs;
 use super::measure::MeasureArgs;
@@ -69,6 +70,8 @@ pub enum Verb {
     Create(CreateArgs),
     /// Make a disk from one of any kind
     Convert(ConvertArgs),
+    /// Copy a disk with its snapshots
+    Copy(CopyArgs),
     /// Show where the bytes of a disk are
     Map(MapArgs),
     /// Tell whether two disks of any kind are equal
