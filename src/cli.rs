@@ -13,6 +13,7 @@ pub mod check;
 pub mod checksum;
 mod child;
 pub mod compare;
+pub mod create;
 pub mod exit;
 mod filesystem;
 pub mod helper;
@@ -24,6 +25,7 @@ pub mod options;
 pub mod output;
 pub mod progress;
 pub mod repair;
+pub mod resize;
 pub mod serve;
 pub mod size;
 pub mod source;
@@ -99,6 +101,8 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
         Verb::Checksum(args) => return checksum::run(args, cli.json),
         Verb::Map(args) => map::run(args, cli.json),
         Verb::Measure(args) => measure::run(args, cli.json),
+        Verb::Resize(args) => resize::run(args, cli.json),
+        Verb::Create(args) => create::run(args, cli.json),
         Verb::Mount(args) => mount::run(args, cli.json),
         Verb::Umount(args) => umount::run(args),
         Verb::Attach(args) => attach::attach(args, cli.json),

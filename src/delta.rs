@@ -8,10 +8,12 @@
 //! what [`classify`] says of each entry that [`walk`] reads. [`extension`] reads the format
 //! extension. [`alloc::Allocator`] hands out free clusters and keeps freed ones apart until they
 //! may be used again. [`in_use::InUseMark`] owns the header's bytes while the image is written to.
+//! [`create`] writes a new image.
 
 pub mod alloc;
 pub mod bits;
 pub mod classify;
+pub mod create;
 pub mod extension;
 pub mod image;
 pub mod in_use;

@@ -11,9 +11,10 @@
 //!
 //! Every parser is a pure function from bytes with a small error enum of its own that tests can
 //! compare. Integers are little-endian throughout. What a valid header has that other programs mind
-//! is told by [`oddities`].
+//! is told by [`oddities`]; the legacy geometry that some look for is made by [`chs`].
 
 pub mod bat;
+pub mod chs;
 pub mod descriptor;
 pub mod extension;
 pub mod guid;

@@ -48,6 +48,9 @@ use crate::units::{FileOffset, len_u64, len_usize};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+/// What the name of a journal has behind that of its file while the change runs or is taken back,
+/// and after either was interrupted.
+pub const RUNNING: &str = ".repair";
 /// First bytes of a journal.
 const MAGIC: [u8; 16] = *b"ploopfs undo 1\n\0";
 const HEAD: usize = 24;

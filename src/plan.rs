@@ -10,9 +10,11 @@
 //! whatever size, needs memory in proportion to its length. A cluster whose page of the map is not
 //! in memory stops the plan with [`Stop::Missing`]: load that page and plan again.
 //!
-//! [`repair`] decides in the same manner what is wrong with an image and what mends it.
+//! [`repair`] decides in the same manner what is wrong with an image and what mends it, and
+//! [`merge`] which clusters move when levels become one.
 
 pub mod discard;
+pub mod merge;
 pub mod read;
 pub mod repair;
 pub mod request;

@@ -89,6 +89,36 @@ bugs! {
     StalePageInserted,
     /// Writes do not keep the clusters that they write to from being freed.
     WritesDoNotPin,
+    /// Entries name the new places of moved clusters before the data there is durable.
+    MovedNotSynced,
+    /// The old places of moved clusters are changed before the entries are durable.
+    OldPlaceEarly,
+    /// The header of another size is written before what its table covers is zeroed.
+    ResizedEarly,
+    /// The descriptor gets the new size of the disk before the header has it.
+    DescriptorEarly,
+    /// The in-use mark of a resized image goes before the descriptor is right.
+    UnmarkedEarly,
+    /// A change of a bundle does not say which files come and go.
+    NothingAnnounced,
+    /// A descriptor gets its name before it has its bytes.
+    DescriptorNotSynced,
+    /// A descriptor names files whose own names a power cut may take.
+    NamesNotSynced,
+    /// Files are removed before the descriptor that does not name them is durable.
+    RenameNotSynced,
+    /// A merge writes entries before the data that they name.
+    MergeNamesFirst,
+    /// A merge does not sync the data before the entries that name it.
+    MergeDataNotSynced,
+    /// A punch counts as durable at once: a round with nothing else to sync leaves its sync out.
+    PunchBelieved,
+    /// The same of a longer file, whose new clusters have nothing but zeros in them.
+    GrowthBelieved,
+    /// A close cuts the file before its last flush, by what is free in memory by then.
+    TrimBeforeFlush,
+    /// The lock of the file's length is taken under the one of the table.
+    LocksInverted,
     /// A job panics between its payload and its publishing.
     Panic,
 }

@@ -11,6 +11,7 @@
 //! A [`Directory`] is the names around it: what makes, renames and removes whole files.
 //! [`directory::HostDirectory`] is the real one.
 
+pub mod beside;
 pub mod directory;
 pub mod file;
 pub mod host;
@@ -18,7 +19,7 @@ pub mod lock;
 pub mod mem;
 mod pace;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::units::FileOffset;
 use std::fmt::Debug;
 use std::ops::Range;
@@ -118,8 +119,26 @@ pub trait Directory: Send + Sync + Debug {
     /// Renames, replacing what has the new name in one step.
     fn rename(&self, from: &str, to: &str) -> Result<()>;
 
-    /// Removes a name.
+    /// Renames a file or a directory; a name that is there already is EEXIST, and stays.
+    fn rename_new(&self, from: &str, to: &str) -> Result<()> {
+        if self.entries()?.iter().any(|name| name == to) {
+            return Err(Error::errno(libc::EEXIST));
+        }
+        self.rename(from, to)
+    }
+
+    /// Removes a name that is no directory's.
     fn remove(&self, name: &str) -> Result<()>;
+
+    /// Makes a directory that must not exist yet. Only some kinds of directory can.
+    fn create_directory(&self, _name: &str) -> Result<Arc<dyn Directory>> {
+        Err(Error::errno(libc::EOPNOTSUPP))
+    }
+
+    /// Removes an empty directory.
+    fn remove_directory(&self, _name: &str) -> Result<()> {
+        Err(Error::errno(libc::EOPNOTSUPP))
+    }
 
     /// All names but `.` and `..`, sorted.
     fn entries(&self) -> Result<Vec<String>>;

@@ -14,3 +14,4 @@ pub mod open;
 pub mod process;
 #[cfg(all(test, loom))]
 pub mod raced;
+pub mod random;

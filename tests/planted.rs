@@ -11,9 +11,10 @@ use ploopfs::error::{ErrorKind, Result};
 use ploopfs::planted::{Bug, plant};
 use ploopfs::units::DiskOffset;
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
+use sim::faults::Fault;
 use sim::kinds;
 use sim::replay::{Cuts, replay};
-use sim::storage::{Fault, Kind, Manners, World};
+use sim::storage::{Kind, Manners, World};
 use sim::workload::{Plan, run};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
@@ -57,7 +58,9 @@ fn kinds_for(bug: Bug) -> Vec<&'static kinds::DiskKind> {
     match bug {
         Bug::NoSyncAtOpen => all.filter(|kind| kind.name == "plain").collect(),
         // Zeros instead of what was there before show only where something was.
-        Bug::LivePages => all.filter(|kind| kind.name.starts_with("over")).collect(),
+        Bug::LivePages | Bug::PunchBelieved | Bug::GrowthBelieved => {
+            all.filter(|kind| kind.name.starts_with("over")).collect()
+        }
         Bug::StalePageInserted | Bug::DirtyEvicted => all
             .filter(|kind| kind.name == "table of two pages")
             .collect(),

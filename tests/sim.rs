@@ -15,18 +15,19 @@ use ploopfs::disk::{self, DiskOptions, Resources};
 use ploopfs::sync;
 use ploopfs::units::DiskOffset;
 use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
-use sim::heap::Heap;
+use sim::faults::Fault;
+use sim::heap::{Heap, Scarcity};
 use sim::kinds::{self, DiskKind};
 use sim::pool::SimPool;
 use sim::replay::{Cuts, Found, replay};
 use sim::scheduler;
-use sim::storage::{Event, Fault, Kind, Manners, World};
+use sim::storage::{Event, Kind, Manners, World};
 use sim::workload::{Plan, run};
 use std::io::Write;
 use std::time::Duration;
 
 #[global_allocator]
-static HEAP: Heap = Heap;
+static HEAP: Heap = sim::heap::HEAP;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
@@ -57,14 +58,35 @@ fn seeds(usual: u64) -> std::ops::Range<u64> {
     }
 }
 
+/// What a run did.
+#[derive(Clone, Copy, Debug, Default)]
+struct Work {
+    operations: u64,
+    /// Pieces of memory that it did not get.
+    refused: u64,
+}
+
+impl Work {
+    fn and(self, other: Self) -> Self {
+        Self {
+            operations: self.operations + other.operations,
+            refused: self.refused + other.refused,
+        }
+    }
+}
+
 /// One seed on one kind of disk: twice, and then with the power cut after every operation.
-fn with_cuts(kind: &DiskKind, seed: u64, resources: &Resources) -> (u64, Found) {
+fn with_cuts(kind: &DiskKind, seed: u64, resources: &Resources) -> (Work, Found) {
     let story = format!("PLOOPFS_SEED={seed} cargo test --test sim nothing_is_lost");
     let plan = Plan {
         seed,
         manners: Manners {
             poor_host: seed % 2 == 0,
-            scarce_memory: seed % 3 == 0,
+            memory: if seed % 3 == 0 {
+                Scarcity::All
+            } else {
+                Scarcity::None
+            },
             ..Manners::default()
         },
         lives: 4,
@@ -88,7 +110,11 @@ fn with_cuts(kind: &DiskKind, seed: u64, resources: &Resources) -> (u64, Found) 
     for complaint in &mut found.complaints {
         *complaint = format!("{}: {complaint}; {story}", kind.name);
     }
-    (outcome.world.total(), found)
+    let work = Work {
+        operations: outcome.world.total(),
+        refused: outcome.memory.refused(),
+    };
+    (work, found)
 }
 
 #[test]
@@ -96,23 +122,29 @@ fn nothing_is_lost() {
     let seeds: Vec<_> = seeds(SEEDS).collect();
     let mut states = 0;
     for kind in kinds::all() {
-        let (operations, found) = seeds
+        let (work, found) = seeds
             .par_iter()
             .map_init(
                 || Resources::new(1).expect("threads and memory"),
                 |resources, seed| with_cuts(kind, *seed, resources),
             )
-            .reduce(<(u64, Found)>::default, |(sum, mut all), (count, one)| {
+            .reduce(<(Work, Found)>::default, |(sum, mut all), (work, one)| {
                 all.add(one);
-                (sum + count, all)
+                (sum.and(work), all)
             });
         assert!(found.complaints.is_empty(), "{:#?}", found.complaints);
         tell(&format!(
-            "{}: {} seeds, {operations} operations, {} states, none wrong",
+            "{}: {} seeds, {} operations, {} states, none wrong",
             kind.name,
             seeds.len(),
+            work.operations,
             found.states
         ));
+        assert!(
+            is_chosen() || work.refused > 0,
+            "{}: memory for all",
+            kind.name
+        );
         states += found.states;
     }
     tell(&format!("{states} states after power cuts, none wrong"));
@@ -245,14 +277,82 @@ fn whatever_fails_nothing_is_lost() {
     );
 }
 
+/// One workload where one piece of memory, or all from one on, is refused.
+fn with_refusal(kind: &DiskKind, mut plan: Plan, memory: Scarcity, resources: &Resources) -> Found {
+    plan.manners.memory = memory;
+    let seed = plan.seed;
+    let story = format!(
+        "PLOOPFS_SEED={seed} cargo test --test sim without_some_memory, {}, {memory:?}",
+        kind.name
+    );
+    let outcome = run(kind, plan, resources, &story);
+    let log = outcome.world.log();
+    let cuts = Cuts {
+        states: 1,
+        from: log.len() / 2,
+        every: 60,
+    };
+    let mut found = replay(kind, &log, cuts, seed, resources);
+    found.complaints.extend(outcome.complaints);
+    if outcome.memory.refused() == 0 {
+        found.complaints.push("no memory was refused".to_owned());
+    }
+    for complaint in &mut found.complaints {
+        complaint.push_str(&format!("; {story}"));
+    }
+    found
+}
+
+/// Whichever piece of memory a served disk cannot have, it goes on without: not one request fails.
+#[test]
+fn without_some_memory_nothing_fails() {
+    let (mut runs, mut of_kinds, mut states) = (0, 0, 0);
+    for (kind, seed) in kinds::all()
+        .iter()
+        .flat_map(|kind| seeds(1).map(move |seed| (kind, seed)))
+    {
+        let plan = Plan {
+            seed,
+            manners: Manners::default(),
+            lives: 2,
+            requests: 24,
+        };
+        let machine = || Resources::new(1).expect("threads and memory");
+        let asked = run(kind, plan, &machine(), "with all memory")
+            .memory
+            .asked();
+        let each = (0..asked).map(Scarcity::Nth);
+        let all: Vec<_> = each
+            .chain((0..asked).step_by(8).map(Scarcity::From))
+            .collect();
+        let found = all
+            .par_iter()
+            .map_init(machine, |resources, memory| {
+                with_refusal(kind, plan, *memory, resources)
+            })
+            .reduce(Found::default, |mut all, one| {
+                all.add(one);
+                all
+            });
+        assert!(found.complaints.is_empty(), "{:#?}", found.complaints);
+        runs += all.len();
+        of_kinds += u64::from(asked > 0);
+        states += found.states;
+    }
+    tell(&format!(
+        "{runs} workloads without some memory, {states} states, none wrong"
+    ));
+    assert!(is_chosen() || runs > 300 && of_kinds > 5, "too few: {runs}");
+}
+
 /// The timer makes durable what was written in place, too: no entry changes by that.
 #[test]
 fn the_timer_syncs_what_was_written_in_place() {
     let kind = &kinds::all()[0];
     let world = World::new(kind.files(), Manners::default(), true);
     let resources = Resources::new(1).expect("threads and memory");
-    scheduler::run(1, 8, false, "the timer", || {
-        let pool = SimPool::start(1, false);
+    scheduler::run(1, 8, None, "the timer", || {
+        let pool = SimPool::start(1, None);
         let options = DiskOptions {
             flush_interval_ms: 50,
             ..DiskOptions::default()

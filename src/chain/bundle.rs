@@ -4,18 +4,22 @@
 //! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order
 //!    could read what an operation of ploop is about to replace.
 //! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice,
-//!    lock all, and only then read the first bytes of any (`files`).
+//!    lock all, and only then look at the first bytes of each, and whether the undo file of a
+//!    repair that was interrupted lies beside it (`files`).
 //!
 //! Lower deltas are never opened for writing. Everything stays locked as long as its storage lives,
 //! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
 
+mod change;
 mod files;
 mod find;
 mod survey;
 
-pub use find::subject;
+pub use change::Changing;
+pub use find::{role_in_bundle, subject};
 pub use survey::{Survey, SurveyedFile, SurveyedPart};
 
+use crate::chain::bundle::change::lock_bundle;
 use crate::chain::bundle::files::{Opening, Registry, Wanted};
 use crate::chain::bundle::find::{Found, Naming};
 use crate::error::{Error, ErrorKind, Result};
@@ -24,14 +28,12 @@ use crate::format::guid::Guid;
 use crate::format::xml;
 use crate::storage::SharedStorage;
 use crate::storage::host::Roots;
-use crate::storage::lock;
 use crate::sys::open as sys;
 use crate::units::SectorCount;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Name of the descriptor in a bundle.
 pub const DESCRIPTOR: &str = "DiskDescriptor.xml";
@@ -56,6 +58,9 @@ pub struct Selection {
     pub no_lock: bool,
     /// Directories outside the bundle that a descriptor may name files in.
     pub allow_outside: Vec<PathBuf>,
+    /// A repair or its undo that was interrupted is to be ended, so what it has left is no reason
+    /// not to open the image (`repair` only).
+    pub mending: bool,
 }
 
 /// All files of the disk, opened and locked.
@@ -132,10 +137,13 @@ pub struct BundleLock {
 #[derive(Debug)]
 struct Bundle {
     roots: Roots,
+    /// Name of the descriptor.
+    name: String,
     descriptor: Descriptor,
     names: HashMap<Guid, String>,
     files: Registry,
     no_lock: bool,
+    mending: bool,
     trust_header: bool,
     _lock: Option<File>,
 }
@@ -171,11 +179,11 @@ fn open_by_hand(
         return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(named));
     }
     let warning = match selection.lower.as_slice() {
-        [] => check_membership(top, selection.write)?,
+        [] => find::check_membership(top, selection)?,
         _ => None,
     };
     let registry = Registry::default();
-    let mut opening = Opening::new(selection.no_lock, &registry);
+    let mut opening = Opening::new(selection.no_lock, selection.mending, &registry);
     let paths = selection.lower.iter().map(PathBuf::as_path).chain([top]);
     for (level, path) in paths.enumerate() {
         let is_top = level == selection.lower.len();
@@ -212,21 +220,6 @@ fn open_by_hand(
         warnings,
         bundle: None,
     })
-}
-
-/// An image of a bundle that was named by itself: a warning, or a refusal where writing to it alone
-/// would damage the disk.
-fn check_membership(image: &Path, write: bool) -> Result<Option<String>> {
-    let Some(member) = find::membership(image) else {
-        return Ok(None);
-    };
-    let what = format!("the image is {} of the bundle around it", member.role);
-    if write && member.entangled {
-        let why = format!("{what}, and writing to it alone would damage the disk");
-        let error = Error::why(ErrorKind::ReadOnly, why).in_file(image);
-        return Err(error.fix("name the bundle to write to the disk; to read this image alone: -r"));
-    }
-    Ok(Some(format!("{what}; name the bundle to use the disk")))
 }
 
 fn refuse_image_options(named: &Path, selection: &Selection) -> Result<()> {
@@ -272,63 +265,24 @@ fn open_bundle(
     };
     let bundle = Arc::new(Bundle {
         roots,
+        name: descriptor_name.to_owned(),
         descriptor,
         names,
         files: Registry::default(),
         no_lock: selection.no_lock,
+        mending: selection.mending,
         trust_header: selection.trust_header,
         _lock: kept,
     });
     let mut images = open_chain(&bundle, target, selection.write)?;
+    if selection.write {
+        files::refuse_shared_tops(&bundle.roots, &bundle.descriptor, &images)?;
+    }
     drop(passing);
     named.clone_into(&mut images.named);
     warnings.append(&mut images.warnings);
     images.warnings = warnings;
     Ok(images)
-}
-
-/// Takes ploop's lock, shared for reading. Reading makes no file and does not insist.
-fn lock_bundle(
-    roots: &Roots,
-    descriptor_name: &str,
-    selection: &Selection,
-    warnings: &mut Vec<String>,
-) -> Result<Option<File>> {
-    if selection.no_lock {
-        return Ok(None);
-    }
-    let name = format!("{descriptor_name}.lck");
-    let path = roots.path().join(&name);
-    let file = match sys::lock_file(roots.home(), Path::new(&name), selection.write) {
-        Ok(file) => file,
-        Err(_) if !selection.write => return Ok(None),
-        Err(e) => return Err(no_lock_file(e, &path)),
-    };
-    let deadline = Instant::now() + lock::PATIENCE;
-    match lock::bundle(&file, selection.write, deadline) {
-        Ok(true) => Ok(Some(file)),
-        Ok(false) if selection.write => Err(lock::bundle_refusal(&file, &path)),
-        Ok(false) => {
-            warnings.push("another program is working on the bundle".to_owned());
-            Ok(None)
-        }
-        Err(_) if !selection.write => Ok(None),
-        Err(e) => Err(e.in_file(&path)),
-    }
-}
-
-fn no_lock_file(error: std::io::Error, path: &Path) -> Error {
-    let kind = match error.raw_os_error() {
-        // A link, or what `lock_file` has found to be no plain file.
-        Some(libc::ELOOP | libc::ENXIO | libc::ENODEV | libc::EISDIR) | None => {
-            let why = "ploop's lock file is not a plain file, so it was not made by ploop";
-            let error = Error::why(ErrorKind::OutsideBundle, why).in_file(path);
-            return error.fix("see what it is, and remove it");
-        }
-        Some(errno) => ErrorKind::Io(errno),
-    };
-    let why = "cannot take ploop's lock on the bundle";
-    with_hint(Error::why(kind, why).because(error).in_file(path), true)
 }
 
 /// What is odd about a bundle, for people.
@@ -472,7 +426,7 @@ fn open_chain(bundle: &Arc<Bundle>, target: Guid, write: bool) -> Result<OpenedI
         roots, descriptor, ..
     } = bundle.as_ref();
     let chain = descriptor.chain(target).map_err(descriptor_error)?;
-    let mut opening = Opening::new(bundle.no_lock, &bundle.files);
+    let mut opening = Opening::new(bundle.no_lock, bundle.mending, &bundle.files);
     let mut moved = 0;
     for part in 0..descriptor.parts.len() {
         let images = descriptor.images(part, &chain).map_err(descriptor_error)?;

@@ -13,11 +13,10 @@ use crate::error::{Error, Result};
 use crate::format::layout::{BAT_PAGE_LEN, BAT_PAGE_SLOTS, Layout, PageIndex};
 use crate::plan::{Lookup, Mapping, State};
 use crate::planted::{Bug, planted};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard, Rank};
 use crate::units::{DiskCluster, FileOffset, Level, len_u64};
 use arc_swap::{ArcSwapOption, Guard};
 use lru::LruCache;
-use parking_lot::MutexGuard;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
@@ -96,7 +95,7 @@ impl PageMap {
         Ok(Self {
             directory,
             frames: Arc::new(Frames::new(RESERVE_FRAMES.min(count))?),
-            loading: Default::default(),
+            loading: std::array::from_fn(|_| Mutex::ranked(Rank::Load, ())),
         })
     }
 

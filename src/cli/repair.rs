@@ -139,7 +139,7 @@ fn text(plan: &DiskRepair) -> String {
 }
 
 /// Asks at a terminal; elsewhere only `--yes` is a yes.
-fn confirm(question: &str, what: &str) -> Result<(), Box<Report>> {
+pub(super) fn confirm(question: &str, what: &str) -> Result<(), Box<Report>> {
     let refuse = |why: &str| {
         let error = Error::why(ErrorKind::Usage, why);
         Err(Report::refused(

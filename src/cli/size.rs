@@ -1,8 +1,9 @@
 //! Sizes and times as people write them.
 //!
-//! Imports: `units`.
+//! Imports: `admin`, `units`.
 //! Never: rounds what was written.
 
+use crate::admin::resize::disk::Change;
 use crate::units::SECTOR;
 
 /// Reads `10G`, `10GiB`, `1.5T`, `4096`, `20480s`. K, M, G and T count in 1024, `kB`, `MB`, `GB`
@@ -17,6 +18,28 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     })?;
     let bytes = scaled(number, factor)
         .ok_or_else(|| format!("'{text}' is no size: '{number}' is no number of {unit}"))?;
+    Ok(bytes)
+}
+
+/// Reads a new size, or with a sign before it by how much a size changes.
+pub fn parse_change(text: &str) -> Result<Change, String> {
+    if let Some(more) = text.strip_prefix('+') {
+        return parse_size(more).map(Change::Plus);
+    }
+    match text.strip_prefix('-') {
+        Some(less) => parse_size(less).map(Change::Minus),
+        None => parse_size(text).map(Change::To),
+    }
+}
+
+/// Reads the size of a disk. ploop counts plain numbers in sectors, so a small one is asked about.
+pub fn parse_disk_size(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    if text.bytes().all(|byte| byte.is_ascii_digit()) && bytes < 1 << 20 {
+        return Err(format!(
+            "a plain number is bytes, and so few make no disk: {text}s for sectors, {text}M for MiB"
+        ));
+    }
     Ok(bytes)
 }
 
@@ -117,6 +140,28 @@ mod tests {
             "1e3",
         ] {
             assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_sign_makes_a_size_a_change() {
+        assert_eq!(parse_change("2K"), Ok(Change::To(2048)));
+        assert_eq!(parse_change("+1s"), Ok(Change::Plus(512)));
+        assert_eq!(parse_change("-1M"), Ok(Change::Minus(1 << 20)));
+        for text in ["+-1", "--1", "+", "-"] {
+            assert!(parse_change(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_small_plain_number_is_no_disk() {
+        assert!(parse_disk_size("20480").unwrap_err().contains("20480s"));
+        for (text, bytes) in [
+            ("20480s", 20480 * 512),
+            ("1048576", 1 << 20),
+            ("64K", 65536),
+        ] {
+            assert_eq!(parse_disk_size(text), Ok(bytes), "{text}");
         }
     }
 

@@ -74,6 +74,20 @@ impl InUseMark {
         Ok(())
     }
 
+    /// Makes a header of another size durable. The mark must be set, and stays.
+    pub fn resize(&mut self, storage: &dyn Storage, resized: &RawHeader) -> Result<()> {
+        debug_assert!(self.set, "nothing changes before the mark is durable");
+        let as_marked = self.header;
+        self.header = RawHeader {
+            in_use: as_marked.in_use,
+            flags: as_marked.flags,
+            extension: as_marked.extension,
+            ..*resized
+        };
+        storage.write_at(FileOffset::ZERO, &self.header.encode())?;
+        storage.sync_data()
+    }
+
     /// The header without the mark.
     #[must_use]
     pub fn closed(&self, empty: bool) -> RawHeader {

@@ -37,9 +37,8 @@ use crate::error::{Error, Result};
 use crate::format::layout::{BAT_PAGE_LEN, PageIndex};
 use crate::planted::{Bug, planted};
 use crate::storage::Keep;
-use crate::sync;
+use crate::sync::{self, MutexGuard};
 use crate::units::{FileCluster, FileOffset};
-use parking_lot::MutexGuard;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -187,7 +186,7 @@ impl Disk {
             flush.pages.sort_unstable_by_key(|(page, _)| page.index());
             for pages in flush.pages.chunks_mut(AREA_PAGES) {
                 copy_pages(part, pages, area);
-                if !skips_data_sync(part) {
+                if !skips_data_sync(part, was_dirty) {
                     part.top_storage().sync_data()?;
                 }
                 if planted(Bug::LivePages) {
@@ -266,6 +265,9 @@ impl Disk {
     ///
     /// On any failure the marks stay, and so does what is durable.
     pub(super) fn close_files(&self) -> Result<()> {
+        if planted(Bug::TrimBeforeFlush) {
+            self.trim_early()?;
+        }
         if !planted(Bug::CloseDoesNotFlush) {
             self.flush_now()?;
         }
@@ -309,6 +311,21 @@ impl Disk {
         Ok(())
     }
 
+    /// A planted bug: the files are cut by what is free in memory, whatever their tables say.
+    fn trim_early(&self) -> Result<()> {
+        let _flush = self.flush.lock();
+        for part in self.parts().iter().filter(|part| part.marked.is_open()) {
+            if let Some(alloc) = part.table.lock().alloc.as_mut() {
+                alloc.seal();
+                while let Some(run) = alloc.sealed_run(PUNCH_RUN) {
+                    alloc.release(run, false);
+                }
+            }
+            trim(part)?;
+        }
+        Ok(())
+    }
+
     fn has_sealed(&self, guard: &MutexGuard<'_, Option<FlushState>>) -> bool {
         guard
             .as_ref()
@@ -326,10 +343,11 @@ fn seal(part: &Part, table: &mut Table, flush: &mut PartFlush) {
 }
 
 /// True when a planted bug leaves out step 4.
-fn skips_data_sync(part: &Part) -> bool {
+fn skips_data_sync(part: &Part, was_dirty: bool) -> bool {
     planted(Bug::NoDataSync)
         || planted(Bug::OneBarrierForCopies) && part.chain.levels().len() > 1
         || planted(Bug::OneBarrierForReused) && part.epochs.current() > 0
+        || !was_dirty && (planted(Bug::PunchBelieved) || planted(Bug::GrowthBelieved))
 }
 
 /// A planted bug: the pages of a failed round are tried again.
@@ -411,7 +429,7 @@ fn release_sealed(part: &Part) {
             }
         }
         let punched = part.top_storage().zero(range, Keep::Nothing);
-        if !planted(Bug::ZeroNotNoted) {
+        if !planted(Bug::ZeroNotNoted) && !planted(Bug::PunchBelieved) {
             part.note_data();
         }
         if let Err(error) = &punched {

@@ -82,7 +82,8 @@ impl Flusher {
     pub fn stop(&self) {
         self.state.lock().stop = true;
         self.wake.notify_one();
-        if let Some(thread) = self.thread.lock().take() {
+        let thread = self.thread.lock().take();
+        if let Some(thread) = thread {
             if !thread.join() {
                 log::error!("the flusher panicked");
             }

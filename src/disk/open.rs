@@ -16,7 +16,7 @@ use super::{Disk, DiskOptions};
 use crate::chain::bundle::{OpenedImages, OpenedPart};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::RequestOrder;
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, Rank};
 use arc_swap::ArcSwap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
@@ -89,7 +89,6 @@ pub fn open_with(
     let caches = look_at_parts(&images, options)?;
     check_split(&images.parts, options)?;
     let mut notes = images.warnings.clone();
-    prepare::look_for_repair(&images.parts, options.read_only, &mut notes)?;
     let mut parts = Vec::with_capacity(images.parts.len());
     let mut marks = Vec::with_capacity(images.parts.len());
     for (opened, bat_cache) in images.parts.iter().zip(caches) {
@@ -131,9 +130,9 @@ pub fn open_with(
         resources,
         health: Health::default(),
         counters: Counters::default(),
-        flush: Mutex::new(flush.transpose()?),
+        flush: Mutex::ranked(Rank::Flush, flush.transpose()?),
         flusher: Flusher::new(),
-        in_flight: Mutex::new(0),
+        in_flight: Mutex::ranked(Rank::Intake, 0),
         idle: Condvar::new(),
         space_waiters: AtomicUsize::new(0),
         space_is_short: AtomicBool::new(false),

@@ -1,6 +1,7 @@
 //! One part of the disk: a chain with its map and all that changes while it is served.
 //!
-//! Lock order, outermost first: the disk's `flush`, this part's `grow`, this part's `table`.
+//! Lock order, outermost first: the disk's `flush`, this part's `grow`, this part's `table`; debug
+//! builds check it ([`Rank`]).
 
 use super::epoch::Epochs;
 use super::flags::{Gate, Unsynced};
@@ -17,7 +18,7 @@ use crate::format::layout::PageIndex;
 use crate::plan::Stop;
 use crate::planted::{Bug, planted};
 use crate::storage::{Keep, SharedStorage};
-use crate::sync::{self, Condvar, Mutex};
+use crate::sync::{self, Condvar, Mutex, Rank};
 use crate::units::{DiskCluster, FileOffset};
 use std::sync::Arc;
 use std::time::Duration;
@@ -89,13 +90,13 @@ impl Part {
         Ok(Self {
             start,
             map,
-            table: Mutex::new(table),
+            table: Mutex::ranked(Rank::Table, table),
             changed: Condvar::new(),
             epochs: Epochs::default(),
             data_dirty: Unsynced::default(),
             // A plain file has no header to carry a mark.
             marked: Gate::new(chain.is_plain()),
-            grow: Mutex::new(()),
+            grow: Mutex::ranked(Rank::Grow, ()),
             grow_clusters: (grow_step / cluster).max(1),
             pool,
             chain,
@@ -206,6 +207,10 @@ impl Part {
     /// With [`Keep::Nothing`] the new clusters are a hole without blocks of their own, for masks.
     pub fn grow(&self, need: Need) -> Result<Next> {
         let Need { count, blocks, .. } = need;
+        if planted(Bug::LocksInverted) {
+            let _table = self.table.lock();
+            drop(self.grow.lock());
+        }
         let _length = self.grow.lock();
         let (free, file_end, growable, waiting, is_current) = {
             let table = self.table.lock();
@@ -247,7 +252,9 @@ impl Part {
             }
             self.extend(file_end, missing, blocks)
         });
-        self.note_data();
+        if !planted(Bug::GrowthBelieved) {
+            self.note_data();
+        }
         match result {
             Ok(new_end) => {
                 let mut table = self.table.lock();

@@ -15,19 +15,16 @@ use super::DiskOptions;
 use crate::chain::Chain;
 use crate::chain::bundle::OpenedPart;
 use crate::delta::alloc::Allocator;
+use crate::delta::extension::{self, Disbelief};
 use crate::delta::image::Image;
 use crate::delta::in_use::InUseMark;
 use crate::delta::survey::{Fault, Survey, survey};
 use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
 use crate::format::bat::EntryError;
-use crate::format::extension::{self, Extension};
 use crate::format::header::Header;
 use crate::planted::{Bug, planted};
 use crate::storage::{Keep, Storage};
-use crate::units::{FileOffset, len_usize};
-
-/// Extensions in larger clusters than any writer makes are not read for a warning.
-const EXTENSION_MAX: u64 = 64 << 20;
+use crate::units::FileOffset;
 
 /// What writing to an expanding top needs.
 #[derive(Debug)]
@@ -38,34 +35,6 @@ pub struct Writer {
     pub alloc: Allocator,
     /// The in-use mark is set already.
     pub is_marked: bool,
-}
-
-/// Refuses to write beside the undo file of a repair, or of its undo, that was interrupted: the
-/// image is half of one state and half of another, and whatever were written to it, the end of the
-/// repair or undo might take it back. Who only reads is told.
-pub fn look_for_repair(
-    parts: &[OpenedPart],
-    read_only: bool,
-    notes: &mut Vec<String>,
-) -> Result<()> {
-    for file in parts.iter().flat_map(|part| &part.files) {
-        let mut saved = file.path.clone().into_os_string();
-        saved.push(".repair");
-        let saved = std::path::PathBuf::from(saved);
-        if saved.symlink_metadata().is_err() {
-            continue;
-        }
-        let why = format!("a repair or an undo was interrupted: {}", saved.display());
-        if read_only {
-            let path = file.path.display();
-            notes.push(format!("{path}: {why}; what is read may be wrong"));
-            continue;
-        }
-        return Err(Error::why(ErrorKind::Corrupt, why)
-            .in_file(&file.path)
-            .fix("repeat `ploopfs repair`, or `ploopfs repair --undo` with that file"));
-    }
-    Ok(())
 }
 
 /// Opens one part for writing. The strings in `notes` are what the user should be told.
@@ -259,7 +228,9 @@ fn find_bitmaps(
     options: &DiskOptions,
     notes: &mut Vec<String>,
 ) -> Result<bool> {
-    let extension = match read_extension(image, header, Some(found))? {
+    let cluster = header.layout().cluster();
+    let is_data = |at| found.used.contains(cluster.whole_below(at).get());
+    let extension = match extension::read(image.storage().as_ref(), header, is_data)? {
         Ok(None) => return Ok(false),
         Ok(Some(extension)) => extension,
         Err(why) => {
@@ -298,53 +269,14 @@ pub fn tell_of_extension(image: &Image, notes: &mut Vec<String>) {
     let Some(header) = image.header() else {
         return;
     };
-    if header.extension().is_none() || header.layout().cluster().bytes() > EXTENSION_MAX {
-        return;
-    }
-    let why = match read_extension(image, header, None) {
-        Ok(Ok(_)) => return,
-        Ok(Err(why)) => why,
+    // Nobody has looked which clusters hold data of the disk.
+    let why = match extension::read(image.storage().as_ref(), header, |_| false) {
+        Ok(Ok(_) | Err(Disbelief::Size(_))) => return,
+        Ok(Err(why)) => why.to_string(),
         Err(error) => error.to_string(),
     };
     let path = image.path().display();
     notes.push(format!(
         "{path}: its format extension is not valid and ignored: {why}"
     ));
-}
-
-/// Reads the extension that the header names; the inner error says why it is not believed. Without
-/// a survey nobody knows which clusters hold data of the disk.
-fn read_extension(
-    image: &Image,
-    header: &Header,
-    found: Option<&Survey>,
-) -> Result<std::result::Result<Option<Extension>, String>> {
-    let file_len = image.storage().len()?;
-    let at = match extension::locate(header, file_len) {
-        Ok(Some(at)) => at,
-        Ok(None) => return Ok(Ok(None)),
-        Err(error) => return Ok(Err(error.to_string())),
-    };
-    let cluster = header.layout().cluster();
-    let len = len_usize(cluster.bytes()).ok_or_else(|| Error::errno(libc::ENOMEM))?;
-    let mut bytes = Vec::new();
-    bytes
-        .try_reserve_exact(len)
-        .map_err(|_| Error::errno(libc::ENOMEM))?;
-    bytes.resize(len, 0);
-    image.storage().read_at(at, &mut bytes)?;
-    let extension = match extension::parse(&bytes, header, file_len) {
-        Ok(extension) => extension,
-        Err(error) => return Ok(Err(error.to_string())),
-    };
-    let shared = extension.clusters.iter().find(|sector| {
-        let start = FileOffset::new(sector.bytes().unwrap_or(u64::MAX));
-        found.is_some_and(|found| found.used.contains(cluster.whole_below(start).get()))
-    });
-    Ok(match shared {
-        Some(sector) => Err(format!(
-            "the cluster at sector {sector} holds data of the disk"
-        )),
-        None => Ok(Some(extension)),
-    })
 }

@@ -188,7 +188,8 @@ impl Part {
         let mut result = Ok(());
         for range in collected.punch.iter().cloned().chain(covers) {
             result = top.zero(range, Keep::Nothing);
-            if !planted(Bug::ZeroNotNoted) {
+            let unnoted = [Bug::ZeroNotNoted, Bug::PunchBelieved, Bug::GrowthBelieved];
+            if !unnoted.into_iter().any(planted) {
                 self.note_data();
             }
             if result.is_err() {

@@ -10,7 +10,9 @@
     clippy::indexing_slicing
 )]
 
+pub mod edit;
 mod errors;
+pub mod write;
 
 pub use errors::{DescriptorError, Oddity};
 

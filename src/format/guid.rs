@@ -26,6 +26,15 @@ impl Guid {
         Self(bytes)
     }
 
+    /// A GUID of 122 random bits.
+    #[must_use]
+    pub const fn random(mut bytes: [u8; 16]) -> Self {
+        let [.., version, _, variant, _, _, _, _, _, _, _] = &mut bytes;
+        *version = (*version & 0x0f) | 0x40;
+        *variant = (*variant & 0x3f) | 0x80;
+        Self(bytes)
+    }
+
     /// Reads a GUID with or without braces, in any case; `None` for anything else.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
@@ -101,6 +110,14 @@ mod tests {
         assert_eq!(Guid::parse(&shown.to_uppercase()), Some(Guid::TOP));
         assert_eq!(Guid::parse(&shown[1..37]), Some(Guid::TOP));
         assert!(Guid::TOP.is_some() && !Guid::NONE.is_some());
+    }
+
+    #[test]
+    fn random_ones_say_that_they_are() {
+        let ones = Guid::random([0xff; 16]).bare();
+        assert_eq!(ones, "ffffffff-ffff-4fff-bfff-ffffffffffff");
+        let zeros = Guid::random([0; 16]).bare();
+        assert_eq!(zeros, "00000000-0000-4000-8000-000000000000");
     }
 
     #[test]

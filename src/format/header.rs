@@ -5,8 +5,9 @@
     clippy::indexing_slicing
 )]
 
+use crate::format::chs::Chs;
 use crate::format::layout::Layout;
-use crate::units::{ClusterSize, FileOffset, SECTOR, SectorCount};
+use crate::units::{ClusterSize, FileCluster, FileOffset, SECTOR, SectorCount};
 use thiserror::Error;
 
 /// Bytes of the header at the start of every image.
@@ -391,6 +392,36 @@ impl Header {
     pub fn extension(&self) -> Option<SectorCount> {
         (self.raw.in_use == CLOSED_V21 && self.raw.extension != 0)
             .then(|| SectorCount::new(self.raw.extension))
+    }
+
+    /// The fields of this image with a disk of another size: an entry for each of its clusters, and
+    /// data that begins in the first cluster after the table. `None` where the version cannot hold
+    /// such a disk with every cluster mapped.
+    #[must_use]
+    pub fn resized(&self, size: SectorCount) -> Option<RawHeader> {
+        let cluster = self.layout.cluster();
+        let bytes = size.bytes().filter(|bytes| i64::try_from(*bytes).is_ok())?;
+        let entries = u32::try_from(cluster.count_for(bytes).get()).ok()?;
+        if entries > ENTRY_COUNT_MAX {
+            return None;
+        }
+        if self.version == Version::V1 && u32::try_from(size.get()).is_err() {
+            return None;
+        }
+        let after = Layout::new(self.version, cluster, entries, 0);
+        let table = cluster.count_for(after.table_end().get()).get();
+        let last = table.saturating_add(entries.into()).saturating_sub(1);
+        after.entry_for(FileCluster::new(last))?;
+        let first = table.saturating_mul(cluster.sectors().get());
+        let chs = Chs::of(size);
+        Some(RawHeader {
+            heads: chs.heads,
+            cylinders: chs.header_cylinders(),
+            entry_count: entries,
+            size_in_sectors: size.get(),
+            first_block: u32::try_from(first).ok()?,
+            ..self.raw
+        })
     }
 
     /// Why this image cannot be opened for writing, where it cannot.

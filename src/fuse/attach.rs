@@ -8,12 +8,11 @@
 //! in it bears the image's name, which is what `losetup -l` shows. Partitions are announced by
 //! BLKPG, as not every kernel can read a GPT itself.
 
-use super::mount::find_program;
 use super::partitions::Partition;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::loopdev::{self, Setup, Status};
 use crate::sys::mount::mount_table;
-use crate::sys::process;
+use crate::sys::process::{self, find_program};
 use nix::fcntl::OFlag;
 use nix::mount::MsFlags;
 use nix::sys::stat::Mode;

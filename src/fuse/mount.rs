@@ -10,7 +10,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::mount::{self as sys_mount, MountEntry, Setting};
-use crate::sys::process;
+use crate::sys::process::{self, find_program};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
 use std::ffi::{CString, OsStr, OsString};
@@ -27,7 +27,6 @@ use std::process::{Child, Command, Stdio};
 pub const FS_TYPE: &str = "fuse.ploopfs";
 
 const DEVICE: &str = "/dev/fuse";
-const DIRECTORIES: [&str; 5] = ["/usr/bin", "/bin", "/usr/local/bin", "/sbin", "/usr/sbin"];
 
 /// Who may use the mount besides its owner.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -200,14 +199,6 @@ pub fn examine(mountpoint: &Path, options: &MountOptions) -> Result<(PathBuf, Sh
         }
     }
     Ok((full, Shape::Directory))
-}
-
-/// Finds a program of the host without the help of `PATH`.
-pub fn find_program(name: &str) -> Option<PathBuf> {
-    DIRECTORIES
-        .iter()
-        .map(|directory| Path::new(directory).join(name))
-        .find(|path| path.is_file())
 }
 
 /// Opens the kernel's door for file systems in user space.

@@ -4,12 +4,12 @@
 //! the directory itself, or one above it, leads nothing astray.
 
 use super::file::FileStorage;
-use super::{Directory, SharedStorage};
+use super::{Directory, SharedStorage, Storage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::{directory as sys, open};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,6 +25,15 @@ impl HostDirectory {
     /// Opens a directory that the user named.
     pub fn open(path: &Path) -> Result<Self> {
         let fd = sys::open(path).map_err(|e| Error::from(e).in_file(path))?;
+        Ok(Self {
+            fd,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Opens the directory behind a handle; `path` is what people call it.
+    pub fn behind(handle: BorrowedFd<'_>, path: &Path) -> Result<Self> {
+        let fd = sys::reopen(handle).map_err(|e| Error::from(e).in_file(path))?;
         Ok(Self {
             fd,
             path: path.to_owned(),
@@ -56,6 +65,18 @@ impl HostDirectory {
             FileStorage::new(file).map_err(|e| e.in_file(&path))?,
         ))
     }
+}
+
+/// Gives a new file the owner, the group and the mode of the one whose place it takes. Where either
+/// is none of the host's there is nothing to give.
+pub fn take_after(new: &dyn Storage, old: &dyn Storage) -> Result<()> {
+    let (Some(new), Some(old)) = (new.as_host_fd(), old.as_host_fd()) else {
+        return Ok(());
+    };
+    sys::take_after(new, old).map_err(|e| {
+        let kind = Error::from(e);
+        kind.fix("the owner of a file is kept: do this as its owner, or as root")
+    })
 }
 
 fn not_plain(path: &Path) -> Error {
@@ -94,8 +115,25 @@ impl Directory for HostDirectory {
         sys::rename(self.fd.as_fd(), old, new).map_err(|e| self.failed(from, e))
     }
 
+    fn rename_new(&self, from: &str, to: &str) -> Result<()> {
+        let (old, new) = (single(&self.path, from)?, single(&self.path, to)?);
+        sys::rename_new(self.fd.as_fd(), old, new).map_err(|e| self.failed(to, e))
+    }
+
     fn remove(&self, name: &str) -> Result<()> {
         sys::remove(self.fd.as_fd(), single(&self.path, name)?).map_err(|e| self.failed(name, e))
+    }
+
+    fn create_directory(&self, name: &str) -> Result<Arc<dyn Directory>> {
+        let fd = sys::create_directory(self.fd.as_fd(), single(&self.path, name)?)
+            .map_err(|e| self.failed(name, e))?;
+        let path = self.path.join(name);
+        Ok(Arc::new(Self { fd, path }))
+    }
+
+    fn remove_directory(&self, name: &str) -> Result<()> {
+        sys::remove_directory(self.fd.as_fd(), single(&self.path, name)?)
+            .map_err(|e| self.failed(name, e))
     }
 
     fn entries(&self) -> Result<Vec<String>> {
@@ -142,6 +180,29 @@ mod tests {
     }
 
     #[test]
+    fn directories_are_made_filled_and_take_no_name_that_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = HostDirectory::open(dir.path()).unwrap();
+        let inner = host.create_directory("a").unwrap();
+        inner.create_new("x").unwrap();
+        host.create_new("file").unwrap();
+        let exists = ErrorKind::Io(libc::EEXIST);
+        assert_eq!(host.create_directory("a").unwrap_err().kind(), exists);
+        for (from, to) in [("a", "file"), ("file", "a")] {
+            assert_eq!(host.rename_new(from, to).unwrap_err().kind(), exists);
+        }
+        std::os::unix::fs::symlink("nowhere", dir.path().join("link")).unwrap();
+        assert_eq!(host.rename_new("a", "link").unwrap_err().kind(), exists);
+        host.rename_new("a", "b").unwrap();
+        assert_eq!(inner.entries().unwrap(), ["x"]);
+        assert!(host.remove_directory("b").is_err(), "it is not empty");
+        inner.remove("x").unwrap();
+        host.remove_directory("b").unwrap();
+        assert!(host.remove_directory("file").is_err());
+        assert_eq!(host.entries().unwrap(), ["file", "link"]);
+    }
+
+    #[test]
     fn nothing_leads_out_of_the_directory() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("sub")).unwrap();
@@ -163,7 +224,10 @@ mod tests {
                 host.create_new(name).map(|_| ()),
                 host.rename(name, "x"),
                 host.rename("link", name),
+                host.rename_new("link", name),
                 host.remove(name),
+                host.create_directory(name).map(|_| ()),
+                host.remove_directory(name),
             ] {
                 assert_eq!(
                     result.unwrap_err().kind(),

@@ -2,9 +2,9 @@
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, openat, renameat};
-use nix::sys::stat::Mode;
-use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
+use nix::sys::stat::{Mode, fchmod, fstat, fstatat, mkdirat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, unlinkat};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
@@ -16,6 +16,23 @@ use std::path::Path;
 pub fn open(path: &Path) -> io::Result<OwnedFd> {
     let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     Ok(openat(AT_FDCWD, path, how, Mode::empty())?)
+}
+
+/// Opens the directory behind a handle once more, for listing and syncing.
+pub fn reopen(dir: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    Ok(openat(dir, ".", how, Mode::empty())?)
+}
+
+/// Gives a file the owner, the group and the mode of another one.
+pub fn take_after(new: BorrowedFd<'_>, old: BorrowedFd<'_>) -> io::Result<()> {
+    let (wanted, found) = (fstat(old)?, fstat(new)?);
+    if (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid) {
+        let (user, group) = (wanted.st_uid, wanted.st_gid);
+        fchown(new, Some(Uid::from_raw(user)), Some(Gid::from_raw(group)))?;
+    }
+    let mode = Mode::from_bits_truncate(wanted.st_mode & 0o777);
+    Ok(fchmod(new, mode)?)
 }
 
 /// Creates a file (mode 0600) that must not exist yet; a link of that name counts as existing.
@@ -54,6 +71,33 @@ pub fn nameless(dir: &Path) -> io::Result<File> {
 /// Renames within the directory, replacing what has the new name.
 pub fn rename(dir: BorrowedFd<'_>, from: &Path, to: &Path) -> io::Result<()> {
     Ok(renameat(dir, from, dir, to)?)
+}
+
+/// Renames within the directory; a name that is there already is EEXIST, and stays.
+pub fn rename_new(dir: BorrowedFd<'_>, from: &Path, to: &Path) -> io::Result<()> {
+    match renameat2(dir, from, dir, to, RenameFlags::RENAME_NOREPLACE) {
+        // Some file systems lack it; who takes the name between look and rename loses it.
+        Err(Errno::EINVAL | Errno::ENOSYS) => {
+            match fstatat(dir, to, AtFlags::AT_SYMLINK_NOFOLLOW) {
+                Err(Errno::ENOENT) => rename(dir, from, to),
+                Err(other) => Err(other.into()),
+                Ok(_) => Err(Errno::EEXIST.into()),
+            }
+        }
+        other => Ok(other?),
+    }
+}
+
+/// Makes a directory (mode 0700) that must not exist yet, and opens it.
+pub fn create_directory(dir: BorrowedFd<'_>, name: &Path) -> io::Result<OwnedFd> {
+    mkdirat(dir, name, Mode::S_IRWXU)?;
+    let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(openat(dir, name, how, Mode::empty())?)
+}
+
+/// Removes an empty directory.
+pub fn remove_directory(dir: BorrowedFd<'_>, name: &Path) -> io::Result<()> {
+    Ok(unlinkat(dir, name, UnlinkatFlags::RemoveDir)?)
 }
 
 /// Removes a name that is no directory's.

@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// linux/prctl.h; newer than the `libc` crate's list.
@@ -12,6 +13,18 @@ const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
 /// linux/capability.h.
 const CAP_IPC_LOCK: u32 = 14;
+
+/// Where programs of the host are.
+const DIRECTORIES: [&str; 5] = ["/usr/bin", "/bin", "/usr/local/bin", "/sbin", "/usr/sbin"];
+
+/// Finds a program of the host without the help of `PATH`.
+#[must_use]
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    DIRECTORIES
+        .iter()
+        .map(|directory| Path::new(directory).join(name))
+        .find(|path| path.is_file())
+}
 
 /// Which side of a fork this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

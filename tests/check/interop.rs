@@ -14,15 +14,15 @@ fn run(program: &str, args: &[&str]) -> std::io::Result<Output> {
         .output()
 }
 
-fn ploopfs(args: &[&str]) -> Output {
+pub(crate) fn ploopfs(args: &[&str]) -> Output {
     run(env!("CARGO_BIN_EXE_ploopfs"), args).expect("the program was built for this test")
 }
 
-fn status(args: &[&str]) -> i32 {
+pub(crate) fn status(args: &[&str]) -> i32 {
     ploopfs(args).status.code().expect("it was not killed")
 }
 
-fn story(output: &Output) -> String {
+pub(crate) fn story(output: &Output) -> String {
     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
     format!("{}{}", text(&output.stdout), text(&output.stderr))
 }
@@ -49,7 +49,7 @@ fn directory() -> tempfile::TempDir {
         .expect("a temporary directory")
 }
 
-fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().expect("temporary names are UTF-8")
 }
 

@@ -90,7 +90,14 @@ fn nobody_writes_beside_an_interrupted_repair() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("x.hds");
     ImageSpec::new(2, 8, 80).write(&path).expect("it is made");
-    let open = |write: bool| {
+    // By each of these the same file is meant; the undo file lies beside the first.
+    std::fs::create_dir(dir.path().join("elsewhere")).expect("it is made");
+    let links = [dir.path().join("y.hds"), dir.path().join("elsewhere/x.hds")];
+    for link in &links {
+        std::os::unix::fs::symlink(&path, link).expect("it is made");
+    }
+    let ways = [&path, &links[0], &links[1]];
+    let open_by = |path: &Path, write: bool| {
         let selection = Selection {
             write,
             ..Selection::default()
@@ -99,19 +106,25 @@ fn nobody_writes_beside_an_interrupted_repair() {
             read_only: !write,
             ..DiskOptions::default()
         };
-        let images = bundle::open(&path, &selection).expect("the image opens");
+        let images = bundle::open(path, &selection)?;
         disk::open(Arc::new(images), &options).map(|(_, notes)| notes)
     };
+    let open = |write: bool| open_by(&path, write);
     assert!(open(true).is_ok());
     let saved = dir.path().join("x.hds.repair");
     std::fs::write(&saved, b"ploopfs undo 1\n\0").expect("there is room");
     let before = std::fs::read(&path).expect("there");
-    let refused = open(true).expect_err("it is half mended").to_string();
-    assert!(refused.contains("x.hds.repair"), "{refused}");
+    for way in ways {
+        let refused = open_by(way, true).expect_err("it is half mended");
+        let refused = refused.to_string();
+        assert!(refused.contains("x.hds.repair"), "{refused}");
+    }
     assert!(std::fs::read(&path).expect("there") == before);
-    let notes = open(false).expect("reading is allowed");
-    assert!(notes.iter().any(|note| note.contains("interrupted")));
+    for way in ways {
+        let notes = open_by(way, false).expect("reading is allowed");
+        assert!(notes.iter().any(|note| note.contains("interrupted")));
+    }
     // The next repair has nothing to go on with, and removes it.
-    expect_done(&[path.to_str().expect("UTF-8")], "a repair");
-    assert!(!saved.exists() && open(true).is_ok());
+    expect_done(&[links[1].to_str().expect("UTF-8")], "a repair");
+    assert!(!saved.exists() && ways.iter().all(|way| open_by(way, true).is_ok()));
 }

@@ -4,7 +4,8 @@
 //! [`scheduler`] lets one thread run at a time. [`storage`] and [`directory`] are files and names
 //! that know what has been synced, and log all that is done to them. [`workload`] makes clients
 //! work on a disk over such files. [`replay`] goes through the log and cuts the power after every
-//! operation; [`model`] says what each sector may then hold.
+//! operation; [`model`] says what each sector may then hold, and [`faults`] which errors may follow
+//! from an operation that fails.
 //!
 //! Imports: `ploopfs`, the forge.
 //! Never: asks the real clock, or anything else that a seed does not fix.
@@ -13,6 +14,8 @@
 #![allow(dead_code)]
 
 pub(crate) mod directory;
+pub(crate) mod event;
+pub(crate) mod faults;
 pub(crate) mod heap;
 pub(crate) mod kinds;
 pub(crate) mod model;

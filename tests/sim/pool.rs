@@ -1,9 +1,9 @@
 //! The disk's pool, with threads that the scheduler runs.
 
-use super::heap;
+use super::heap::{self, Ration};
 use ploopfs::disk::pool::Spawn;
 use ploopfs::disk::table::Job;
-use ploopfs::sync::{self, Condvar, Mutex, Thread};
+use ploopfs::sync::{self, Condvar, Mutex, Rank, Thread};
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ struct Queue {
 
 #[derive(Default)]
 struct Shared {
-    scarce: bool,
+    ration: Option<&'static Ration>,
     queue: Mutex<Queue>,
     wake: Condvar,
 }
@@ -36,9 +36,9 @@ impl fmt::Debug for SimPool {
 
 impl SimPool {
     /// Starts so many threads; called on a thread that a scheduler runs.
-    pub(crate) fn start(threads: u64, scarce: bool) -> Arc<Self> {
+    pub(crate) fn start(threads: u64, ration: Option<&'static Ration>) -> Arc<Self> {
         let shared = Arc::new(Shared {
-            scarce,
+            ration,
             ..Shared::default()
         });
         let start = |_| {
@@ -76,13 +76,14 @@ fn work(shared: &Shared) {
                 shared.wake.wait_for(&mut queue, Duration::from_secs(3600));
             }
         };
-        heap::with(shared.scarce, || job.run());
+        heap::with(shared.ration, || job.run());
     }
 }
 
 impl Spawn for SimPool {
     fn spawn(&self, job: Box<dyn Job>) {
-        heap::with(false, || self.shared.queue.lock().jobs.push_back(job));
+        assert!(!Rank::Table.is_held(), "a job is handed over under a lock");
+        heap::with(None, || self.shared.queue.lock().jobs.push_back(job));
         self.shared.wake.notify_one();
     }
 }

@@ -5,7 +5,7 @@
 //! operations on files, and where it waits. Time stands still but for a little at each such point;
 //! when everybody waits for something, it jumps to the first of the times they wait for.
 
-use super::heap;
+use super::heap::{self, Ration};
 use crate::forge::content::splitmix;
 use parking_lot::{Condvar, Mutex};
 use ploopfs::sync::{self, Scheduler};
@@ -53,23 +53,36 @@ pub(crate) struct Baton {
     turns: Mutex<Vec<Arc<Condvar>>>,
     /// What to say when nothing goes on any more.
     story: String,
-    scarce: bool,
+    ration: Option<&'static Ration>,
+    /// Threads that panicked.
+    panicked: Mutex<Vec<String>>,
     me: Weak<Baton>,
+}
+
+/// How a run went.
+#[derive(Debug)]
+pub(crate) struct Run<T> {
+    /// What its first thread returned.
+    pub(crate) result: T,
+    /// All decisions as one number.
+    pub(crate) trace: u64,
+    /// The other threads that panicked.
+    pub(crate) panicked: Vec<String>,
 }
 
 thread_local! {
     static NUMBER: Cell<usize> = const { Cell::new(usize::MAX) };
 }
 
-/// Runs `body` on a new first thread under a new baton, until all threads have ended. Returns what
-/// it returns, and all decisions as one number.
+/// Runs `body` on a new first thread under a new baton, until all threads have ended. The disk's
+/// own thread gets its memory from `ration`.
 pub(crate) fn run<T: Send>(
     seed: u64,
     restless: u64,
-    scarce: bool,
+    ration: Option<&'static Ration>,
     story: &str,
     body: impl FnOnce() -> T + Send,
-) -> (T, u64) {
+) -> Run<T> {
     let baton = Arc::new_cyclic(|me| Baton {
         start: Instant::now(),
         state: Mutex::new(State {
@@ -83,7 +96,8 @@ pub(crate) fn run<T: Send>(
         }),
         turns: Mutex::new(vec![Arc::default()]),
         story: story.to_owned(),
-        scarce,
+        ration,
+        panicked: Mutex::default(),
         me: Weak::clone(me),
     });
     let first = Arc::clone(&baton);
@@ -101,7 +115,12 @@ pub(crate) fn run<T: Send>(
     });
     let result = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     let trace = baton.state.lock().trace;
-    (result, trace)
+    let panicked = std::mem::take(&mut *baton.panicked.lock());
+    Run {
+        result,
+        trace,
+        panicked,
+    }
 }
 
 impl Baton {
@@ -120,7 +139,7 @@ impl Baton {
 
     /// The calling thread is now `status`; whoever is next goes on.
     fn give_way(&self, status: Status) {
-        heap::with(false, || self.change(status));
+        heap::with(None, || self.change(status));
     }
 
     fn change(&self, status: Status) {
@@ -255,6 +274,18 @@ impl Scheduler for Baton {
         }
     }
 
+    fn tell_one(&self, event: usize) {
+        let mut state = self.state.lock();
+        let waits =
+            |status: &Status| matches!(status, Status::Waits { event: own, .. } if *own == event);
+        let count = state.threads.iter().filter(|status| waits(status)).count();
+        if count > 0 {
+            let nth = (splitmix(&mut state.dice) % count as u64) as usize;
+            let mut waiting = state.threads.iter_mut().filter(|status| waits(status));
+            *waiting.nth(nth).expect("one of them") = Status::Ready;
+        }
+    }
+
     fn spawn(&self, name: &str, ended: usize, body: Box<dyn FnOnce() + Send>) -> io::Result<()> {
         let baton = self.me.upgrade().expect("a thread that it runs holds it");
         let turn: Arc<Condvar> = Arc::default();
@@ -265,7 +296,9 @@ impl Scheduler for Baton {
             state.threads.len() - 1
         };
         // The disk's own thread. The others say for themselves what they do for the disk.
-        let scarce = self.scarce && name == "flusher";
+        let ration = self.ration.filter(|_| name == "flusher");
+        let name = name.to_owned();
+        let builder = std::thread::Builder::new().name(name.clone());
         let run = move || {
             baton.enter(number);
             let mut state = baton.state.lock();
@@ -273,15 +306,15 @@ impl Scheduler for Baton {
                 turn.wait(&mut state);
             }
             drop(state);
-            // What panics is told by the usual hook; the others go on and find what is missing.
-            let body = || heap::with(scarce, body);
-            let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+            // What panics is told by the usual hook, and the others go on.
+            let body = || heap::with(ration, body);
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_err() {
+                baton.panicked.lock().push(name);
+            }
             baton.tell(ended);
             sync::set_scheduler(None);
             baton.give_way(Status::Ended);
-            drop(caught);
         };
-        let builder = std::thread::Builder::new().name(name.to_owned());
         builder.spawn(run).map(drop)
     }
 }

@@ -6,144 +6,16 @@
 use parking_lot::Mutex;
 use ploopfs::error::{Error, ErrorKind, Result};
 use ploopfs::storage::{FileId, Keep, Storage};
-use ploopfs::sync;
+use ploopfs::sync::{self, Rank};
 use ploopfs::units::FileOffset;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::directory::{NameChange, Names};
-use super::heap;
-use super::model::{Stamp, WriteId};
+use super::directory::Names;
+pub(crate) use super::event::{Change, Event, Kind};
+use super::faults::{Failures, Fault, Request};
+use super::heap::{self, Scarcity};
 use super::replay::uncached;
-
-/// One operation that changes a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Change {
-    Write(usize, Vec<u8>),
-    SetLen(usize),
-    /// Blocks are reserved up to here; a shorter file becomes as long.
-    Allocate(usize),
-    Zero(Range<usize>),
-}
-
-impl Change {
-    /// Does it to these bytes. `keep` is asked for each piece that a power cut keeps or loses by
-    /// itself: sectors of a write, and every other operation as a whole.
-    pub(crate) fn apply(&self, bytes: &mut Vec<u8>, keep: &mut dyn FnMut() -> bool) {
-        match self {
-            Self::Write(at, data) => {
-                let mut from = 0;
-                while from < data.len() {
-                    let to = ((at + from) / 512 * 512 + 512 - at).min(data.len());
-                    if keep() {
-                        let end = at + to;
-                        if bytes.len() < end {
-                            bytes.resize(end, 0);
-                        }
-                        bytes[at + from..end].copy_from_slice(&data[from..to]);
-                    }
-                    from = to;
-                }
-            }
-            Self::SetLen(len) if keep() => bytes.resize(*len, 0),
-            Self::Allocate(end) if *end > bytes.len() && keep() => bytes.resize(*end, 0),
-            // A host may punch a long range piece by piece.
-            Self::Zero(range) => {
-                let mut start = range.start;
-                while start < range.end.min(bytes.len()) {
-                    let end = (start / 4096 * 4096 + 4096).min(range.end).min(bytes.len());
-                    if keep() {
-                        bytes[start..end].fill(0);
-                    }
-                    start = end;
-                }
-            }
-            _ => {}
-        }
-    }
-}
-
-/// What happened, in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Event {
-    /// A file was changed, as reads see it.
-    Changed { file: usize, change: Change },
-    /// All changes of a file before this are durable.
-    Synced { file: usize },
-    /// A sync failed: what was not durable never will be, although reads still see it.
-    SyncFailed { file: usize },
-    /// Names were changed, as others see them.
-    Named { change: NameChange },
-    /// All changes of names before this are durable.
-    NamesSynced,
-    /// Reads come from the medium, and from what has yet to be written there.
-    CacheDropped { file: usize },
-    /// A client began to write these sectors of the disk.
-    Issued {
-        id: WriteId,
-        sectors: Range<u64>,
-        stamp: Stamp,
-    },
-    /// It was told the end of that.
-    Ended { id: WriteId, ok: bool },
-    /// A client asked for a flush.
-    FlushBegan { flush: u64 },
-    /// It was told that all is durable.
-    FlushDone { flush: u64 },
-    /// The disk is closed, is open again and shows this.
-    Opened { shows: Arc<Vec<u8>> },
-    /// The files are now as a power cut left them.
-    Cut { files: Vec<Vec<u8>> },
-}
-
-/// Kinds of operations on files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Kind {
-    Len,
-    Read,
-    Write,
-    Sync,
-    SetLen,
-    Allocate,
-    Zero,
-    Copy,
-    NextData,
-    Open,
-    Create,
-    Rename,
-    Remove,
-    SyncNames,
-}
-
-impl Kind {
-    pub(crate) const ALL: [Self; 14] = [
-        Self::Len,
-        Self::Read,
-        Self::Write,
-        Self::Sync,
-        Self::SetLen,
-        Self::Allocate,
-        Self::Zero,
-        Self::Copy,
-        Self::NextData,
-        Self::Open,
-        Self::Create,
-        Self::Rename,
-        Self::Remove,
-        Self::SyncNames,
-    ];
-}
-
-/// An operation that fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Fault {
-    pub(crate) kind: Kind,
-    /// Which one of its kind, from 0.
-    pub(crate) nth: u64,
-    pub(crate) errno: i32,
-    /// All from that one on, not only that one.
-    pub(crate) for_ever: bool,
-}
 
 /// How the files behave.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -151,8 +23,8 @@ pub(crate) struct Manners {
     pub(crate) fault: Option<Fault>,
     /// Syncs say that they are done and do nothing.
     pub(crate) lying_syncs: bool,
-    /// The disk gets no piece of memory over 4 KiB after it has been opened.
-    pub(crate) scarce_memory: bool,
+    /// What the disk gets of memory after it has been opened.
+    pub(crate) memory: Scarcity,
     /// The host cannot copy between files, reserve blocks or punch holes.
     pub(crate) poor_host: bool,
 }
@@ -177,8 +49,7 @@ pub(crate) struct State {
     /// The process that uses the files now; storages of an earlier one do nothing any more.
     process: u64,
     kill_at: Option<u64>,
-    fired: bool,
-    sync_failed: bool,
+    failures: Failures,
 }
 
 impl World {
@@ -204,11 +75,15 @@ impl World {
         process: u64,
         what: impl FnOnce(&mut State) -> Result<T>,
     ) -> Result<T> {
-        heap::with(false, || {
+        heap::with(None, || {
             sync::step();
-            let mut state = self.state.lock();
-            state.begin(kind, process)?;
-            what(&mut state)
+            let done = {
+                let mut state = self.state.lock();
+                let begun = state.begin(kind, process);
+                begun.map_err(Error::from).and_then(|()| what(&mut state))
+            };
+            sync::step();
+            done
         })
     }
 
@@ -234,8 +109,7 @@ impl World {
     pub(crate) fn mend(&self) {
         let mut state = self.state.lock();
         state.manners.fault = None;
-        state.fired = false;
-        state.sync_failed = false;
+        state.failures = Failures::default();
     }
 
     /// Notes something that is no operation on a file. Returns its time.
@@ -276,14 +150,33 @@ impl World {
         self.state.lock().total
     }
 
-    /// True once the fault has come.
-    pub(crate) fn has_fired(&self) -> bool {
-        self.state.lock().fired
+    /// What has failed so far.
+    pub(crate) fn failures(&self) -> Failures {
+        self.state.lock().failures
     }
 
-    /// True once a sync has failed.
-    pub(crate) fn has_sync_failed(&self) -> bool {
-        self.state.lock().sync_failed
+    /// True when a request of a process, begun when `before` had failed, may be told this error.
+    pub(crate) fn explains(
+        &self,
+        request: Request,
+        error: &Error,
+        process: u64,
+        before: Failures,
+        patient: bool,
+    ) -> bool {
+        let state = self.state.lock();
+        let fault = state.manners.fault;
+        let now = state.failures;
+        if state.process != process {
+            let errno = fault.map_or(libc::EIO, |fault| fault.errno);
+            let kinds = [
+                ErrorKind::Io(libc::EIO),
+                ErrorKind::Io(errno),
+                ErrorKind::Latched,
+            ];
+            return kinds.contains(&error.kind());
+        }
+        fault.is_some_and(|fault| fault.explains(request, error, (before, now), patient))
     }
 
     /// The process is killed when so many operations more have been made.
@@ -350,7 +243,7 @@ impl State {
                 if fault.kind == kind
                     && (number == fault.nth || fault.for_ever && number > fault.nth) =>
             {
-                self.fired = true;
+                self.failures.count += 1;
                 Err(Trouble::Fault(fault.errno))
             }
             _ => Ok(()),
@@ -388,6 +281,16 @@ impl State {
         if let Some(log) = &mut self.log {
             log.push(event);
         }
+    }
+
+    /// Where the header and the table of a file end; 0 where it has none.
+    fn table_end(&self, file: usize) -> usize {
+        let bytes = &self.files[file];
+        if !bytes.starts_with(b"Witho") {
+            return 0;
+        }
+        let word = |at: usize| bytes[at..at + 4].try_into().map_or(0, u32::from_le_bytes) as usize;
+        64 + 4 * word(0x20)
     }
 
     fn change(&mut self, file: usize, change: Change) {
@@ -431,22 +334,28 @@ impl SimStorage {
         what: impl FnOnce(&mut State) -> Result<T>,
         partly: impl FnOnce(&mut State),
     ) -> Result<T> {
-        heap::with(false, || {
+        assert!(!Rank::Table.is_held(), "a call under a table's lock");
+        heap::with(None, || {
             sync::step();
-            let mut state = self.world.state.lock();
-            match state.begin(kind, self.process) {
-                Ok(()) => what(&mut state),
-                Err(trouble) => {
-                    if matches!(trouble, Trouble::Fault(_)) {
-                        partly(&mut state);
+            let done = {
+                let mut state = self.world.state.lock();
+                match state.begin(kind, self.process) {
+                    Ok(()) => what(&mut state),
+                    Err(trouble) => {
+                        if matches!(trouble, Trouble::Fault(_)) {
+                            partly(&mut state);
+                        }
+                        Err(trouble.into())
                     }
-                    Err(trouble.into())
                 }
-            }
+            };
+            // What was done and what the caller does next are two moments.
+            sync::step();
+            done
         })
     }
 
-    fn modify(&self, kind: Kind, change: Change, partly: Option<Change>) -> Result<()> {
+    fn modify(&self, kind: Kind, change: Change, partly: impl FnOnce(&mut State)) -> Result<()> {
         assert!(self.writable, "a lower delta is never written");
         let file = self.file;
         self.operation(
@@ -455,12 +364,18 @@ impl SimStorage {
                 state.change(file, change);
                 Ok(())
             },
-            |state| {
-                if let Some(change) = partly {
-                    state.change(file, change);
-                }
-            },
+            partly,
         )
+    }
+
+    /// A change of which a failing host has done a part.
+    fn modify_partly(&self, kind: Kind, change: Change, part: Option<Change>) -> Result<()> {
+        let file = self.file;
+        self.modify(kind, change, |state| {
+            if let Some(part) = part {
+                state.change(file, part);
+            }
+        })
     }
 }
 
@@ -484,10 +399,16 @@ impl Storage for SimStorage {
     fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()> {
         // Hosts stop between sectors, not within one.
         let half = buf.len() / 2 / 512 * 512;
-        heap::with(false, || {
-            let partly = (half > 0).then(|| Change::Write(index(at), buf[..half].to_vec()));
-            let change = Change::Write(index(at), buf.to_vec());
-            self.modify(Kind::Write, change, partly)
+        heap::with(None, || {
+            let at = index(at);
+            let change = Change::Write(at, buf.to_vec());
+            let file = self.file;
+            self.modify(Kind::Write, change, |state| {
+                state.failures.may_latch |= at < state.table_end(file);
+                if half > 0 {
+                    state.change(file, Change::Write(at, buf[..half].to_vec()));
+                }
+            })
         })
     }
 
@@ -501,14 +422,15 @@ impl Storage for SimStorage {
             Ok(())
         };
         let lose = |state: &mut State| {
-            state.sync_failed |= !state.is_mark_alone(file);
+            state.failures.lost_sync |= !state.is_mark_alone(file);
+            state.failures.may_latch = true;
             state.log_event(Event::SyncFailed { file });
         };
         self.operation(Kind::Sync, sync, lose)
     }
 
     fn set_len(&self, len: FileOffset) -> Result<()> {
-        self.modify(Kind::SetLen, Change::SetLen(index(len)), None)
+        self.modify(Kind::SetLen, Change::SetLen(index(len)), |_| {})
     }
 
     fn allocate(&self, range: Range<FileOffset>) -> Result<()> {
@@ -516,7 +438,7 @@ impl Storage for SimStorage {
         // cannot reserve blocks lengthens it in one step.
         let odd = (index(range.start) + index(range.end)) / 2 + 100;
         let odd = Change::Allocate(odd.min(index(range.end)));
-        self.modify(
+        self.modify_partly(
             Kind::Allocate,
             Change::Allocate(index(range.end)),
             (!self.world.is_poor()).then_some(odd),
@@ -526,16 +448,16 @@ impl Storage for SimStorage {
     fn zero(&self, range: Range<FileOffset>, _keep: Keep) -> Result<()> {
         let range = index(range.start)..index(range.end);
         if self.world.is_poor() && range.start < range.end {
-            return heap::with(false, || {
+            return heap::with(None, || {
                 let len = self.world.len_of(self.file);
                 let zeros = vec![0; range.end.min(len).saturating_sub(range.start)];
                 let half = zeros[..zeros.len() / 2 / 512 * 512].to_vec();
                 let partly = Some(Change::Write(range.start, half));
-                self.modify(Kind::Zero, Change::Write(range.start, zeros), partly)
+                self.modify_partly(Kind::Zero, Change::Write(range.start, zeros), partly)
             });
         }
         let half = range.start..range.start + (range.end - range.start) / 1024 * 512;
-        self.modify(Kind::Zero, Change::Zero(range), Some(Change::Zero(half)))
+        self.modify_partly(Kind::Zero, Change::Zero(range), Some(Change::Zero(half)))
     }
 
     fn copy_from(
@@ -547,12 +469,12 @@ impl Storage for SimStorage {
         if self.world.is_poor() {
             return Ok(false);
         }
-        heap::with(false, || {
+        heap::with(None, || {
             let mut data = vec![0; index(from.end) - index(from.start)];
             source.read_at(from.start, &mut data)?;
             let half = data[..data.len() / 2 / 512 * 512].to_vec();
             let partly = Change::Write(index(at), half);
-            self.modify(Kind::Copy, Change::Write(index(at), data), Some(partly))?;
+            self.modify_partly(Kind::Copy, Change::Write(index(at), data), Some(partly))?;
             Ok(true)
         })
     }
@@ -587,14 +509,16 @@ impl Storage for SimStorage {
     }
 
     fn drop_cache(&self) -> Result<()> {
-        let mut state = self.world.state.lock();
-        let file = self.file;
-        if let Some(log) = &mut state.log {
-            let bytes = uncached(log, &self.world.first, file);
-            log.push(Event::CacheDropped { file });
-            state.files[file] = bytes;
-        }
-        Ok(())
+        heap::with(None, || {
+            let mut state = self.world.state.lock();
+            let file = self.file;
+            if let Some(log) = &mut state.log {
+                let bytes = uncached(log, &self.world.first, file);
+                log.push(Event::CacheDropped { file });
+                state.files[file] = bytes;
+            }
+            Ok(())
+        })
     }
 
     fn file_id(&self) -> Option<FileId> {

@@ -4,7 +4,8 @@
 //! model; the log of it goes to [`super::replay`].
 
 use crate::forge::content::splitmix;
-use crate::sim::heap;
+use crate::sim::faults::{Failures, Request};
+use crate::sim::heap::{self, Ration};
 use crate::sim::kinds::DiskKind;
 use crate::sim::model::{Model, SECTOR, Stamp};
 use crate::sim::pool::SimPool;
@@ -38,6 +39,7 @@ pub(crate) struct Plan {
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) world: Arc<World>,
+    pub(crate) memory: &'static Ration,
     pub(crate) complaints: Vec<String>,
     /// The order in which the threads ran.
     pub(crate) trace: u64,
@@ -58,7 +60,11 @@ struct Scene {
     model: parking_lot::Mutex<Model>,
     complaints: parking_lot::Mutex<Vec<String>>,
     process: u64,
-    scarce: bool,
+    ration: Option<&'static Ration>,
+    /// Requests wait for space, and have a buffer to do so.
+    patient: bool,
+    /// Requests that were told an error of the host.
+    failed: AtomicU64,
     next: AtomicU64,
     windows: Vec<std::ops::Range<u64>>,
 }
@@ -68,52 +74,55 @@ pub(crate) fn run(kind: &DiskKind, plan: Plan, resources: &Resources, story: &st
     let world = World::new(kind.files(), plan.manners, true);
     let mut dice = plan.seed;
     let restless = [8, 40, 128, 256][(splitmix(&mut dice) % 4) as usize];
-    let (complaints, trace) = scheduler::run(
-        plan.seed,
-        restless,
-        plan.manners.scarce_memory,
-        story,
-        || {
-            let mut complaints = Vec::new();
-            let ids = AtomicU64::new(1);
-            for life in 0..plan.lives {
-                let last = life + 1 == plan.lives;
+    let ration = Ration::new(plan.manners.memory);
+    let scheduler::Run {
+        result: mut complaints,
+        trace,
+        panicked,
+    } = scheduler::run(plan.seed, restless, Some(ration), story, || {
+        let mut complaints = Vec::new();
+        let ids = AtomicU64::new(1);
+        for life in 0..plan.lives {
+            let last = life + 1 == plan.lives;
+            live(
+                kind,
+                &plan,
+                &world,
+                ration,
+                resources,
+                &mut dice,
+                &ids,
+                last,
+                &mut complaints,
+            );
+            if complaints.len() > 3 {
+                break;
+            }
+            if world.failures().count > 0 {
+                // The host is well again, and so must the disk be.
+                world.mend();
+                let mut plan = plan;
+                plan.requests = 4;
                 live(
                     kind,
                     &plan,
                     &world,
+                    ration,
                     resources,
                     &mut dice,
                     &ids,
-                    last,
+                    true,
                     &mut complaints,
                 );
-                if complaints.len() > 3 {
-                    break;
-                }
-                if world.has_fired() {
-                    // The host is well again, and so must the disk be.
-                    world.mend();
-                    let mut plan = plan;
-                    plan.requests = 4;
-                    live(
-                        kind,
-                        &plan,
-                        &world,
-                        resources,
-                        &mut dice,
-                        &ids,
-                        true,
-                        &mut complaints,
-                    );
-                    break;
-                }
+                break;
             }
-            complaints
-        },
-    );
+        }
+        complaints
+    });
+    complaints.extend(panicked.iter().map(|name| format!("a {name} panicked")));
     Outcome {
         world,
+        memory: ration,
         complaints,
         trace,
     }
@@ -136,6 +145,7 @@ fn live(
     kind: &DiskKind,
     plan: &Plan,
     world: &Arc<World>,
+    ration: &'static Ration,
     resources: &Resources,
     dice: &mut u64,
     ids: &AtomicU64,
@@ -147,8 +157,9 @@ fn live(
         2 => End::Kill,
         _ => End::Cut,
     };
-    let pool = SimPool::start(1 + splitmix(dice) % 2, plan.manners.scarce_memory);
-    let resources = if splitmix(dice) % 6 == 0 {
+    let pool = SimPool::start(1 + splitmix(dice) % 2, Some(ration));
+    let has_buffers = splitmix(dice) % 6 != 0;
+    let resources = if !has_buffers {
         Resources::without_buffers(pool.clone())
     } else {
         resources.with_pool(pool.clone())
@@ -158,14 +169,16 @@ fn live(
         world.kill_after(splitmix(dice) % (plan.requests * 8));
     }
     let process = world.process();
+    let patient = has_buffers && options.enospc != EnospcPolicy::Fail;
+    let before = world.failures();
     match disk::open_with(kind.open(world), &options, resources) {
         Ok((disk, _)) => {
             let clients = 1 + splitmix(dice) % 4;
             work(
-                kind, plan, world, process, disk, dice, ids, clients, complaints,
+                kind, plan, world, ration, process, patient, disk, dice, ids, clients, complaints,
             );
         }
-        Err(_) if world.has_fired() || world.is_dead(process) => {}
+        Err(error) if world.explains(Request::Open, &error, process, before, patient) => {}
         Err(error) => complaints.push(format!("cannot be opened: {error}")),
     }
     pool.stop();
@@ -182,7 +195,9 @@ fn work(
     kind: &DiskKind,
     plan: &Plan,
     world: &Arc<World>,
+    ration: &'static Ration,
     process: u64,
+    patient: bool,
     disk: Arc<Disk>,
     dice: &mut u64,
     ids: &AtomicU64,
@@ -190,9 +205,10 @@ fn work(
     complaints: &mut Vec<String>,
 ) {
     let mut bytes = vec![0; disk.size_bytes() as usize];
-    match disk.read_at(DiskOffset::ZERO, &mut bytes) {
+    let before = world.failures();
+    match heap::with(Some(ration), || disk.read_at(DiskOffset::ZERO, &mut bytes)) {
         Ok(()) => {}
-        Err(_) if world.has_fired() || world.is_dead(process) => {
+        Err(error) if world.explains(Request::Read, &error, process, before, patient) => {
             drop(disk.close());
             return;
         }
@@ -206,7 +222,9 @@ fn work(
         world: Arc::clone(world),
         disk,
         process,
-        scarce: plan.manners.scarce_memory,
+        ration: Some(ration),
+        patient,
+        failed: AtomicU64::new(0),
         model: parking_lot::Mutex::new(Model::new(shows)),
         complaints: parking_lot::Mutex::default(),
         next: AtomicU64::new(ids.load(Ordering::SeqCst)),
@@ -228,24 +246,10 @@ fn work(
         thread.join();
     });
     let scene = Arc::into_inner(scene).expect("the clients have ended");
-    ids.store(scene.next.into_inner(), Ordering::SeqCst);
+    ids.store(scene.next.load(Ordering::SeqCst), Ordering::SeqCst);
+    scene.check_served(plan.manners.fault.is_some_and(|fault| fault.for_ever));
+    scene.close(ids.fetch_add(1, Ordering::SeqCst));
     complaints.append(&mut scene.complaints.into_inner());
-    if let Some(why) = scene.disk.stats().latched {
-        if why.contains("panicked") {
-            complaints.push(why);
-        }
-    }
-    // A close that succeeds has made everything durable.
-    let flush = ids.fetch_add(1, Ordering::SeqCst);
-    world.note(Event::FlushBegan { flush });
-    match scene.disk.close() {
-        Ok(()) if world.is_dead(process) => {}
-        Ok(()) => {
-            world.note(Event::FlushDone { flush });
-        }
-        Err(_) if world.has_fired() || world.is_dead(process) => {}
-        Err(error) => complaints.push(format!("cannot be closed: {error}")),
-    }
 }
 
 /// The answer to a request, when it comes.
@@ -277,7 +281,7 @@ impl<T> Answer<T> {
 
 impl<T> Reply<T> {
     fn give(&self, result: impl FnOnce() -> Result<T>) {
-        let result = heap::with(false, result);
+        let result = heap::with(None, result);
         let twice = self.0.result.lock().replace(result).is_some();
         assert!(!twice, "a request is answered once");
         self.0.came.notify_all();
@@ -331,15 +335,16 @@ impl Scene {
             stamp,
         });
         self.model.lock().issue(id, sectors.clone(), stamp, began);
+        let before = self.world.failures();
         let answer = Answer::new();
         let at = DiskOffset::new(first * SECTOR);
         if as_zero {
             let reply = Reply(Arc::clone(&answer));
-            heap::with(self.scarce, || self.disk.zero(at, len * SECTOR, reply));
+            heap::with(self.ration, || self.disk.zero(at, len * SECTOR, reply));
         } else {
             let data = stamp.bytes(sectors.clone());
             let reply = Reply(Arc::clone(&answer));
-            heap::with(self.scarce, || self.disk.write(at, &data, reply));
+            heap::with(self.ration, || self.disk.write(at, &data, reply));
         }
         let Some(result) = answer.wait() else {
             return self.complain(format!("a change of {sectors:?} is never answered"));
@@ -348,17 +353,18 @@ impl Scene {
         let ended = self.world.note(Event::Ended { id, ok });
         self.model.lock().end(id, sectors.clone(), ok, ended);
         if let Err(error) = result {
-            self.check_error(&error, &format!("a change of {sectors:?}"));
+            self.check_error(Request::Change, &error, before);
         }
     }
 
     fn read(&self, first: u64, len: u64) {
         let began = self.world.time();
+        let before = self.world.failures();
         let answer = Answer::new();
         let mut buffer = vec![0xee; (len * SECTOR) as usize];
         let at = DiskOffset::new(first * SECTOR);
         let reply = Reply(Arc::clone(&answer));
-        heap::with(self.scarce, || {
+        heap::with(self.ration, || {
             self.disk.read(at, buffer.len(), &mut buffer, reply);
         });
         match answer.wait() {
@@ -371,34 +377,76 @@ impl Scene {
                     self.complain(format!("a read: {why}"));
                 }
             }
-            Some(Err(error)) => self.check_error(&error, "a read"),
+            Some(Err(error)) => self.check_error(Request::Read, &error, before),
         }
     }
 
     fn flush(&self) {
         let flush = self.next.fetch_add(1, Ordering::SeqCst);
-        let must_fail = self.world.has_sync_failed();
+        let before = self.world.failures();
         self.world.note(Event::FlushBegan { flush });
         let answer = Answer::new();
         let reply = Reply(Arc::clone(&answer));
-        heap::with(self.scarce, || self.disk.flush(reply));
+        heap::with(self.ration, || self.disk.flush(reply));
         match answer.wait() {
             None => self.complain("a flush is never answered".to_owned()),
             Some(Ok(())) => {
                 self.world.note(Event::FlushDone { flush });
-                if must_fail {
+                if before.lost_sync {
                     self.complain("a flush after a failed sync succeeds".to_owned());
                 }
             }
-            Some(Err(error)) => self.check_error(&error, "a flush"),
+            Some(Err(error)) => self.check_error(Request::Flush, &error, before),
         }
     }
 
     /// Nothing fails but what the world made fail.
-    fn check_error(&self, error: &Error, what: &str) {
-        let is_known = self.world.has_fired() || self.world.is_dead(self.process);
-        if !is_known || error.kind() == ErrorKind::Corrupt {
-            self.complain(format!("{what} fails: {error}"));
+    fn check_error(&self, request: Request, error: &Error, before: Failures) {
+        let (world, process) = (&self.world, self.process);
+        if !world.explains(request, error, process, before, self.patient) {
+            self.complain(format!(
+                "a {request:?} fails: {error}; failed before it {before:?}, by now {:?}",
+                world.failures()
+            ));
+        }
+        if matches!(error.kind(), ErrorKind::Io(_)) && !world.is_dead(process) {
+            self.failed.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// All requests are answered: what failed once was one request's error, and the disk is not
+    /// latched for anything but what must latch it.
+    fn check_served(&self, for_ever: bool) {
+        let failed = self.failed.load(Ordering::SeqCst);
+        if failed > 1 && !for_ever {
+            self.complain(format!("{failed} requests fail by one failure"));
+        }
+        if let Some(why) = self.disk.stats().latched {
+            let is_fit = self.world.failures().may_latch && !why.contains("panicked");
+            if !is_fit && !self.world.is_dead(self.process) {
+                self.complain(format!("latched for no reason: {why}"));
+            }
+        }
+    }
+
+    /// Closes the disk. What must latch it has, by then.
+    fn close(&self, flush: u64) {
+        let (world, process) = (&self.world, self.process);
+        // A close that succeeds has made everything durable.
+        world.note(Event::FlushBegan { flush });
+        let before = world.failures();
+        match heap::with(self.ration, || Arc::clone(&self.disk).close()) {
+            Ok(()) if world.is_dead(process) => {}
+            Ok(()) => {
+                world.note(Event::FlushDone { flush });
+            }
+            Err(error) if world.explains(Request::Close, &error, process, before, self.patient) => {
+            }
+            Err(error) => self.complain(format!("cannot be closed: {error}")),
+        }
+        let is_latched = self.disk.stats().latched.is_some();
+        if world.failures().lost_sync && !is_latched && !world.is_dead(process) {
+            self.complain("a failed sync latches nothing".to_owned());
         }
     }
 }

@@ -10,9 +10,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{HEADER_LEN, RawHeader, Version};
 use crate::plan::repair::{Fix, Policy, Severity};
 use crate::storage::SharedStorage;
+use crate::storage::beside;
 use crate::storage::directory::HostDirectory;
 use crate::units::{FileOffset, SectorCount, len_u64};
 use serde::Serialize;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Version of the JSON document; grows when a field changes its meaning or goes away.
@@ -69,6 +71,7 @@ pub fn open(image: &Path, allow_outside: &[PathBuf], write: bool) -> Result<Sess
     let selection = Selection {
         write,
         allow_outside: allow_outside.to_vec(),
+        mending: true,
         ..Selection::default()
     };
     let images = bundle::open(image, &selection)?;
@@ -85,19 +88,47 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
-    fn name(&self) -> Result<&str> {
-        let name = self.path.file_name().and_then(|name| name.to_str());
-        name.ok_or_else(|| {
+    /// The directory that the image really lies in, and its name there: whoever opens it by
+    /// another way must find the undo file too.
+    fn home(&self) -> Result<(HostDirectory, String)> {
+        let fd = self.storage.as_host_fd();
+        let home = match fd {
+            Some(fd) => beside::home(fd, self.path)?,
+            None => None,
+        };
+        let home = home.ok_or_else(|| {
+            let why = "it was moved or removed since it was opened";
+            Error::why(ErrorKind::Missing, why).in_file(self.path)
+        })?;
+        let name = home.name.into_string().map_err(|_| {
             let why = "its name is not UTF-8, so that of its undo file cannot be made from it";
-            Error::why(ErrorKind::Unsupported, why).in_file(self.path)
-        })
+            let error = Error::why(ErrorKind::Usage, why).in_file(self.path);
+            error.fix("give it another name for the repair; nothing was changed")
+        })?;
+        Ok((HostDirectory::open(&home.directory)?, name))
+    }
+
+    /// Refuses a file that has more names than one: what is changed here would change under all of
+    /// them, and one may be that of a snapshot in a bundle that nobody has looked at.
+    fn refuse_links(&self) -> Result<()> {
+        let names = match self.storage.as_host_fd() {
+            Some(fd) => beside::names(fd)?,
+            None => 1,
+        };
+        if names <= 1 {
+            return Ok(());
+        }
+        let why = format!("the file has {names} names (hard links), and would change under each");
+        Err(Error::why(ErrorKind::Usage, why)
+            .in_file(self.path)
+            .fix("repair a copy (`cp --sparse=always`), or remove the others; nothing was changed"))
     }
 
     fn repair(&self, policy: &Policy) -> Result<FileRepair> {
-        let directory = HostDirectory::open(parent_of(self.path))?;
+        let (directory, name) = self.home()?;
         let keep = KeepOld::In {
             directory: &directory,
-            image: self.name()?,
+            image: &name,
         };
         let done = repair_image(&**self.storage, keep, policy)?;
         let undo = done.undo.map(|name| directory.path().join(name));
@@ -115,6 +146,9 @@ impl Target<'_> {
 
     fn plan(&self, policy: &Policy) -> Result<FileRepair> {
         let planned = plan_image(&**self.storage, policy)?;
+        if !planned.fixes.is_empty() {
+            self.refuse_links()?;
+        }
         let marks = planned.fixes.contains(&Fix::Mark);
         Ok(FileRepair {
             path: self.path.display().to_string(),
@@ -267,21 +301,32 @@ impl Session {
     /// Gives the image that an undo file belongs to its old bytes back. True where it then is
     /// clean.
     pub fn undo(&self, file: &Path) -> Result<bool> {
-        let name = file.file_name().and_then(|name| name.to_str());
         let other = || {
-            let why = "this undo file belongs to none of the disk's images: its name begins with \
-                       that of its image";
+            let why = "this undo file belongs to none of the disk's images: it lies beside its \
+                       image, and its name begins with that of its image";
             Error::why(ErrorKind::Usage, why).in_file(file)
         };
+        let name = file.file_name().and_then(|name| name.to_str());
         let name = name.ok_or_else(other)?;
         let list = [name.to_owned()];
-        let owns = |target: &Target<'_>| {
-            let own = target.path.file_name().and_then(|own| own.to_str());
-            own.is_some_and(|own| !saved_names(own, &list).is_empty())
-        };
-        let target = self.targets().find(owns).ok_or_else(other)?;
-        let directory = HostDirectory::open(parent_of(file))?;
-        undo_image(&**target.storage, &directory, name).map_err(|e| e.in_file(target.path))?;
-        Ok(is_clean(&check_image(&**target.storage)?))
+        for target in self.targets() {
+            let (directory, own) = target.home()?;
+            if saved_names(&own, &list).is_empty() || !is_in(file, &directory) {
+                continue;
+            }
+            undo_image(&**target.storage, &directory, name).map_err(|e| e.in_file(target.path))?;
+            return Ok(is_clean(&check_image(&**target.storage)?));
+        }
+        Err(other())
     }
+}
+
+/// True where a file lies directly in a directory. An undo file elsewhere would not be seen by
+/// those who must not write while an undo runs.
+fn is_in(file: &Path, directory: &HostDirectory) -> bool {
+    let ids = |path: &Path| {
+        let found = std::fs::metadata(path);
+        found.map(|found| (found.dev(), found.ino())).ok()
+    };
+    ids(parent_of(file)).is_some_and(|there| ids(directory.path()) == Some(there))
 }

@@ -10,12 +10,11 @@ use super::{KeepOld, is_clean};
 use crate::admin::check::check_image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{HEADER_LEN, IN_USE, RawHeader};
-use crate::journal::{self, Journal};
+use crate::journal::{self, Journal, RUNNING};
 use crate::storage::{Directory, Storage};
 use crate::units::{FileOffset, len_u64};
 use std::ops::Range;
 
-const RUNNING: &str = ".repair";
 const DONE: &str = ".undo";
 /// Undo files of one image that are kept.
 const DONE_MAX: u32 = 1000;

@@ -1,17 +1,22 @@
-//! The files of the chains: each once, locked, and of the kind that the descriptor says.
+//! The files of the chains: each once, locked, of the kind that the descriptor says, and not in the
+//! middle of a repair.
 
-use super::{OpenedFile, Plain};
+use super::{OpenedFile, OpenedImages, Plain};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::descriptor::ImageType;
+use crate::format::descriptor::{Descriptor, ImageType};
 use crate::format::guid::Guid;
 use crate::format::header::{HEADER_LEN, Version};
+use crate::journal;
+use crate::storage::beside;
 use crate::storage::file::FileStorage;
+use crate::storage::host::Roots;
 use crate::storage::lock::{self, Locked, Purpose};
 use crate::storage::{FileId, Storage};
 use crate::units::{FileOffset, len_u64};
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
@@ -59,15 +64,18 @@ struct Met {
 /// The files of one disk, base first within each part.
 pub(super) struct Opening<'a> {
     no_lock: bool,
+    /// Whoever opens it wants to end what a repair has begun.
+    mending: bool,
     registry: &'a Registry,
     met: Vec<Met>,
     seen: HashSet<FileId>,
 }
 
 impl<'a> Opening<'a> {
-    pub(super) fn new(no_lock: bool, registry: &'a Registry) -> Self {
+    pub(super) fn new(no_lock: bool, mending: bool, registry: &'a Registry) -> Self {
         Self {
             no_lock,
+            mending,
             registry,
             met: Vec::new(),
             seen: HashSet::new(),
@@ -130,6 +138,12 @@ impl<'a> Opening<'a> {
         let mut chains: Vec<Vec<OpenedFile>> = Vec::new();
         chains.resize_with(parts, Vec::new);
         let write = self.met.iter().any(|met| met.write);
+        if !self.mending {
+            for met in &self.met {
+                // Behind the locks: a repair that runs holds them.
+                warnings.extend(look_for_repair(met, write)?);
+            }
+        }
         let mut open = self.registry.open.lock();
         open.retain(|_, entry| entry.storage.strong_count() > 0);
         for met in self.met {
@@ -181,6 +195,58 @@ impl<'a> Opening<'a> {
         }
         Ok(unlocked)
     }
+}
+
+/// Refuses to write beside the undo file of a repair, or of its undo, that was interrupted: the
+/// image is half of one state and half of another, and whatever were written to it, the end of the
+/// repair or undo might take it back. Who only reads is told.
+fn look_for_repair(met: &Met, write: bool) -> Result<Option<String>> {
+    let path = met.path.display();
+    let home = beside::home(met.storage.file().as_fd(), &met.path);
+    let Some(home) = home.map_err(|e| Error::from(e).in_file(&met.path))? else {
+        return Ok(write.then(|| {
+            format!("{path}: where it lies cannot be told, nor whether a repair was interrupted")
+        }));
+    };
+    let saved = home.with(journal::RUNNING);
+    if saved.symlink_metadata().is_err() {
+        return Ok(None);
+    }
+    let why = format!("a repair or an undo was interrupted: {}", saved.display());
+    if write {
+        let error = Error::why(ErrorKind::Corrupt, why).in_file(&met.path);
+        return Err(error.fix("repeat `ploopfs repair`, or `ploopfs repair --undo` with that file"));
+    }
+    Ok(Some(format!("{path}: {why}; what is read may be wrong")))
+}
+
+/// Refuses to write to a top whose file is, by another name, that of a snapshot beside the chain.
+pub(super) fn refuse_shared_tops(
+    roots: &Roots,
+    descriptor: &Descriptor,
+    images: &OpenedImages,
+) -> Result<()> {
+    for (part, opened) in descriptor.parts.iter().zip(&images.parts) {
+        let Some(top) = opened.files.last() else {
+            continue;
+        };
+        let others = part.images.iter().filter(|image| {
+            let guid = Some(image.guid.to_string());
+            opened.files.iter().all(|file| file.guid != guid)
+        });
+        for image in others {
+            // What cannot be opened is not written to.
+            let file = roots.named(&image.file, false).map(|named| named.file);
+            let file = file.and_then(FileStorage::new);
+            if file.is_ok_and(|file| file.file_id() == top.storage.file_id()) {
+                let why = format!("the snapshot {} has the same file", image.guid);
+                return Err(Error::why(ErrorKind::Descriptor, why)
+                    .in_file(&top.path)
+                    .fix("what is written to the top would change the snapshot: to read it: -r"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The first bytes of a file, as many as a header has, and its length.

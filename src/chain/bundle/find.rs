@@ -1,14 +1,15 @@
 //! What IMAGE is, and what lies beside it.
 
-use super::DESCRIPTOR;
+use super::{DESCRIPTOR, Selection};
 use crate::error::{Error, ErrorKind, Result, Shown};
-use crate::format::descriptor::Descriptor;
+use crate::format::descriptor::{Descriptor, Image};
 use crate::format::guid::Guid;
 use crate::format::{names, xml};
 use crate::storage::host::{self, Roots};
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// The most entries of a directory that are looked at for an error's text.
@@ -240,6 +241,26 @@ pub(super) fn snapshot_names(directory: &Path) -> HashMap<Guid, String> {
         .unwrap_or_default()
 }
 
+/// An image of a bundle that was named by itself: a warning, or a refusal where writing to it alone
+/// would damage the disk.
+pub(super) fn check_membership(image: &Path, selection: &Selection) -> Result<Option<String>> {
+    let Some(member) = membership(image) else {
+        return Ok(None);
+    };
+    let what = format!("the image is {} of the bundle around it", member.role);
+    if selection.write && member.entangled {
+        let why = format!("{what}, and writing to it alone would damage the disk");
+        let error = Error::why(ErrorKind::ReadOnly, why).in_file(image);
+        return Err(error.fix(if selection.mending {
+            "name the bundle, of which the top is repaired; a frozen image is not repaired in its \
+             place: copy it out of the bundle, and repair the copy"
+        } else {
+            "name the bundle to write to the disk; to read this image alone: -r"
+        }));
+    }
+    Ok(Some(format!("{what}; name the bundle to use the disk")))
+}
+
 /// What a single image is to the bundle around it.
 pub(super) struct Membership {
     /// In words.
@@ -249,17 +270,30 @@ pub(super) struct Membership {
     pub entangled: bool,
 }
 
+/// True where a descriptor names this file: by its name, or by another one of the same file.
+fn is_named(image: &Image, directory: &Path, real: &Path, own: &Metadata) -> bool {
+    let Some(name) = Path::new(&image.file).file_name() else {
+        return false;
+    };
+    let other = directory.join(name).symlink_metadata();
+    let same = |other: Metadata| (other.dev(), other.ino()) == (own.dev(), own.ino());
+    real.file_name() == Some(name) || other.is_ok_and(same)
+}
+
 /// Looks for a descriptor beside an image that was named by itself.
 pub(super) fn membership(image: &Path) -> Option<Membership> {
     let real = fs::canonicalize(image).ok()?;
     let bytes = host::read_optional(real.parent()?, DESCRIPTOR, xml::BYTES_MAX)?;
     let descriptor = Descriptor::parse(&bytes).ok()?;
-    let name = real.file_name()?;
-    let mut images = descriptor.parts.iter().flat_map(|part| &part.images);
-    let guid = images
-        .find(|image| Path::new(&image.file).file_name() == Some(name))?
-        .guid;
-    if guid != descriptor.top {
+    let (directory, own) = (real.parent()?, real.metadata().ok()?);
+    let mut guids = Vec::new();
+    for image in descriptor.parts.iter().flat_map(|part| &part.images) {
+        if is_named(image, directory, &real, &own) {
+            guids.push(image.guid);
+        }
+    }
+    let guid = *guids.first()?;
+    if guids.iter().any(|guid| *guid != descriptor.top) {
         return Some(Membership {
             role: "a frozen snapshot",
             entangled: true,
@@ -275,4 +309,10 @@ pub(super) fn membership(image: &Path) -> Option<Membership> {
         role,
         entangled: !alone,
     })
+}
+
+/// What a single image is to the bundle around it, in words; none where there is no such bundle.
+#[must_use]
+pub fn role_in_bundle(image: &Path) -> Option<&'static str> {
+    membership(image).map(|member| member.role)
 }

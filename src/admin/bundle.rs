@@ -1,0 +1,291 @@
+//! A bundle that is changed as a whole: its descriptor, and which files it has.
+//!
+//! The descriptor is the one place that says what the disk is, and it is replaced in one step: who
+//! opens the bundle finds what was before or what is after. Files come before a descriptor that
+//! names them, and go after one that does not. What is to come and to go is written down first, in
+//! a list beside the descriptor; whatever of that list the descriptor does not name is waste, so
+//! that the next change finds and removes what an interrupted one has left.
+//!
+//! A change, each step durable before the next begins:
+//!
+//! 1. [`Bundle::announce`]: the list of files that come and go. Later, and a power cut would leave
+//!    files of which nobody knows whose they are.
+//! 2. The caller makes new files, or changes some that the new descriptor will need.
+//! 3. [`Bundle::replace`]: the new text beside the old, synced. A name that leads to a file without
+//!    its bytes would leave no descriptor.
+//! 4. The old text becomes the backup, where there is one, in the same way.
+//! 5. The directory is synced: a descriptor must not name a file whose own name is lost.
+//! 6. The new text takes the name of the old one, and the directory is synced: from then on the
+//!    change is made. A file of the old disk that is removed before could be missing in it.
+//! 7. [`Bundle::settle`]: what the descriptor does not name is removed, and at last the list. Were
+//!    the list removed first, those files would stay for ever.
+
+pub mod host;
+mod pending;
+
+use crate::admin::bundle::pending::Pending;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::descriptor::edit::{Edit, EditError, edit};
+use crate::format::descriptor::{Descriptor, Image};
+use crate::format::xml;
+use crate::planted::{Bug, planted};
+use crate::storage::directory::take_after;
+use crate::storage::{Directory, SharedStorage, Storage};
+use crate::units::{FileOffset, len_u64};
+use std::path::Path;
+
+/// What a new descriptor is named until it is the descriptor.
+pub const NEW: &str = ".new";
+/// What the list of files that come and go is named.
+pub const PENDING: &str = ".pending";
+/// What Parallels Desktop names the descriptor before this one.
+pub const BACKUP: &str = ".Backup";
+
+/// Opens the files that a descriptor names.
+pub trait Files: std::fmt::Debug {
+    /// Opens an image that nobody else uses, for reading and writing. The same file may be asked
+    /// for more than once.
+    fn image(&self, image: &Image) -> Result<SharedStorage>;
+
+    /// The name in the bundle's directory of an image that has been opened, or `None` where the
+    /// file is elsewhere.
+    fn own_name(&self, image: &Image) -> Option<String>;
+}
+
+/// A bundle whose descriptor nobody else changes.
+#[derive(Debug)]
+pub struct Bundle<'a> {
+    directory: &'a dyn Directory,
+    files: &'a dyn Files,
+    name: String,
+    text: Vec<u8>,
+    descriptor: Descriptor,
+}
+
+/// Why a descriptor was not replaced.
+#[derive(Debug)]
+pub enum Failure {
+    /// All is as it was.
+    Before(Error),
+    /// The new descriptor is there, but a power cut may bring the old one back: nothing that either
+    /// needs may be removed.
+    Unsure(Error),
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Before(error) => error,
+            Failure::Unsure(error) => error.fix(
+                "the change is made, but a power cut now could take it back; when the host is \
+                 well again: repeat the command",
+            ),
+        }
+    }
+}
+
+impl<'a> Bundle<'a> {
+    /// Reads the descriptor of that name in a directory.
+    pub fn open(directory: &'a dyn Directory, name: &str, files: &'a dyn Files) -> Result<Self> {
+        let storage = directory.open(name, false)?;
+        let text = read_small(&*storage, xml::BYTES_MAX)?;
+        let descriptor = Descriptor::parse(&text).map_err(|e| {
+            Error::new(ErrorKind::Descriptor)
+                .because(e)
+                .in_file(Path::new(name))
+        })?;
+        Ok(Self {
+            directory,
+            files,
+            name: name.to_owned(),
+            text,
+            descriptor,
+        })
+    }
+
+    /// What the descriptor says.
+    #[must_use]
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn directory(&self) -> &'a dyn Directory {
+        self.directory
+    }
+
+    /// The files.
+    #[must_use]
+    pub fn files(&self) -> &'a dyn Files {
+        self.files
+    }
+
+    /// The descriptor's name in the directory.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Finds out whether these changes can be made to the descriptor at all. Changes nothing.
+    pub fn try_edits(&self, edits: &[Edit]) -> Result<()> {
+        self.edited(edits).map(|_| ())
+    }
+
+    fn edited(&self, edits: &[Edit]) -> Result<Vec<u8>> {
+        let new = edit(&self.text, edits).map_err(|e| edit_error(e, &self.name))?;
+        if len_u64(new.len()) > xml::BYTES_MAX {
+            let why = "the descriptor would be longer than 1 MiB";
+            return Err(Error::why(ErrorKind::Unsupported, why).in_file(Path::new(&self.name)));
+        }
+        Ok(new)
+    }
+
+    /// Removes what an interrupted change has left: files that the descriptor does not name, and a
+    /// descriptor that was not finished. Nothing that another program left is touched.
+    pub fn settle(&self) -> Result<()> {
+        let there = self.directory.entries()?;
+        let has = |name: &str| there.iter().any(|found| found == name);
+        let mut gone = false;
+        let list = format!("{}{PENDING}", self.name);
+        for name in self.waste(&there)? {
+            self.directory.remove(&name)?;
+            gone = true;
+        }
+        for end in [NEW.to_owned(), format!("{BACKUP}{NEW}")] {
+            let name = format!("{}{end}", self.name);
+            if has(&name) {
+                self.directory.remove(&name)?;
+                gone = true;
+            }
+        }
+        if has(&list) {
+            if gone {
+                self.directory.sync()?;
+            }
+            self.directory.remove(&list)?;
+            gone = true;
+        }
+        if gone {
+            self.directory.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Files that an interrupted change has left and that nothing names.
+    fn waste(&self, there: &[String]) -> Result<Vec<String>> {
+        let list = format!("{}{PENDING}", self.name);
+        if !there.contains(&list) {
+            return Ok(Vec::new());
+        }
+        let storage = self.directory.open(&list, false)?;
+        let pending = Pending::decode(&read_small(&*storage, xml::BYTES_MAX)?);
+        let mut names = pending.map(|pending| pending.names).unwrap_or_default();
+        names.retain(|name| there.contains(name) && !self.names(name));
+        Ok(names)
+    }
+
+    /// The names that no new file may have.
+    pub fn taken(&self) -> Result<Vec<String>> {
+        let mut there = self.directory.entries()?;
+        let waste = self.waste(&there)?;
+        there.retain(|name| !waste.contains(name));
+        Ok(there)
+    }
+
+    /// True for the descriptor itself and for every file that it names.
+    fn names(&self, name: &str) -> bool {
+        let images = self.descriptor.parts.iter().flat_map(|part| &part.images);
+        let mut last = images.filter_map(|image| Path::new(&image.file).file_name()?.to_str());
+        name.starts_with(&self.name) || last.any(|own| own == name)
+    }
+
+    /// Step 1: writes down which files come and go.
+    pub fn announce(&self, names: &[String]) -> Result<()> {
+        if names.is_empty() || planted(Bug::NothingAnnounced) {
+            return Ok(());
+        }
+        let list = format!("{}{PENDING}", self.name);
+        let pending = Pending {
+            names: names.to_vec(),
+        };
+        self.write_new(&list, &pending.encode(), None)?;
+        self.directory.sync()
+    }
+
+    /// Makes a file of these bytes, durable but for its name, with the owner and the mode of
+    /// another one.
+    fn write_new(&self, name: &str, bytes: &[u8], like: Option<&dyn Storage>) -> Result<()> {
+        let new = self.directory.create_new(name)?;
+        let write = || -> Result<()> {
+            if let Some(like) = like {
+                take_after(&*new, like)?;
+            }
+            new.write_at(FileOffset::ZERO, bytes)?;
+            if planted(Bug::DescriptorNotSynced) {
+                return Ok(());
+            }
+            new.sync_data()
+        };
+        write().map_err(|e| {
+            // What stays is found by the next change.
+            let _ = self.directory.remove(name);
+            e.in_file(Path::new(name))
+        })
+    }
+
+    /// Steps 3 to 6: the descriptor with these changes takes the place of the one that is there.
+    pub fn replace(&mut self, edits: &[Edit]) -> Result<(), Failure> {
+        let new = self.edited(edits).map_err(Failure::Before)?;
+        let descriptor = self.descriptor.edited(edits);
+        self.prepare(&new).map_err(Failure::Before)?;
+        let name = format!("{}{NEW}", self.name);
+        if let Err(e) = self.directory.rename(&name, &self.name) {
+            let _ = self.directory.remove(&name);
+            return Err(Failure::Before(e));
+        }
+        self.text = new;
+        self.descriptor = descriptor;
+        if planted(Bug::RenameNotSynced) {
+            return Ok(());
+        }
+        self.directory.sync().map_err(Failure::Unsure)
+    }
+
+    fn prepare(&self, new: &[u8]) -> Result<()> {
+        let there = self.directory.entries()?;
+        let has = |name: &str| there.iter().any(|found| found == name);
+        let backup = format!("{}{BACKUP}", self.name);
+        let names = [format!("{}{NEW}", self.name), format!("{backup}{NEW}")];
+        for name in names.iter().filter(|name| has(name)) {
+            self.directory.remove(name)?;
+        }
+        let old = self.directory.open(&self.name, false)?;
+        self.write_new(&names[0], new, Some(&*old))?;
+        if has(&backup) {
+            let like = self.directory.open(&backup, false)?;
+            self.write_new(&names[1], &self.text, Some(&*like))?;
+            self.directory.rename(&names[1], &backup)?;
+        }
+        if planted(Bug::NamesNotSynced) {
+            return Ok(());
+        }
+        self.directory.sync()
+    }
+}
+
+fn edit_error(error: EditError, name: &str) -> Error {
+    Error::new(ErrorKind::Descriptor)
+        .because(error)
+        .in_file(Path::new(name))
+        .fix("nothing was changed; the disk can be copied to a new bundle instead")
+}
+
+/// Reads a whole file that must not have more than `max` bytes.
+pub(super) fn read_small(storage: &dyn Storage, max: u64) -> Result<Vec<u8>> {
+    let len = storage.len()?.get();
+    // One byte more than allowed is enough for whoever judges it.
+    let mut bytes = vec![0; usize::try_from(len.min(max.saturating_add(1))).unwrap_or(0)];
+    storage.read_at(FileOffset::ZERO, &mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,338 @@
+//! Makes a new disk: an image by itself, or a bundle.
+//!
+//! Order, and what each reordering would break:
+//!
+//! 1. all files are made and synced, the last of them the descriptor, under a temporary name
+//!    (`NAME.creating.` and eight digits), which no program takes for a disk;
+//! 2. a bundle's directory is synced;
+//! 3. the temporary name becomes the disk's, unless somebody has taken that meanwhile. Before 1 or
+//!    2, a power cut could leave a disk under its own name with files that are not whole;
+//! 4. the directory around it is synced: only then is the disk there to stay.
+//!
+//! What fails or is stopped removes what it has made. Of what is killed the temporary name is left,
+//! which is in nobody's way: the next attempt takes another.
+
+mod content;
+pub mod mkfs;
+
+pub use content::NewFile;
+
+use crate::admin::progress::Progress;
+use crate::chain::bundle::DESCRIPTOR;
+use crate::delta::create::{NewImage, Shape};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::descriptor::ImageType;
+use crate::format::descriptor::write::{self, NewDescriptor, Style};
+use crate::format::guid::Guid;
+use crate::format::header::Version;
+use crate::storage::directory::HostDirectory;
+use crate::storage::{Directory, SharedStorage};
+use crate::sys::random;
+use crate::units::{ClusterSize, FileOffset, SECTOR, SectorCount};
+use mkfs::FileSystem;
+use std::path::Path;
+
+/// Bytes of a cluster where none are asked for.
+pub const CLUSTER_BYTES: u64 = 1 << 20;
+/// What a temporary name has behind the disk's.
+const CREATING: &str = ".creating.";
+
+/// How the disk's bytes are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// The image grows with what is written.
+    #[default]
+    Expanding,
+    /// Every cluster has its place, and the host's blocks, from the start.
+    Preallocated,
+    /// The disk byte for byte, with holes.
+    Plain,
+}
+
+impl Kind {
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Expanding => "expanding",
+            Self::Preallocated => "preallocated",
+            Self::Plain => "plain",
+        }
+    }
+}
+
+/// Whose programs must be able to open the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Product {
+    /// As many as can be.
+    #[default]
+    Any,
+    /// Parallels Desktop.
+    Desktop,
+    /// ploop.
+    Virtuozzo,
+}
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// How they are kept.
+    pub kind: Kind,
+    /// The unit of the entries, where it is asked for.
+    pub version: Option<Version>,
+    /// Bytes of a cluster, where they are asked for.
+    pub cluster: Option<u64>,
+    /// Who must be able to open it.
+    pub product: Product,
+    /// What the disk holds at first.
+    pub file_system: Option<FileSystem>,
+}
+
+/// What is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Size, cluster and version.
+    pub shape: Shape,
+    /// How the bytes are kept.
+    pub kind: Kind,
+    /// Who must be able to open it.
+    pub product: Product,
+    /// A bundle, or an image by itself.
+    pub is_bundle: bool,
+}
+
+impl Plan {
+    /// Bytes of the disk.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.shape.size.get().saturating_mul(SECTOR)
+    }
+
+    fn is_plain(&self) -> bool {
+        self.kind == Kind::Plain
+    }
+}
+
+fn usage(why: impl Into<String>) -> Error {
+    Error::why(ErrorKind::Usage, why)
+}
+
+/// Decides what a request makes under this name, and refuses what cannot be. Sizes are rounded up
+/// to whole clusters: ploop takes a cluster that the disk's end cuts for none of the disk.
+pub fn plan(path: &Path, request: &Request) -> Result<Plan> {
+    let extension = path.extension().and_then(|extension| extension.to_str());
+    let is_bundle = match extension.map(str::to_ascii_lowercase).as_deref() {
+        Some("hdd") => true,
+        Some("hds") => false,
+        _ => {
+            let fix = "NAME.hdd makes a bundle, NAME.hds an image by itself";
+            return Err(usage("the name ends neither in .hdd nor in .hds").fix(fix));
+        }
+    };
+    let bytes = request.cluster.unwrap_or(CLUSTER_BYTES);
+    let sectors = u32::try_from(bytes / SECTOR).ok();
+    let cluster = sectors.and_then(ClusterSize::from_sectors);
+    let cluster = cluster.filter(|cluster| cluster.bytes() == bytes);
+    let Some(cluster) = cluster else {
+        let why = format!("{bytes} bytes are no size of a cluster");
+        return Err(usage(why).fix("use a power of two from 32K to 64M"));
+    };
+    let is_desktop = request.product == Product::Desktop;
+    let natural = if is_desktop { Version::V1 } else { Version::V2 };
+    let version = request.version.unwrap_or(natural);
+    if is_desktop && version != Version::V1 {
+        return Err(usage("Parallels Desktop opens version 1 only"));
+    }
+    if is_desktop && cluster.bytes() != CLUSTER_BYTES {
+        return Err(usage("Parallels Desktop opens clusters of 1 MiB only"));
+    }
+    let size = cluster
+        .count_for(request.size)
+        .get()
+        .checked_mul(cluster.sectors().get());
+    let size = size.ok_or_else(|| usage("a disk of so many bytes cannot be"))?;
+    let shape = Shape {
+        version,
+        cluster,
+        size: SectorCount::new(size),
+    };
+    shape.layout()?;
+    Ok(Plan {
+        shape,
+        kind: request.kind,
+        product: request.product,
+        is_bundle,
+    })
+}
+
+/// What makes this disk differ from any other.
+#[derive(Clone, Debug)]
+pub struct Ids {
+    /// The end of the temporary name.
+    pub temporary: String,
+    /// The disk's own GUID.
+    pub uid: Guid,
+}
+
+impl Ids {
+    /// New ones.
+    pub fn new() -> Result<Self> {
+        let uid = Guid::random(random::sixteen()?);
+        let digits = Guid::random(random::sixteen()?).bare();
+        Ok(Self {
+            temporary: digits.chars().take(8).collect(),
+            uid,
+        })
+    }
+}
+
+/// Makes the disk that a request asks for.
+pub fn create(path: &Path, request: &Request, progress: &Progress) -> Result<Plan> {
+    let plan = plan(path, request)?;
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.ok_or_else(|| usage("the name must be UTF-8, as descriptors are"))?;
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let parent = HostDirectory::open(parent)?;
+    refuse_existing(&parent, name)?;
+    let ids = Ids::new()?;
+    match &request.file_system {
+        None => create_in(&parent, name, &plan, &ids, progress, |_| Ok(()))?,
+        Some(file_system) => {
+            let flat = format!("{name}{CREATING}{}.flat", ids.temporary);
+            let content = mkfs::content(&parent, &flat, plan.size_bytes(), file_system, progress)?;
+            create_in(&parent, name, &plan, &ids, progress, |file| {
+                content.copy_to(file, plan.shape.cluster, progress)
+            })?;
+        }
+    }
+    Ok(plan)
+}
+
+fn exists(name: &str) -> Error {
+    usage(format!("{name} is there already, and is left as it is"))
+        .fix("choose another name, or remove it first")
+}
+
+fn refuse_existing(parent: &dyn Directory, name: &str) -> Result<()> {
+    if parent.entries()?.iter().any(|entry| entry == name) {
+        return Err(exists(name));
+    }
+    Ok(())
+}
+
+/// Makes a disk in a directory; `fill` writes what it holds at first.
+pub fn create_in(
+    parent: &dyn Directory,
+    name: &str,
+    plan: &Plan,
+    ids: &Ids,
+    progress: &Progress,
+    fill: impl Fn(&NewFile) -> Result<()>,
+) -> Result<()> {
+    refuse_existing(parent, name)?;
+    let temporary = format!("{name}{CREATING}{}", ids.temporary);
+    // Nothing of that name is ours yet, so what fails here has nothing to remove.
+    let made = if plan.is_bundle {
+        let inner = parent.create_directory(&temporary)?;
+        let made = make_bundle(&*inner, name, plan, ids, &fill);
+        (made, Some(inner))
+    } else {
+        let file = parent.create_new(&temporary)?;
+        (make_image(file, plan, &fill), None)
+    };
+    let (made, inner) = made;
+    let named = made.and_then(|()| {
+        progress.check()?;
+        parent.rename_new(&temporary, name)
+    });
+    if let Err(e) = named {
+        let left = remove(parent, &temporary, inner.as_deref());
+        return Err(match (left, e.kind()) {
+            (Err(_), _) => e.fix(format!("remove what was left: {temporary}")),
+            (Ok(()), ErrorKind::Io(libc::EEXIST)) => exists(name),
+            (Ok(()), _) => e,
+        });
+    }
+    parent.sync().inspect_err(|_| {
+        let left = remove(parent, name, inner.as_deref());
+        log::debug!("the disk that may not last was removed: {left:?}");
+    })
+}
+
+/// Takes back what was made.
+fn remove(parent: &dyn Directory, name: &str, inner: Option<&dyn Directory>) -> Result<()> {
+    let Some(inner) = inner else {
+        return parent.remove(name);
+    };
+    for file in inner.entries()? {
+        inner.remove(&file)?;
+    }
+    parent.remove_directory(name)
+}
+
+/// Makes the image in its file, down to the sync.
+fn make_image(
+    file: SharedStorage,
+    plan: &Plan,
+    fill: &impl Fn(&NewFile) -> Result<()>,
+) -> Result<()> {
+    let new = match plan.kind {
+        Kind::Expanding => NewFile::Image(NewImage::expanding(file, &plan.shape)?),
+        Kind::Preallocated => NewFile::Image(NewImage::preallocated(file, &plan.shape)?),
+        Kind::Plain => {
+            file.set_len(FileOffset::new(plan.size_bytes()))?;
+            NewFile::Plain(file)
+        }
+    };
+    fill(&new)?;
+    match new {
+        NewFile::Image(image) => image.finish(),
+        NewFile::Plain(file) => file.sync_data(),
+    }
+}
+
+fn make_bundle(
+    inner: &dyn Directory,
+    name: &str,
+    plan: &Plan,
+    ids: &Ids,
+    fill: &impl Fn(&NewFile) -> Result<()>,
+) -> Result<()> {
+    let image = match plan.product {
+        Product::Any | Product::Virtuozzo => "root.hds".to_owned(),
+        Product::Desktop => format!("{name}.0.{}.hds", Guid::TOP),
+    };
+    make_image(inner.create_new(&image)?, plan, fill)?;
+    if plan.product == Product::Desktop {
+        // Desktop looks for a file of the bundle's own name, and never at what is in it.
+        inner.create_new(name)?.sync_data()?;
+    }
+    let stem = Path::new(name).file_stem().and_then(|stem| stem.to_str());
+    let text = write::text(&NewDescriptor {
+        style: match plan.product {
+            Product::Any => Style::Common,
+            Product::Desktop => Style::Desktop,
+            Product::Virtuozzo => Style::Virtuozzo,
+        },
+        size: plan.shape.size,
+        blocksize: u32::try_from(plan.shape.cluster.sectors().get()).unwrap_or(u32::MAX),
+        kind: if plan.is_plain() {
+            ImageType::Plain
+        } else {
+            ImageType::Compressed
+        },
+        preallocated: plan.kind == Kind::Preallocated,
+        file: &image,
+        uid: ids.uid,
+        name: stem.unwrap_or(name),
+    });
+    let descriptor = inner.create_new(DESCRIPTOR)?;
+    descriptor.write_at(FileOffset::ZERO, text.as_bytes())?;
+    descriptor.sync_data()?;
+    inner.sync()
+}

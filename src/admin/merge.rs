@@ -1,0 +1,490 @@
+//! Merges images into the one below them: the upper ones' content goes down, whatever is larger.
+//!
+//! Until the descriptor says otherwise the upper images stay in the chain and cover every cluster
+//! that changes below, so the disk reads the same at every instant, a merge that was interrupted is
+//! merely repeated, and running it again over what is half done gives the same.
+//!
+//! The order, for one part of the disk, each step durable before the next begins:
+//!
+//! 1. Sync the lower file: what a killed program wrote may be in the host's cache only, and an
+//!    entry that is lost later would make a taken cluster look free.
+//! 2. The in-use mark of the lower image. Without it another program could take what is half merged
+//!    for a closed image.
+//! 3. Where the upper disk is larger: room for its entries, cleared, and then the header that says
+//!    so. Entries that the header already counts could be garbage otherwise.
+//! 4. The content of a run of clusters, to where the lower image has them or to free clusters.
+//! 5. The entries of that run, for clusters that got a new place. An entry that became durable
+//!    before its data would name what was there before. Then 4 for the next run.
+//! 6. The mark goes. Earlier, and a power cut could leave a closed image whose entries are lost.
+//!
+//! Then the descriptor can name the lower file in place of the upper ones, which go last
+//! ([`crate::admin::bundle`]).
+
+mod copy;
+
+use crate::admin::merge::copy::{Run, copy_run, join};
+use crate::admin::progress::Progress;
+use crate::delta::image::{Image, header_error};
+use crate::delta::in_use::InUseMark;
+use crate::delta::survey::{Fault, Survey, survey};
+use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
+use crate::format::bat::EntryError;
+use crate::format::header::{FLAG_CONVERTING, Header, RawHeader, Version};
+use crate::format::layout::Layout;
+use crate::plan::merge::{Move, Piece, Place, Upper, plan_merge};
+use crate::planted::{Bug, planted};
+use crate::storage::{Keep, Storage};
+use crate::units::{
+    ClusterSize, DiskCluster, FileCluster, FileOffset, SECTOR, SectorCount, len_u64,
+};
+use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
+
+/// Entries that are looked at at a time: those of 64 KiB of table.
+pub const WINDOW: usize = 16 * 1024;
+/// Bytes of a run that are worth more than one thread.
+const PARALLEL_FROM: u64 = 8 << 20;
+
+/// Images that become one: what they are, and how.
+#[derive(Debug)]
+pub struct Merge<'a> {
+    /// Takes the content.
+    pub lower: &'a Image,
+    /// Give it, the lowest first.
+    pub uppers: &'a [Image],
+    /// How large the clusters are.
+    pub cluster: ClusterSize,
+    /// Entries that are looked at at a time.
+    pub window: usize,
+}
+
+/// What a merge will do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Amount {
+    /// Clusters that move.
+    pub clusters: u64,
+    /// Those of them that need a new place.
+    pub fresh: u64,
+    /// Bytes that are copied.
+    pub bytes: u64,
+}
+
+/// Entries of a level, as many as there are.
+fn entries(image: &Image, first: u64, count: usize) -> Result<Vec<u32>> {
+    let Some(layout) = image.layout() else {
+        return Ok(Vec::new());
+    };
+    let left = u64::from(layout.entry_count()).saturating_sub(first);
+    let count = usize::try_from(left).unwrap_or(usize::MAX).min(count);
+    let mut bytes = vec![0; count * 4];
+    let at = Layout::entry_offset(DiskCluster::new(first));
+    image
+        .storage()
+        .read_at(at, &mut bytes)
+        .map_err(|e| e.in_file(image.path()))?;
+    Ok(bytes
+        .chunks_exact(4)
+        .map(crate::delta::walk::word)
+        .collect())
+}
+
+fn bad_size(why: String, image: &Image) -> Error {
+    Error::why(ErrorKind::Unsupported, why).in_file(image.path())
+}
+
+impl Merge<'_> {
+    /// Bytes of the disk as the uppermost image has it.
+    #[must_use]
+    pub fn disk_len(&self) -> u64 {
+        self.uppers.last().map_or(0, Image::disk_len)
+    }
+
+    /// The lower disk is larger than the one that the uppermost image shows.
+    #[must_use]
+    pub fn lower_is_larger(&self) -> bool {
+        self.lower.header().is_some() && self.lower.disk_len() > self.disk_len()
+    }
+
+    /// Finds out whether the images can be merged, and what that takes. Changes nothing.
+    pub fn examine(&self) -> Result<Amount> {
+        let sources = self.uppers.iter();
+        for image in sources.chain([self.lower]) {
+            let Some(layout) = image.layout() else {
+                continue;
+            };
+            if layout.cluster() != self.cluster {
+                let (own, wanted) = (layout.cluster().bytes(), self.cluster.bytes());
+                let why = format!("clusters of {own} bytes here, of {wanted} bytes in the disk");
+                return Err(bad_size(why, image));
+            }
+        }
+        for pair in self.uppers.windows(2) {
+            if pair[0].header().is_some() && pair[0].disk_len() > pair[1].disk_len() {
+                let (own, above) = (pair[0].disk_len(), pair[1].disk_len());
+                let why = format!("a disk of {own} bytes here, of {above} bytes above it");
+                return Err(bad_size(why, &pair[0]));
+            }
+        }
+        for image in self.uppers {
+            self.readable(image)?;
+        }
+        let used = match self.lower.header() {
+            Some(header) => Some(self.writable(header)?),
+            None => None,
+        };
+        let mut amount = Amount::default();
+        self.each_window(&mut |moves| {
+            for item in moves {
+                amount.clusters += 1;
+                amount.fresh += u64::from(item.place == Place::Fresh);
+                amount.bytes += item.len;
+            }
+            Ok(())
+        })?;
+        match used {
+            Some(used) => self.has_room(used, amount.fresh)?,
+            None => {}
+        }
+        Ok(amount)
+    }
+
+    /// Every entry of an upper image must lead to its content: what cannot be read is lost with the
+    /// image.
+    fn readable(&self, image: &Image) -> Result<()> {
+        let Some(layout) = image.layout() else {
+            return Ok(());
+        };
+        let clusters = self.cluster.count_for(image.disk_len()).get();
+        let mut first = 0;
+        while first < clusters {
+            let found = entries(image, first, WINDOW)?;
+            for (entry, number) in found.iter().zip(first..clusters) {
+                let check = || layout.check_entry(*entry, image.len());
+                if let (true, Err(why)) = (*entry != 0, check()) {
+                    let error = Error::new(ErrorKind::Corrupt).because(why);
+                    return Err(error
+                        .in_file(image.path())
+                        .at_cluster(DiskCluster::new(number))
+                        .fix(REPAIR_HINT));
+                }
+            }
+            first += len_u64(WINDOW);
+        }
+        Ok(())
+    }
+
+    /// The clusters that the lower image uses, where it can be written to.
+    fn writable(&self, header: &Header) -> Result<u64> {
+        if let Some(refusal) = header.write_refusal() {
+            return Err(header_error(refusal).in_file(self.lower.path()));
+        }
+        let found = survey(self.lower, header)?;
+        self.sound(&found)?;
+        let grown = self.grown(header)?;
+        let layout = Layout::new(
+            header.version(),
+            self.cluster,
+            grown.entry_count,
+            grown.first_block,
+        );
+        if layout.table_end() > layout.data_start() {
+            let why = "the table of the lower image has no room for the entries of the upper one";
+            return Err(bad_size(why.to_owned(), self.lower)
+                .fix("merge into a new file: `ploopfs merge --into-new FILE`"));
+        }
+        Ok(found.used.len())
+    }
+
+    fn sound(&self, found: &Survey) -> Result<()> {
+        // A cluster that the end of the file cuts is filled up with zeros when the file grows.
+        let cut = |fault: &Fault| matches!(fault, Fault::Entry(EntryError::CutByEnd(_)));
+        match found.refusal(self.lower) {
+            Some(_) if found.faults.iter().all(|(_, fault)| cut(fault)) => Ok(()),
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    fn has_room(&self, used: u64, fresh: u64) -> Result<()> {
+        let Some(layout) = self.lower.layout() else {
+            return Ok(());
+        };
+        let unit = match layout.version() {
+            Version::V1 => self.cluster.sectors().get(),
+            Version::V2 => 1,
+        };
+        let needed = layout.first_cluster().get() + used + fresh;
+        if needed > u64::from(u32::MAX) / unit {
+            let why = "the lower image would be larger than its version can be";
+            return Err(bad_size(why.to_owned(), self.lower));
+        }
+        Ok(())
+    }
+
+    /// The lower image's header with room for the upper disk.
+    fn grown(&self, header: &Header) -> Result<RawHeader> {
+        let mut raw = *header.raw();
+        if header.size_bytes() >= self.disk_len() {
+            return Ok(raw);
+        }
+        let sectors = self.disk_len() / SECTOR;
+        let entries = self.cluster.count_for(self.disk_len()).get();
+        let entries = u32::try_from(entries).ok();
+        let fits = header.version() == Version::V2 || u32::try_from(sectors).is_ok();
+        let Some(entries) = entries.filter(|_| fits) else {
+            let why = "the upper disk is larger than the version of the lower image allows";
+            return Err(bad_size(why.to_owned(), self.lower)
+                .fix("merge into a new file: `ploopfs merge --into-new FILE`"));
+        };
+        raw.entry_count = raw.entry_count.max(entries);
+        raw.size_in_sectors = SectorCount::new(sectors).get();
+        let heads = u64::from(raw.heads).saturating_mul(32).max(1);
+        raw.cylinders = u32::try_from(sectors / heads).unwrap_or(u32::MAX);
+        Ok(raw)
+    }
+
+    /// Plans the whole merge, a run of clusters at a time.
+    fn each_window(&self, each: &mut dyn FnMut(&[Move]) -> Result<()>) -> Result<()> {
+        let disk_len = self.disk_len();
+        let clusters = self.cluster.count_for(disk_len).get();
+        let mut first = 0;
+        while first < clusters {
+            let left = usize::try_from(clusters - first).unwrap_or(usize::MAX);
+            let count = left.min(self.window);
+            let mut tables = Vec::with_capacity(self.uppers.len());
+            for image in self.uppers {
+                tables.push(entries(image, first, count)?);
+            }
+            let own = entries(self.lower, first, count)?;
+            let uppers: Vec<Upper<'_>> = self
+                .uppers
+                .iter()
+                .zip(&tables)
+                .map(|(image, entries)| Upper {
+                    piece: piece(image, entries),
+                    disk_len: image.disk_len(),
+                })
+                .collect();
+            let lower = piece(self.lower, &own);
+            let start = DiskCluster::new(first);
+            let moves = plan_merge(self.cluster, start, count, disk_len, &uppers, lower);
+            each(&moves.collect::<Vec<_>>())?;
+            first += len_u64(count);
+        }
+        Ok(())
+    }
+
+    /// Moves the content. What is interrupted is to be repeated.
+    pub fn carry_out(&self, progress: &Progress) -> Result<()> {
+        let storage = &**self.lower.storage();
+        let here = |e: Error| e.in_file(self.lower.path());
+        storage.sync_data().map_err(here)?;
+        match self.lower.header() {
+            Some(header) => self.into_table(header, progress),
+            None => self.into_plain(progress),
+        }
+    }
+
+    /// A plain file has every cluster in its place, and no table.
+    fn into_plain(&self, progress: &Progress) -> Result<()> {
+        let storage = &**self.lower.storage();
+        if storage.len()?.get() < self.disk_len() {
+            storage.set_len(FileOffset::new(self.disk_len()))?;
+        }
+        let end = storage.len()?.get();
+        self.each_window(&mut |moves| {
+            let runs = moves.iter().filter_map(|item| match item.place {
+                Place::Taken(to) => Some(self.run(item, to.get(), end)),
+                Place::Fresh => None,
+            });
+            self.copy(&join(runs), progress)
+        })?;
+        storage
+            .sync_data()
+            .map_err(|e| e.in_file(self.lower.path()))
+    }
+
+    /// The copy of a cluster, whose rest becomes zeros up to `end` of the file.
+    fn run(&self, item: &Move, to: u64, end: u64) -> Run {
+        let rest = (to + self.cluster.bytes())
+            .min(end)
+            .saturating_sub(to + item.len);
+        // What the lower disk has behind the end of the upper one stays.
+        let keeps = item.place != Place::Fresh
+            && item.level + 1 == self.uppers.len()
+            && self.lower.disk_len() > self.disk_len();
+        Run {
+            level: item.level,
+            from: item.from.get(),
+            to,
+            len: item.len,
+            zeros: if keeps { 0 } else { rest },
+        }
+    }
+
+    fn copy(&self, runs: &[Run], progress: &Progress) -> Result<()> {
+        progress.check()?;
+        let one = |run: &Run| {
+            progress.check()?;
+            let image = &self.uppers[run.level];
+            copy_run(&**image.storage(), &**self.lower.storage(), run)
+                .map_err(|e| e.in_file(self.lower.path()))?;
+            progress.add(run.len);
+            Ok(())
+        };
+        let bytes: u64 = runs.iter().map(|run| run.len).sum();
+        if bytes < PARALLEL_FROM {
+            return runs.iter().try_for_each(one);
+        }
+        runs.par_iter().try_for_each(one)
+    }
+
+    fn into_table(&self, header: &Header, progress: &Progress) -> Result<()> {
+        let storage = &**self.lower.storage();
+        let here = |e: Error| e.in_file(self.lower.path());
+        let mut mark = InUseMark::new(*header.raw());
+        mark.set(storage).map_err(here)?;
+        let grown = self.grown(header)?;
+        if grown != *header.raw() {
+            self.make_room(header, &grown).map_err(here)?;
+            mark = InUseMark::new(grown);
+            mark.set(storage).map_err(here)?;
+        }
+        let image = Image::expanding(self.lower.path(), self.lower.storage().clone())?;
+        let header = image
+            .header()
+            .ok_or_else(|| Error::new(ErrorKind::Corrupt))?;
+        let found = survey(&image, header)?;
+        self.sound(&found)?;
+        let whole = self.cluster.count_for(storage.len()?.get()).get() * self.cluster.bytes();
+        if found.tail_len > 0 {
+            storage.set_len(FileOffset::new(whole)).map_err(here)?;
+        }
+        let mut free = Free {
+            layout: *header.layout(),
+            next: header.layout().first_cluster().get(),
+            found,
+        };
+        let on_whole = Merge {
+            lower: &image,
+            ..*self
+        };
+        on_whole.each_window(&mut |moves| on_whole.window(moves, &mut free, progress))?;
+        storage.sync_data().map_err(here)?;
+        let image = Image::expanding(self.lower.path(), self.lower.storage().clone())?;
+        let header = image
+            .header()
+            .ok_or_else(|| Error::new(ErrorKind::Corrupt))?;
+        let found = survey(&image, header)?;
+        if let Some(error) = found.refusal(&image) {
+            return Err(error);
+        }
+        mark.clear(storage, found.mapped == 0).map_err(here)
+    }
+
+    /// Step 3: what the longer table and the longer disk uncover must be zeros.
+    fn make_room(&self, header: &Header, grown: &RawHeader) -> Result<()> {
+        let storage = &**self.lower.storage();
+        let old = header.layout();
+        let end = Layout::new(
+            header.version(),
+            self.cluster,
+            grown.entry_count,
+            grown.first_block,
+        )
+        .table_end();
+        // Entries behind the end of the disk meant nothing so far.
+        let clusters = self.cluster.count_for(header.size_bytes()).get();
+        let start = Layout::entry_offset(DiskCluster::new(clusters));
+        storage.zero(start..end.max(old.table_end()), Keep::Blocks)?;
+        let within = header.size_bytes() % self.cluster.bytes();
+        let last = header.size_bytes() / self.cluster.bytes();
+        let entry = entries(self.lower, last, 1)?.first().copied().unwrap_or(0);
+        if within > 0 && entry != 0 {
+            let start = old.entry_start(entry).saturating_add(within);
+            let end = start.saturating_add(self.cluster.bytes() - within);
+            storage.zero(start..end.min(storage.len()?), Keep::Blocks)?;
+        }
+        // The flag would mean a half-converted table beside the mark.
+        debug_assert!(grown.flags == u32::MAX || header.raw().flags & FLAG_CONVERTING == 0);
+        storage.sync_data()
+    }
+
+    /// Steps 4 and 5.
+    fn window(&self, moves: &[Move], free: &mut Free, progress: &Progress) -> Result<()> {
+        let storage = &**self.lower.storage();
+        let here = |e: Error| e.in_file(self.lower.path());
+        let mut runs = Vec::with_capacity(moves.len());
+        let mut named = Vec::new();
+        let mut end = storage.len().map_err(here)?.get();
+        for item in moves {
+            let to = match item.place {
+                Place::Taken(at) => at.get(),
+                Place::Fresh => {
+                    let (place, entry) = free.take().map_err(here)?;
+                    named.push((item.cluster, entry));
+                    end = end.max(place + self.cluster.bytes());
+                    place
+                }
+            };
+            runs.push(self.run(item, to, u64::MAX));
+        }
+        if end > storage.len().map_err(here)?.get() {
+            storage.set_len(FileOffset::new(end)).map_err(here)?;
+        }
+        if planted(Bug::MergeNamesFirst) {
+            write_entries(storage, &named).map_err(here)?;
+        }
+        self.copy(&join(runs.into_iter()), progress)?;
+        if named.is_empty() {
+            return Ok(());
+        }
+        if !planted(Bug::MergeDataNotSynced) {
+            storage.sync_data().map_err(here)?;
+        }
+        write_entries(storage, &named).map_err(here)
+    }
+}
+
+fn piece<'a>(image: &'a Image, entries: &'a [u32]) -> Piece<'a> {
+    match image.layout() {
+        Some(layout) => Piece::Table { layout, entries },
+        None => Piece::Plain,
+    }
+}
+
+/// Hands out the lowest free clusters, in order.
+struct Free {
+    layout: Layout,
+    next: u64,
+    found: Survey,
+}
+
+impl Free {
+    fn take(&mut self) -> Result<(u64, u32)> {
+        while self.found.used.contains(self.next) {
+            self.next += 1;
+        }
+        let number = FileCluster::new(self.next);
+        self.next += 1;
+        let entry = self.layout.entry_for(number).ok_or_else(|| {
+            Error::why(
+                ErrorKind::Unsupported,
+                "the image has no room for more clusters",
+            )
+        })?;
+        Ok((self.layout.cluster().file_start(number).get(), entry))
+    }
+}
+
+/// Writes entries, neighbours together.
+fn write_entries(storage: &dyn Storage, named: &[(DiskCluster, u32)]) -> Result<()> {
+    let follows = |a: &(DiskCluster, u32), b: &(DiskCluster, u32)| a.0.get() + 1 == b.0.get();
+    for run in named.chunk_by(follows) {
+        let bytes: Vec<u8> = run
+            .iter()
+            .flat_map(|(_, entry)| entry.to_le_bytes())
+            .collect();
+        storage.write_at(Layout::entry_offset(run[0].0), &bytes)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,1 @@
+//! What snapshots there are.

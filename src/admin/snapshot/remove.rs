@@ -1,0 +1,517 @@
+//! Snapshots that go: dropped, merged into a neighbour, or marked until that is possible.
+//!
+//! The order of a merge, each step durable before the next begins:
+//!
+//! 1. Everything is examined, in every part, and nothing is changed that could be refused.
+//! 2. The list of the files that will go ([`Bundle::announce`]).
+//! 3. The descriptor marks the snapshots whose content will change. Later, and somebody could go
+//!    back to a state that is half of one and half of another.
+//! 4. The content moves down, part by part ([`crate::admin::merge`]).
+//! 5. The descriptor names the lower files in place of the upper ones.
+//! 6. The upper files are removed.
+
+use super::{
+    Opened, changeable, children, closed, descriptor_error, is_marked, new, open, parent, part_len,
+    unrepaired,
+};
+use crate::admin::bundle::{Bundle, Failure};
+use crate::admin::merge::{Amount, Merge, WINDOW};
+use crate::admin::progress::Progress;
+use crate::delta::image::Image;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::descriptor::edit::Edit;
+use crate::format::descriptor::{self, Descriptor, ImageType};
+use crate::format::guid::Guid;
+use crate::format::header::{IN_USE, Version};
+use crate::units::{ClusterSize, SECTOR, SectorCount};
+use std::path::Path;
+
+/// Cluster size of a disk that only plain files make up: 1 MiB.
+const CLUSTER_SECTORS: u32 = 2048;
+
+/// What a deletion does, or has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Deleted {
+    /// The snapshot and its files are gone: it had no children.
+    Dropped {
+        /// The files.
+        files: Vec<String>,
+    },
+    /// Its content is in its only child now.
+    Merged(Merged),
+    /// It has several children: it goes with the last but one of them.
+    Marked {
+        /// Their number.
+        children: usize,
+    },
+}
+
+/// What a merge does, or has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Merged {
+    /// The snapshots whose names go, the lowest first.
+    pub gone: Vec<Guid>,
+    /// The one that has their content.
+    pub survivor: Guid,
+    /// What moves.
+    pub amount: Amount,
+    /// The files that go.
+    pub files: Vec<String>,
+    /// The disk's new size in sectors, where the lower image is larger.
+    pub disk_size: Option<u64>,
+}
+
+/// What is merged into what.
+#[derive(Clone, Debug, Default)]
+pub struct Upper {
+    /// This snapshot goes into its parent; the top where none is given.
+    pub snapshot: Option<Guid>,
+    /// All below it too, into the base.
+    pub all: bool,
+    /// The result is a new file of this name.
+    pub into_new: Option<String>,
+    /// Dirty bitmaps of the top may be lost.
+    pub drop_bitmaps: bool,
+}
+
+/// The name in the bundle's directory of a snapshot's file, if it is there.
+pub(super) fn file_of(bundle: &Bundle<'_>, part: usize, guid: Guid) -> Result<Option<String>> {
+    let images = bundle.descriptor().images(part, &[guid]);
+    let images = images.map_err(descriptor_error)?;
+    let Some(entry) = images.first() else {
+        return Ok(None);
+    };
+    // Opened so that it is nobody else's.
+    match bundle.files().image(entry) {
+        Ok(_) => Ok(bundle.files().own_name(entry)),
+        Err(e) if e.kind() == ErrorKind::Missing => Ok(None),
+        Err(e) => Err(e.in_file(Path::new(&entry.file))),
+    }
+}
+
+/// What a deletion would do. Changes nothing.
+pub fn plan_delete(bundle: &Bundle<'_>, target: Guid, drop_bitmaps: bool) -> Result<Deleted> {
+    let descriptor = bundle.descriptor();
+    changeable(descriptor)?;
+    if target == descriptor.top {
+        let why = "the top is the disk itself, and no snapshot";
+        return Err(Error::why(ErrorKind::Usage, why)
+            .fix("to drop what was written since a snapshot: `ploopfs snapshot switch`"));
+    }
+    if !descriptor.snapshots.iter().any(|shot| shot.guid == target) {
+        let error = descriptor::DescriptorError::NoSuchShot(target);
+        return Err(Error::new(ErrorKind::NoSuchSnapshot).because(error));
+    }
+    match children(descriptor, target).as_slice() {
+        [] => {
+            let mut files = Vec::new();
+            for (number, part) in descriptor.parts.iter().enumerate() {
+                // A snapshot whose image is not even named can go all the same.
+                if part.images.iter().any(|image| image.guid == target) {
+                    files.extend(file_of(bundle, number, target)?);
+                }
+            }
+            Ok(Deleted::Dropped { files })
+        }
+        [child] => {
+            let job = Job::new(bundle, vec![target, *child], None, drop_bitmaps)?;
+            Ok(Deleted::Merged(job.told()))
+        }
+        several => Ok(Deleted::Marked {
+            children: several.len(),
+        }),
+    }
+}
+
+/// A snapshot goes; its name is no more, and all others show what they did.
+pub fn delete(
+    bundle: &mut Bundle<'_>,
+    target: Guid,
+    drop_bitmaps: bool,
+    progress: &Progress,
+) -> Result<Deleted> {
+    let above = parent(bundle.descriptor(), target);
+    let plan = plan_delete(bundle, target, drop_bitmaps)?;
+    match &plan {
+        Deleted::Dropped { files } => {
+            let images = bundle
+                .descriptor()
+                .parts
+                .iter()
+                .flat_map(|part| &part.images);
+            let mut edits = vec![Edit::RemoveShot(target)];
+            if images.into_iter().any(|image| image.guid == target) {
+                edits.push(Edit::RemoveImages(target));
+            }
+            bundle.try_edits(&edits)?;
+            bundle.settle()?;
+            bundle.announce(files)?;
+            finish(bundle, &edits)?;
+        }
+        Deleted::Merged(merged) => {
+            let chain = vec![target, merged.survivor];
+            let job = Job::new(bundle, chain, None, drop_bitmaps)?;
+            carry_out(bundle, job, progress)?;
+        }
+        Deleted::Marked { .. } if is_marked(bundle.descriptor(), target) => {}
+        Deleted::Marked { .. } => {
+            bundle.settle()?;
+            bundle.replace(&[Edit::Mark(target)])?;
+        }
+    }
+    if let Some(above) = above {
+        collapse(bundle, above, drop_bitmaps, progress)?;
+    }
+    Ok(plan)
+}
+
+/// A snapshot that was marked because it had several children goes when one or none is left.
+pub(super) fn collapse(
+    bundle: &mut Bundle<'_>,
+    guid: Guid,
+    drop_bitmaps: bool,
+    progress: &Progress,
+) -> Result<()> {
+    let few = children(bundle.descriptor(), guid).len() < 2;
+    if few && is_marked(bundle.descriptor(), guid) && guid != bundle.descriptor().top {
+        delete(bundle, guid, drop_bitmaps, progress)?;
+    }
+    Ok(())
+}
+
+/// What a merge would do. Changes nothing.
+pub fn plan_merge(bundle: &Bundle<'_>, upper: &Upper) -> Result<Merged> {
+    Ok(Job::of(bundle, upper)?.told())
+}
+
+/// Merges a snapshot, or the top, into the one below it, or all of its chain into the base. The
+/// name of the upper one stays.
+pub fn merge(bundle: &mut Bundle<'_>, upper: &Upper, progress: &Progress) -> Result<Merged> {
+    let job = Job::of(bundle, upper)?;
+    let told = job.told();
+    carry_out(bundle, job, progress)?;
+    Ok(told)
+}
+
+/// A merge in every part of the disk.
+struct Job {
+    /// The snapshots, the lowest first; the last one keeps its name.
+    chain: Vec<Guid>,
+    /// The same in each part: the lowest first.
+    parts: Vec<Vec<Opened>>,
+    clusters: Vec<ClusterSize>,
+    files: Vec<String>,
+    amount: Amount,
+    disk_size: Option<SectorCount>,
+    into_new: Vec<new::NewImage>,
+}
+
+/// Every snapshot but the last of a chain must have no child but the next one.
+fn unbranched(descriptor: &Descriptor, chain: &[Guid]) -> Result<()> {
+    for guid in chain.iter().take(chain.len().saturating_sub(1)) {
+        let count = children(descriptor, *guid).len();
+        if count > 1 {
+            let why = format!("{guid} has {count} children, and all of them need it");
+            return Err(Error::why(ErrorKind::Usage, why)
+                .fix("delete the other children first; `ploopfs snapshot tree` shows them"));
+        }
+    }
+    Ok(())
+}
+
+impl Job {
+    fn of(bundle: &Bundle<'_>, upper: &Upper) -> Result<Self> {
+        let descriptor = bundle.descriptor();
+        changeable(descriptor)?;
+        let last = upper.snapshot.unwrap_or(descriptor.top);
+        let mut chain = descriptor.chain(last).map_err(descriptor_error)?;
+        if !upper.all {
+            chain.drain(..chain.len().saturating_sub(2));
+        }
+        if chain.len() < 2 {
+            let why = format!("{last} is the base: there is nothing below it to merge into");
+            return Err(Error::why(ErrorKind::Usage, why));
+        }
+        Self::new(bundle, chain, upper.into_new.as_deref(), upper.drop_bitmaps)
+    }
+
+    fn new(
+        bundle: &Bundle<'_>,
+        chain: Vec<Guid>,
+        into_new: Option<&str>,
+        drop_bitmaps: bool,
+    ) -> Result<Self> {
+        let descriptor = bundle.descriptor();
+        unbranched(descriptor, &chain)?;
+        let mut job = Self {
+            chain,
+            parts: Vec::new(),
+            clusters: Vec::new(),
+            files: Vec::new(),
+            amount: Amount::default(),
+            disk_size: None,
+            into_new: Vec::new(),
+        };
+        for part in 0..descriptor.parts.len() {
+            job.part(bundle, part, drop_bitmaps)?;
+        }
+        for part in 0..descriptor.parts.len() {
+            match into_new {
+                Some(name) => job.new_image(bundle, part, name)?,
+                None => job.examine(bundle, part)?,
+            }
+            // A file that takes the content stays.
+            let stay = usize::from(into_new.is_none());
+            for opened in job.parts[part].iter().skip(stay) {
+                job.files.extend(bundle.files().own_name(&opened.entry));
+            }
+        }
+        bundle.try_edits(&job.edits(descriptor))?;
+        Ok(job)
+    }
+
+    fn survivor(&self) -> Guid {
+        self.chain.last().copied().unwrap_or(Guid::NONE)
+    }
+
+    fn told(&self) -> Merged {
+        let gone = self.chain.iter().take(self.chain.len().saturating_sub(1));
+        Merged {
+            gone: gone.copied().collect(),
+            survivor: self.survivor(),
+            amount: self.amount,
+            files: self.files.clone(),
+            disk_size: self.disk_size.map(SectorCount::get),
+        }
+    }
+
+    /// Opens the images of a part.
+    fn part(&mut self, bundle: &Bundle<'_>, part: usize, drop_bitmaps: bool) -> Result<()> {
+        let descriptor = bundle.descriptor();
+        let mut opened = Vec::new();
+        for guid in &self.chain {
+            let one = open(bundle, part, *guid)?;
+            if *guid == descriptor.top {
+                closed(bundle, &one)?;
+                bitmaps(&one.image, drop_bitmaps)?;
+            } else {
+                // A frozen image that was not closed is looked at entry by entry all the same.
+                unrepaired(bundle, &one)?;
+            }
+            opened.push(one);
+        }
+        let said = descriptor.parts.get(part).and_then(|part| part.blocksize);
+        let own = opened.iter().find_map(|one| one.image.layout());
+        let cluster = own
+            .map(crate::format::layout::Layout::cluster)
+            .or_else(|| ClusterSize::from_sectors(said.unwrap_or(CLUSTER_SECTORS)));
+        self.clusters
+            .push(cluster.ok_or_else(|| Error::errno(libc::EINVAL))?);
+        self.parts.push(opened);
+        Ok(())
+    }
+
+    fn examine(&mut self, bundle: &Bundle<'_>, part: usize) -> Result<()> {
+        let (lower, uppers) = self.images(part)?;
+        let merge = Merge {
+            lower: &lower,
+            uppers: &uppers,
+            cluster: self.clusters[part],
+            window: WINDOW,
+        };
+        let amount = merge.examine()?;
+        if merge.lower_is_larger() {
+            let is_top = self.survivor() == bundle.descriptor().top;
+            if !is_top || self.parts.len() > 1 {
+                let why = "the disk of the lower image is larger than the one above it";
+                return Err(Error::why(ErrorKind::Unsupported, why)
+                    .in_file(lower.path())
+                    .fix("make the disk as large first: `ploopfs resize`"));
+            }
+            self.disk_size = Some(SectorCount::new(lower.disk_len() / SECTOR));
+        }
+        self.add(amount);
+        Ok(())
+    }
+
+    fn add(&mut self, amount: Amount) {
+        self.amount.clusters += amount.clusters;
+        self.amount.fresh += amount.fresh;
+        self.amount.bytes += amount.bytes;
+    }
+
+    /// The images of a part: the lowest, and those above it.
+    fn images(&self, part: usize) -> Result<(Image, Vec<Image>)> {
+        let mut images = Vec::new();
+        for opened in &self.parts[part] {
+            images.push(again(&opened.image)?);
+        }
+        let lower = images.remove(0);
+        Ok((lower, images))
+    }
+
+    /// A new image that the whole chain of a part goes to.
+    fn new_image(&mut self, bundle: &Bundle<'_>, part: usize, name: &str) -> Result<()> {
+        let taken = |why: &str| Err(Error::why(ErrorKind::Usage, why).in_file(Path::new(name)));
+        if self.parts.len() > 1 {
+            return taken("a split disk has more than one file: merge in place");
+        }
+        let is_plain = Path::new(name).file_name().and_then(|n| n.to_str()) == Some(name);
+        if !is_plain || name.starts_with(bundle.name()) {
+            return taken("the new file is made in the bundle: give a plain name");
+        }
+        if bundle.taken()?.iter().any(|there| there == name) {
+            return taken("a file of this name is there already");
+        }
+        let (lower, uppers) = self.images(part)?;
+        let top = uppers.last().unwrap_or(&lower);
+        let version = top.header().map_or(Version::V2, |header| header.version());
+        let len = if self.survivor() == bundle.descriptor().top {
+            part_len(bundle.descriptor(), part)?
+        } else {
+            top.disk_len()
+        };
+        if len != top.disk_len() && top.header().is_some() {
+            return taken("the image's header and the descriptor differ in the size of the disk");
+        }
+        let image = new::NewImage::empty(name.to_owned(), version, self.clusters[part], len)?;
+        let mut sources = vec![lower];
+        sources.extend(uppers);
+        let empty = image.in_memory()?;
+        let merge = Merge {
+            lower: &empty,
+            uppers: &sources,
+            cluster: self.clusters[part],
+            window: WINDOW,
+        };
+        let amount = merge.examine()?;
+        self.add(amount);
+        self.into_new.push(image);
+        Ok(())
+    }
+
+    /// The change of the descriptor in the end.
+    fn edits(&self, descriptor: &Descriptor) -> Vec<Edit> {
+        let (lowest, survivor) = (self.chain[0], self.survivor());
+        let mut edits = Vec::new();
+        for guid in self.chain.iter().skip(1) {
+            edits.push(Edit::RemoveImages(*guid));
+        }
+        if self.into_new.is_empty() {
+            edits.push(Edit::RenameImages {
+                from: lowest,
+                to: survivor,
+            });
+        } else {
+            edits.push(Edit::RemoveImages(lowest));
+        }
+        for (part, image) in self.into_new.iter().enumerate() {
+            edits.push(Edit::AddImage {
+                part,
+                image: descriptor::Image {
+                    guid: survivor,
+                    kind: ImageType::Compressed,
+                    file: image.name.clone(),
+                },
+            });
+        }
+        for guid in self.chain.iter().take(self.chain.len() - 1) {
+            edits.push(Edit::RemoveShot(*guid));
+        }
+        edits.push(Edit::SetParent {
+            guid: survivor,
+            parent: parent(descriptor, lowest),
+        });
+        edits.extend(self.disk_size.map(Edit::DiskSize));
+        edits
+    }
+}
+
+/// The same image as it is now.
+fn again(image: &Image) -> Result<Image> {
+    let storage = image.storage().clone();
+    match image.header() {
+        Some(_) => Image::expanding(image.path(), storage),
+        None => Image::plain(image.path(), storage),
+    }
+}
+
+fn bitmaps(image: &Image, may_drop: bool) -> Result<()> {
+    let raw = image.header().map(|header| *header.raw());
+    let has = raw.is_some_and(|raw| raw.extension != 0 && ![0, IN_USE].contains(&raw.in_use));
+    if has && !may_drop {
+        let why = "the merged image will have none, and the next backup must be a full one";
+        return Err(Error::why(ErrorKind::BitmapPresent, why)
+            .in_file(image.path())
+            .fix("to lose it: --drop-bitmaps"));
+    }
+    Ok(())
+}
+
+/// Steps 2 to 6.
+fn carry_out(bundle: &mut Bundle<'_>, job: Job, progress: &Progress) -> Result<()> {
+    let edits = job.edits(bundle.descriptor());
+    bundle.settle()?;
+    let mut names = job.files.clone();
+    names.extend(job.into_new.iter().map(|image| image.name.clone()));
+    bundle.announce(&names)?;
+    progress.step("merging", job.amount.bytes);
+    if job.into_new.is_empty() {
+        let going = job.chain.iter().take(job.chain.len() - 1);
+        let marks: Vec<Edit> = going
+            .filter(|guid| !is_marked(bundle.descriptor(), **guid))
+            .map(|guid| Edit::Mark(*guid))
+            .collect();
+        if !marks.is_empty() {
+            bundle.replace(&marks)?;
+        }
+    }
+    let merged = job.merge(bundle, progress);
+    if let Err(error) = merged {
+        if !job.into_new.is_empty() {
+            // The old images are as they were.
+            let _ = bundle.settle();
+            return Err(error);
+        }
+        return Err(half_way(error));
+    }
+    finish(bundle, &edits)
+}
+
+fn half_way(error: Error) -> Error {
+    if error.fix_text().is_some() {
+        return error;
+    }
+    error.fix("the disk can be used as it is; to go on, repeat the command")
+}
+
+impl Job {
+    fn merge(&self, bundle: &Bundle<'_>, progress: &Progress) -> Result<()> {
+        for part in 0..self.parts.len() {
+            let (mut lower, mut uppers) = self.images(part)?;
+            if let Some(image) = self.into_new.get(part) {
+                image.make(bundle.directory(), &**lower.storage())?;
+                let storage = bundle.directory().open(&image.name, true)?;
+                uppers.insert(0, lower);
+                lower = Image::expanding(Path::new(&image.name), storage)?;
+            }
+            let merge = Merge {
+                lower: &lower,
+                uppers: &uppers,
+                cluster: self.clusters[part],
+                window: WINDOW,
+            };
+            merge.carry_out(progress)?;
+        }
+        Ok(())
+    }
+}
+
+/// The descriptor, and then the files that it does not name.
+fn finish(bundle: &mut Bundle<'_>, edits: &[Edit]) -> Result<()> {
+    match bundle.replace(edits) {
+        Ok(()) => bundle.settle(),
+        Err(Failure::Before(error)) => Err(half_way(error)),
+        Err(unsure) => Err(unsure.into()),
+    }
+}

@@ -1,0 +1,1 @@
+//! Snapshots of bundles of the host.

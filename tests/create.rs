@@ -1,0 +1,27 @@
+//! New disks: what other programs say of them, power cuts at every operation, refusals that leave
+//! nothing.
+
+#[path = "create/cuts.rs"]
+mod cuts;
+#[path = "create/ends.rs"]
+mod ends;
+#[path = "../tools/forge/mod.rs"]
+mod forge;
+#[path = "create/host.rs"]
+mod host;
+#[path = "create/interop.rs"]
+mod interop;
+mod support;
+#[path = "create/systems.rs"]
+mod systems;
+
+use support::harness;
+
+fn main() {
+    let mut trials = Vec::new();
+    trials.extend(cuts::trials());
+    trials.extend(interop::trials());
+    trials.extend(systems::trials());
+    trials.extend(ends::trials());
+    harness::main(trials)
+}

@@ -1,0 +1,199 @@
+//! Disks that grow and shrink.
+
+use crate::forge::content::GARBAGE;
+use crate::forge::image::{IN_USE, ImageSpec, Layout, Mapped};
+use crate::net::{Act, Case, Disk, shown};
+use crate::sim::storage::SimStorage;
+use ploopfs::admin::progress::Progress;
+use ploopfs::admin::resize::{Request, resize_image};
+use ploopfs::delta::image::Image;
+use ploopfs::error::Result;
+use ploopfs::storage::SharedStorage;
+use ploopfs::units::SectorCount;
+use std::path::Path;
+use std::sync::Arc;
+
+fn forged(spec: &ImageSpec) -> Vec<u8> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("image");
+    spec.write(&path).expect("an image");
+    std::fs::read(path).expect("its bytes")
+}
+
+fn levels(files: &[Arc<SimStorage>]) -> Result<Vec<Image>> {
+    let below = &files[..files.len() - 1];
+    let open = |file: &Arc<SimStorage>| {
+        let storage: SharedStorage = Arc::<SimStorage>::clone(file);
+        let path = Path::new("lower");
+        Image::expanding(path, storage)
+    };
+    below.iter().map(open).collect()
+}
+
+/// To this size, two clusters between syncs.
+fn to(sectors: u64, force_discard: bool) -> Box<Act> {
+    Box::new(move |files| {
+        let lower = levels(files)?;
+        let top = files.last().expect("a top");
+        let request = Request {
+            shrink: true,
+            force_discard,
+            batch_bytes: 8192,
+            ..Request::new(SectorCount::new(sectors))
+        };
+        let done = resize_image(&**top, &lower, &request, &Progress::default(), &mut |_| {
+            Ok(())
+        });
+        done.map(|_| ())
+    })
+}
+
+/// 1000 entries of clusters of 4 KiB: a longer table takes the place of the first data clusters.
+fn spec(version: u8, sectors: u64) -> ImageSpec {
+    ImageSpec::new(version, 8, sectors)
+}
+
+fn case(name: &'static str, spec: &ImageSpec, sectors: u64, spare: u64) -> Case {
+    Case {
+        name,
+        files: vec![forged(spec)],
+        spare,
+        act: to(sectors, spare < u64::MAX),
+    }
+}
+
+const NEVER: u64 = u64::MAX;
+
+/// All kinds of growing and shrinking, each in some tens of operations.
+pub(crate) fn cases() -> Vec<Case> {
+    let some = |clusters: &[u64]| Mapped::List(clusters.to_vec());
+    let mut gaps = spec(2, 8000).mapping(some(&[3, 999, 500, 7]));
+    gaps.layout = Layout::Gaps(1);
+    gaps.tail = 2;
+    let mut shuffled = spec(1, 7999).mapping(some(&[999, 1, 2, 3, 4, 5, 900]));
+    shuffled.layout = Layout::Shuffled(3);
+    shuffled.garbage = true;
+    let mut dirty = spec(2, 8000).mapping(some(&[0, 1, 2, 3, 4, 5]));
+    dirty.mark = IN_USE;
+    let mut high = spec(2, 8 * 2500).mapping(some(&[0, 1, 40, 7, 3]));
+    high.layout = Layout::Gaps(30);
+    let full = spec(1, 8 * 2500).mapping(some(&[1, 2, 3, 1200, 2499]));
+    let base = spec(1, 6000).mapping(Mapped::Every { step: 97, phase: 4 });
+    let top = spec(2, 8000).mapping(some(&[0, 97, 98, 101]));
+    vec![
+        case("grows over gaps", &gaps, 8 * 2500, NEVER),
+        case("grows over all of its data", &shuffled, 8 * 9000, NEVER),
+        case("grows though it was not closed", &dirty, 8 * 1500, NEVER),
+        case("grows inside its table", &spec(2, 800), 8000, NEVER),
+        case("grows in its last cluster", &shuffled, 8000, NEVER),
+        case("shrinks where it is empty", &gaps_low(), 8 * 900, NEVER),
+        case("shrinks and moves down", &high, 8 * 60, NEVER),
+        case("shrinks and loses data", &full, 8 * 1000, 1000),
+        Case {
+            name: "a top grows over a smaller base",
+            files: vec![forged(&base), forged(&top)],
+            spare: NEVER,
+            act: to(8 * 2100, false),
+        },
+        Case {
+            name: "a top shrinks over a smaller base",
+            files: vec![forged(&base), forged(&top)],
+            spare: NEVER,
+            act: to(7000, false),
+        },
+    ]
+}
+
+fn gaps_low() -> ImageSpec {
+    let mut spec = spec(2, 8 * 2500).mapping(Mapped::List(vec![3, 17, 5]));
+    spec.layout = Layout::Gaps(2);
+    spec
+}
+
+/// The same clusters, in a disk of this size.
+fn clipped(disk: &Disk, sectors: u64) -> Disk {
+    let mut disk = disk.clone();
+    disk.sectors = sectors;
+    disk.clusters.retain(|cluster, _| *cluster * 8 < sectors);
+    for (cluster, bytes) in &mut disk.clusters {
+        bytes.resize(((sectors - cluster * 8) * 512).min(4096) as usize, 0);
+    }
+    disk
+}
+
+#[test]
+fn what_stays_is_as_before_and_what_comes_is_zeros() {
+    for case in cases() {
+        let before = shown(&case.files);
+        let good = case.good();
+        let after = shown(&good);
+        let name = case.name;
+        assert_ne!(before.sectors, after.sectors, "{name}");
+        assert_eq!(clipped(&before, after.sectors), after, "{name}");
+        let top = good.last().expect("a top");
+        let word = |at: usize| u32::from_le_bytes(top[at..at + 4].try_into().expect("four"));
+        let entries = after.sectors.div_ceil(8);
+        assert_eq!(u64::from(word(32)), entries, "{name}");
+        let table = (64 + 4 * entries).div_ceil(4096);
+        assert_eq!(u64::from(word(48)), table * 8, "{name}: the first block");
+        assert_eq!(word(44), 0, "{name}: closed");
+        assert_eq!(top.len() % 4096, 0, "{name}");
+        let mapped = (0..entries).filter(|n| word(64 + 4 * *n as usize) != 0);
+        let mapped = mapped.count() as u64;
+        if name.contains("not closed") || name.contains("all of") {
+            assert_eq!(
+                top.len() as u64,
+                (table + mapped) * 4096,
+                "{name}: no waste"
+            );
+        }
+        assert_eq!(u32::from(mapped == 0), word(52) & 1, "{name}: the flag");
+    }
+}
+
+#[test]
+fn the_power_may_fail_at_any_operation() {
+    let mut states = 0;
+    for case in cases() {
+        for poor_host in [false, true] {
+            let found = case.cuts(12, poor_host);
+            assert!(found.complaints.is_empty(), "{:#?}", found.complaints);
+            states += found.states;
+        }
+    }
+    assert!(states > 1000, "only {states} states");
+}
+
+#[test]
+fn the_host_may_fail_at_any_operation() {
+    for case in cases() {
+        let found = case.faults();
+        assert!(found.complaints.is_empty(), "{:#?}", found.complaints);
+    }
+}
+
+#[test]
+fn garbage_behind_the_end_does_not_come_up() {
+    let mut spec = spec(2, 7999).mapping(Mapped::All);
+    spec.garbage = true;
+    let case = case("garbage", &spec, 8 * 1100, NEVER);
+    let old = &case.files[0];
+    assert!(old[old.len() - 512..].iter().all(|byte| *byte == GARBAGE));
+    let after = shown(&case.good());
+    assert_eq!(clipped(&shown(&case.files), 8 * 1100), after);
+}
+
+#[test]
+fn growing_and_shrinking_back_ends_where_it_began() {
+    for version in [1, 2] {
+        let spec = spec(version, 8000).mapping(Mapped::Percent(30));
+        let grown = case("there", &spec, 8 * 5000, NEVER).good();
+        let back = Case {
+            name: "and back",
+            files: grown,
+            spare: NEVER,
+            act: to(8000, false),
+        };
+        assert_eq!(shown(&back.good()), shown(&[forged(&spec)]));
+    }
+}

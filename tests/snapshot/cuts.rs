@@ -1,0 +1,294 @@
+//! Power cuts and failures during every change of a bundle, at every operation.
+//!
+//! Whatever is kept of what was not durable: the descriptor can be read, every file that it names
+//! is there and sound, every snapshot shows what it did before or does after, and the change can be
+//! made again, to the same end, with nothing left over.
+
+use crate::forge::bundle::{BundleSpec, Style};
+use crate::forge::content::splitmix;
+use crate::forge::image::Mapped;
+use crate::host::{Host, State};
+use crate::steps::{create, delete, line, merge, name, switch};
+use crate::world::{
+    DESCRIPTOR, Step, after, carry_out, chain, described, expect_sound, like, load, over_plain,
+    shows, split, with_file,
+};
+use ploopfs::admin::bundle::Bundle;
+use ploopfs::admin::merge::Merge;
+use ploopfs::admin::progress::Progress;
+use ploopfs::admin::snapshot::Upper;
+use ploopfs::delta::image::Image;
+use ploopfs::error::Result;
+use ploopfs::format::guid::Guid;
+use ploopfs::storage::Directory;
+use ploopfs::units::ClusterSize;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// A change, and how it is begun.
+struct Case {
+    what: String,
+    old: State,
+    step: Box<dyn Fn(&mut Bundle<'_>) -> Result<()>>,
+}
+
+fn case(what: &str, old: State, step: impl Fn(&mut Bundle<'_>) -> Result<()> + 'static) -> Case {
+    Case {
+        what: what.to_owned(),
+        old,
+        step: Box::new(step),
+    }
+}
+
+/// Deletes the last but one child of a marked snapshot; once that is gone, the marked one.
+fn delete_both(child: Guid, marked: Guid) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
+    move |bundle| {
+        let mut shots = bundle.descriptor().snapshots.iter();
+        let is_there = shots.any(|shot| shot.guid == child);
+        delete(if is_there { child } else { marked })(bundle)
+    }
+}
+
+fn wide() -> BundleSpec {
+    BundleSpec::chain(Style::Ploop, &like(2), 2, |level, image| {
+        image.disk_sectors = if level == 0 { 237 } else { 400 };
+    })
+}
+
+fn cases() -> Vec<Case> {
+    let three = || load(&chain(Style::Ploop, 2, 3));
+    let desktop = || {
+        let state = load(&chain(Style::Parallels, 1, 2));
+        with_file(&state, "DiskDescriptor.xml.Backup", b"what was before")
+    };
+    let guids = line(&three());
+    let forked = after(&three(), &switch(guids[0], 1, Some(name(9))));
+    let marked = after(&forked, &delete(guids[0]));
+    let left = after(&marked, &delete(name(9)));
+    let mut children = described(&left, "").snapshots;
+    children.retain(|shot| shot.parent == Some(guids[0]) && shot.guid != Guid::TOP);
+    let last = children[0].guid;
+    let plain = load(&over_plain(3));
+    let into_new = Upper {
+        into_new: Some("merged.hds".to_owned()),
+        ..Upper::default()
+    };
+    let all = Upper {
+        all: true,
+        ..Upper::default()
+    };
+    vec![
+        case("create", load(&chain(Style::Ploop, 2, 1)), create(1)),
+        case("create over three", three(), create(1)),
+        case("create with backup", desktop(), create(1)),
+        case("create, split", load(&split(2)), create(1)),
+        case("create over plain", load(&over_plain(1)), create(1)),
+        case("switch", three(), switch(guids[0], 1, None)),
+        case(
+            "switch and keep",
+            three(),
+            switch(guids[1], 1, Some(name(9))),
+        ),
+        case("delete the base", three(), delete(guids[0])),
+        case("delete below the top", three(), delete(guids[1])),
+        case("delete a leaf", forked.clone(), delete(name(9))),
+        case("mark", forked, delete(guids[0])),
+        case("collapse", left, delete_both(last, guids[0])),
+        case(
+            "delete with backup",
+            {
+                let state = load(&chain(Style::Parallels, 1, 3));
+                with_file(&state, "DiskDescriptor.xml.Backup", b"what was before")
+            },
+            {
+                let state = load(&chain(Style::Parallels, 1, 3));
+                delete(line(&state)[1])
+            },
+        ),
+        case(
+            "delete, split",
+            load(&split(3)),
+            delete(line(&load(&split(3)))[0]),
+        ),
+        case("merge into plain", plain.clone(), delete(line(&plain)[0])),
+        case("merge all", three(), merge(all.clone())),
+        case("merge all into plain", plain, merge(all)),
+        case("merge into a new file", three(), merge(into_new)),
+        case(
+            "merge into a smaller one",
+            load(&wide()),
+            merge(Upper::default()),
+        ),
+    ]
+}
+
+type Shown = BTreeMap<Guid, Vec<u8>>;
+
+/// A change that nothing disturbs: its end, and every moment of it.
+fn undisturbed(case: &Case) -> (State, Vec<State>) {
+    let host = Host::new(case.old.clone());
+    host.record();
+    carry_out(&host, &*case.step).unwrap_or_else(|e| panic!("{}: {e}", case.what));
+    (host.state(), host.moments())
+}
+
+/// Each snapshot shows one of what it shows before and after.
+fn expect_shown(left: &State, before: &Shown, after: &Shown, what: &str) {
+    for (guid, bytes) in shows(left, what) {
+        let known = [before, after].into_iter().filter_map(|all| all.get(&guid));
+        let matches = known.into_iter().any(|known| {
+            // A disk that a merge makes larger shows more, and no other.
+            let len = known.len().min(bytes.len());
+            known[..len] == bytes[..len] && known.len() == bytes.len()
+        });
+        assert!(matches, "{what}: {guid} shows something else");
+    }
+}
+
+/// The tree is the old one, or the old one with marks, or the new one.
+fn is_done(left: &State, good: &State, what: &str) -> bool {
+    let (now, end) = (described(left, what), described(good, what));
+    now.snapshots == end.snapshots && now.parts == end.parts
+}
+
+fn expect_completed(case: &Case, left: &State, good: &State, what: &str) {
+    let host = Host::new(left.clone());
+    let settle = |bundle: &mut Bundle<'_>| bundle.settle();
+    let again: Step<'_> = if is_done(left, good, what) {
+        &settle
+    } else {
+        &*case.step
+    };
+    carry_out(&host, again).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let now = host.state();
+    expect_sound(&now, true, what);
+    assert!(
+        shows(&now, what) == shows(good, what),
+        "{what}: another end"
+    );
+    assert_eq!(now.names(), good.names(), "{what}: left over");
+    let text = |state: &State| state.bytes(DESCRIPTOR).map(<[u8]>::to_vec);
+    assert_eq!(text(&now), text(good), "{what}");
+}
+
+/// What holds after a cut at any moment; the number of cuts that were tried.
+pub(crate) fn cut_everywhere(attempts: usize, dice: &mut u64) -> usize {
+    let mut cuts = 0;
+    for case in cases() {
+        let (good, moments) = undisturbed(&case);
+        let (before, after) = (shows(&case.old, "before"), shows(&good, "after"));
+        for (number, moment) in moments.iter().enumerate() {
+            for attempt in 0..attempts {
+                let left = moment.after_cut(dice);
+                let what = format!("{}, operation {number}, attempt {attempt}", case.what);
+                expect_sound(&left, false, &what);
+                expect_shown(&left, &before, &after, &what);
+                expect_completed(&case, &left, &good, &what);
+                cuts += 1;
+            }
+        }
+    }
+    cuts
+}
+
+#[test]
+fn a_change_cut_anywhere_is_there_or_not_and_can_be_repeated() {
+    let cuts = cut_everywhere(4, &mut 1);
+    assert!(cuts > 1000, "only {cuts} cuts");
+    println!("{cuts} cuts");
+}
+
+#[test]
+fn a_second_cut_changes_nothing() {
+    let mut dice = 7;
+    for case in cases() {
+        let (good, moments) = undisturbed(&case);
+        let (before, after) = (shows(&case.old, "before"), shows(&good, "after"));
+        for _ in 0..12 {
+            let first = &moments[splitmix(&mut dice) as usize % moments.len()];
+            let first = first.after_cut(&mut dice);
+            let what = format!("{}, cut twice", case.what);
+            if is_done(&first, &good, &what) {
+                continue;
+            }
+            let host = Host::new(first);
+            host.record();
+            carry_out(&host, &*case.step).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let moments = host.moments();
+            let second = &moments[splitmix(&mut dice) as usize % moments.len()];
+            let left = second.after_cut(&mut dice);
+            expect_sound(&left, false, &what);
+            expect_shown(&left, &before, &after, &what);
+            expect_completed(&case, &left, &good, &what);
+        }
+    }
+}
+
+#[test]
+fn a_host_that_fails_leaves_a_bundle_and_a_way_on() {
+    for case in cases() {
+        let (good, moments) = undisturbed(&case);
+        let (before, after) = (shows(&case.old, "before"), shows(&good, "after"));
+        for number in 0..moments.len() as u64 - 1 {
+            let host = Host::new(case.old.clone());
+            host.fail_after(number);
+            let what = format!("{}, failure {number}", case.what);
+            assert!(carry_out(&host, &*case.step).is_err(), "{what} was lost");
+            let left = host.state();
+            expect_sound(&left, false, &what);
+            expect_shown(&left, &before, &after, &what);
+            expect_completed(&case, &left, &good, &what);
+        }
+    }
+}
+
+/// A merge that goes on in several steps: what is above covers all that changes.
+#[test]
+fn every_run_of_a_merge_can_be_cut() {
+    let mut dice = 11;
+    let mut spec = like(2).mapping(Mapped::Percent(70));
+    spec.disk_sectors = 237;
+    let bundle = BundleSpec::chain(Style::Ploop, &spec, 3, |_, _| {});
+    let old = load(&bundle);
+    let before = shows(&old, "before");
+    let files: Vec<String> = (0..3).map(|n| bundle.file_name("disk.hdd", 0, n)).collect();
+    let run = |host: &Host| -> Result<()> {
+        let image = |name: &String| Image::expanding(Path::new(name), host.open(name, true)?);
+        let (lower, uppers) = (image(&files[0])?, [image(&files[1])?, image(&files[2])?]);
+        let merge = Merge {
+            lower: &lower,
+            uppers: &uppers,
+            cluster: ClusterSize::from_sectors(8).expect("a size"),
+            window: 4,
+        };
+        merge.examine()?;
+        merge.carry_out(&Progress::default())
+    };
+    let host = Host::new(old);
+    host.record();
+    run(&host).expect("it can be merged");
+    let base = |state: &State| state.bytes(&files[0]).map(<[u8]>::to_vec);
+    let good = base(&host.state());
+    let moments = host.moments();
+    assert!(moments.len() > 30, "{}", moments.len());
+    for (number, moment) in moments.iter().enumerate() {
+        for _ in 0..6 {
+            let left = moment.after_cut(&mut dice);
+            let what = format!("operation {number}");
+            expect_sound(&left, false, &what);
+            assert!(
+                shows(&left, &what)[&Guid::NONE] == before[&Guid::NONE],
+                "{what}"
+            );
+            let host = Host::new(left);
+            run(&host).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let now = host.state();
+            assert!(base(&now).map(|bytes| bytes.len()) == good.as_ref().map(Vec::len));
+            expect_sound(&now, true, &what);
+            assert!(
+                shows(&now, &what)[&Guid::NONE] == before[&Guid::NONE],
+                "{what}"
+            );
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! What each change does to the tree, and that no snapshot shows anything else for it.
+
+use crate::forge::bundle::{BundleSpec, Style};
+use crate::forge::content::Level;
+use crate::forge::image::{IN_USE, Mapped, V21};
+use crate::host::Host;
+use crate::host::State;
+use crate::world::{
+    DESCRIPTOR, after, carry_out, chain, described, expect_sound, like, load, over_plain,
+    overwrite, shows, split,
+};
+use ploopfs::admin::bundle::Bundle;
+use ploopfs::admin::progress::Progress;
+use ploopfs::admin::snapshot::{self, Deleted, Names, Upper};
+use ploopfs::error::{ErrorKind, Result};
+use ploopfs::format::guid::Guid;
+
+pub(crate) fn name(number: u8) -> Guid {
+    Guid::from_bytes([number; 16])
+}
+
+pub(crate) fn names(number: u8) -> Names {
+    Names {
+        snapshot: name(number),
+        file: name(number + 100),
+    }
+}
+
+pub(crate) fn create(number: u8) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
+    move |bundle| snapshot::create(bundle, names(number)).map(drop)
+}
+
+pub(crate) fn switch(
+    target: Guid,
+    number: u8,
+    keep: Option<Guid>,
+) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
+    move |bundle| {
+        let progress = Progress::default();
+        snapshot::switch(bundle, target, name(number + 100), keep, &progress).map(drop)
+    }
+}
+
+pub(crate) fn delete(target: Guid) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
+    move |bundle| snapshot::delete(bundle, target, false, &Progress::default()).map(drop)
+}
+
+pub(crate) fn merge(upper: Upper) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
+    move |bundle| snapshot::merge(bundle, &upper, &Progress::default()).map(drop)
+}
+
+/// The snapshots from the base up to the top.
+pub(crate) fn line(state: &State) -> Vec<Guid> {
+    let descriptor = described(state, "");
+    descriptor.chain(descriptor.top).expect("a chain")
+}
+
+fn bundles(depth: usize) -> Vec<(&'static str, BundleSpec)> {
+    vec![
+        ("ploop, version 2", chain(Style::Ploop, 2, depth)),
+        ("ploop, version 1", chain(Style::Ploop, 1, depth)),
+        ("Parallels", chain(Style::Parallels, 1, depth)),
+        ("split", split(depth)),
+        ("plain", over_plain(depth)),
+    ]
+}
+
+#[test]
+fn a_new_snapshot_shows_what_the_disk_did() {
+    for depth in [1, 3] {
+        for (what, spec) in bundles(depth) {
+            let old = load(&spec);
+            let before = shows(&old, what);
+            let new = after(&old, &create(1));
+            let mut expected = before.clone();
+            expected.insert(name(1), before[&Guid::NONE].clone());
+            assert!(shows(&new, what) == expected, "{what}");
+            expect_sound(&new, true, what);
+            let parts = described(&old, what).parts.len();
+            assert_eq!(new.names().len(), old.names().len() + parts, "{what}");
+            assert_eq!(described(&new, what).top, described(&old, what).top);
+            let again = after(&new, &create(2));
+            expected.insert(name(2), before[&Guid::NONE].clone());
+            assert!(shows(&again, what) == expected, "{what}, twice");
+        }
+    }
+}
+
+#[test]
+fn files_are_named_as_their_neighbours_are() {
+    let file = |spec: &BundleSpec| {
+        let new = after(&load(spec), &create(1));
+        let descriptor = described(&new, "");
+        let images = descriptor.images(0, &[descriptor.top]).expect("an image");
+        images[0].file.clone()
+    };
+    let guid = name(101);
+    assert_eq!(file(&chain(Style::Ploop, 2, 1)), format!("root.hds.{guid}"));
+    assert_eq!(file(&chain(Style::Ploop, 2, 3)), format!("root.hds.{guid}"));
+    let desktop = file(&chain(Style::Parallels, 1, 2));
+    assert_eq!(desktop, format!("disk.hdd.0.{guid}.hds"));
+}
+
+#[test]
+fn the_disk_goes_back_to_a_snapshot() {
+    for (what, spec) in bundles(3) {
+        let old = load(&spec);
+        let before = shows(&old, what);
+        for target in line(&old).into_iter().take(2) {
+            for keep in [None, Some(name(9))] {
+                let new = after(&old, &switch(target, 1, keep));
+                let mut expected = before.clone();
+                if let Some(kept) = keep {
+                    expected.insert(kept, before[&Guid::NONE].clone());
+                }
+                expected.insert(Guid::NONE, before[&target].clone());
+                assert!(shows(&new, what) == expected, "{what}, {target}, {keep:?}");
+                expect_sound(&new, true, what);
+                let parts = described(&old, what).parts.len();
+                let more = if keep.is_some() { parts } else { 0 };
+                assert_eq!(new.names().len(), old.names().len() + more, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_snapshot_that_goes_leaves_all_others_as_they_were() {
+    for (what, spec) in bundles(4) {
+        let old = load(&spec);
+        let before = shows(&old, what);
+        for target in line(&old).into_iter().take(3) {
+            let new = after(&old, &delete(target));
+            let mut expected = before.clone();
+            expected.remove(&target);
+            let what = format!("{what}, {target}");
+            assert!(shows(&new, &what) == expected, "{what}");
+            expect_sound(&new, true, &what);
+            let parts = described(&old, &what).parts.len();
+            assert_eq!(new.names().len(), old.names().len() - parts, "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_snapshot_of_several_children_goes_with_the_last_but_one() {
+    let old = load(&chain(Style::Ploop, 2, 3));
+    let base = line(&old)[0];
+    // Three children of the base: what was its child, the top that was kept, and the new top.
+    let forked = after(&old, &switch(base, 1, Some(name(9))));
+    let before = shows(&forked, "forked");
+    let marked = after(&forked, &delete(base));
+    let mut expected = before.clone();
+    expected.remove(&base);
+    assert!(shows(&marked, "marked") == expected);
+    assert_eq!(marked.names(), forked.names());
+    let refused = carry_out(&Host::new(marked.clone()), &switch(base, 2, None));
+    assert_eq!(
+        refused.expect_err("it goes").kind(),
+        ErrorKind::NoSuchSnapshot
+    );
+    // Marked twice is marked once.
+    let text = |state: &State| state.bytes(DESCRIPTOR).map(<[u8]>::to_vec);
+    assert_eq!(text(&after(&marked, &delete(base))), text(&marked));
+    // What was its child is between it and the kept one.
+    let left = after(&marked, &delete(name(9)));
+    expected.remove(&name(9));
+    assert!(shows(&left, "left") == expected);
+    assert_eq!(described(&left, "").snapshots.len(), 3);
+    let child = described(&left, "")
+        .snapshots
+        .iter()
+        .find(|shot| shot.parent == Some(base) && shot.guid != Guid::TOP)
+        .map(|shot| shot.guid);
+    let child = child.expect("the other child");
+    let last = after(&left, &delete(child));
+    expected.remove(&child);
+    assert!(shows(&last, "last") == expected);
+    assert_eq!(described(&last, "").snapshots.len(), 1, "the base went too");
+    assert_eq!(last.names().len(), 2);
+    expect_sound(&last, true, "last");
+}
+
+#[test]
+fn the_top_merges_down_and_so_does_everything() {
+    for (what, spec) in bundles(4) {
+        let old = load(&spec);
+        let before = shows(&old, what);
+        let chain = line(&old);
+        let upper = Upper::default();
+        let new = after(&old, &merge(upper));
+        let mut expected = before.clone();
+        expected.remove(&chain[2]);
+        assert!(shows(&new, what) == expected, "{what}, the top");
+        let upper = Upper {
+            snapshot: Some(chain[2]),
+            ..Upper::default()
+        };
+        let new = after(&old, &merge(upper));
+        let mut expected = before.clone();
+        expected.remove(&chain[1]);
+        assert!(shows(&new, what) == expected, "{what}, the middle");
+        let upper = Upper {
+            all: true,
+            ..Upper::default()
+        };
+        let new = after(&old, &merge(upper));
+        let only = shows(&new, what);
+        assert_eq!(only.len(), 1, "{what}");
+        assert!(only[&Guid::NONE] == before[&Guid::NONE], "{what}, all");
+        expect_sound(&new, true, what);
+        assert_eq!(described(&new, what).top, described(&old, what).top);
+    }
+}
+
+#[test]
+fn the_result_may_be_a_new_file() {
+    for (what, spec) in bundles(3) {
+        let old = load(&spec);
+        let before = shows(&old, what);
+        for all in [false, true] {
+            let upper = Upper {
+                into_new: Some("merged.hds".to_owned()),
+                all,
+                ..Upper::default()
+            };
+            let result = carry_out(&Host::new(old.clone()), &merge(upper.clone()));
+            if what == "split" {
+                assert_eq!(result.expect_err("split").kind(), ErrorKind::Usage);
+                continue;
+            }
+            let new = after(&old, &merge(upper));
+            let mut expected = before.clone();
+            let gone = if all { 2 } else { 1 };
+            for guid in line(&old).iter().rev().skip(1).take(gone) {
+                expected.remove(guid);
+            }
+            assert!(shows(&new, what) == expected, "{what}, {all}");
+            expect_sound(&new, true, what);
+            assert_eq!(new.names().len(), old.names().len() - gone, "{what}");
+            assert!(new.names().contains(&"merged.hds"));
+        }
+    }
+}
+
+/// A chain of two images of these sizes, in sectors.
+fn sizes(lower: u64, upper: u64) -> BundleSpec {
+    BundleSpec::chain(Style::Ploop, &like(2), 2, |level, image| {
+        image.disk_sectors = if level == 0 { lower } else { upper };
+    })
+}
+
+#[test]
+fn images_of_unequal_sizes_lose_nothing() {
+    for (lower, upper) in [
+        (237, 400),
+        (240, 400),
+        (400, 237),
+        (400, 240),
+        (77, 8 * 1000),
+    ] {
+        let what = format!("{upper} sectors over {lower}");
+        let old = load(&sizes(lower, upper));
+        let before = shows(&old, &what);
+        let new = after(&old, &merge(Upper::default()));
+        expect_sound(&new, true, &what);
+        let now = &shows(&new, &what)[&Guid::NONE];
+        let shown = &before[&Guid::NONE];
+        assert!(now[..shown.len()] == shown[..], "{what}");
+        let size = described(&new, &what).disk_size.get();
+        assert_eq!(size, lower.max(upper), "{what}");
+        if lower > upper {
+            let base = line(&old)[0];
+            // What only the lower one had is there now.
+            let whole = Host::new(old.clone());
+            let text = String::from_utf8(old.bytes(DESCRIPTOR).expect("there").to_vec());
+            let text = text
+                .expect("XML")
+                .replace(&format!(">{upper}<"), &format!(">{lower}<"));
+            overwrite(&whole, DESCRIPTOR, text.as_bytes());
+            let tail = &shows(&whole.state(), &what)[&base];
+            assert!(
+                now[shown.len()..] == tail[shown.len()..],
+                "{what}: the rest"
+            );
+        }
+    }
+}
+
+fn refusal(spec: &BundleSpec, step: crate::world::Step<'_>) -> ErrorKind {
+    let old = load(spec);
+    refusal_of(&old, step)
+}
+
+fn refusal_of(old: &State, step: crate::world::Step<'_>) -> ErrorKind {
+    let host = Host::new(old.clone());
+    host.record();
+    let error = carry_out(&host, step).expect_err("it is refused");
+    assert_eq!(host.moments().len(), 1, "{error}: something was done");
+    error.kind()
+}
+
+#[test]
+fn what_is_not_sure_is_refused_and_left_alone() {
+    let mut marked = chain(Style::Ploop, 2, 2);
+    if let Level::Image(image) = &mut marked.parts[0].levels[1] {
+        image.mark = IN_USE;
+    }
+    let base = line(&load(&marked))[0];
+    let top = Upper::default;
+    assert_eq!(refusal(&marked, &create(1)), ErrorKind::InUse);
+    assert_eq!(refusal(&marked, &delete(base)), ErrorKind::InUse);
+    assert_eq!(refusal(&marked, &merge(top())), ErrorKind::InUse);
+    assert_eq!(
+        refusal(&marked, &switch(base, 1, Some(name(2)))),
+        ErrorKind::InUse
+    );
+    let sound = chain(Style::Ploop, 2, 3);
+    let chain_of = line(&load(&sound));
+    assert_eq!(refusal(&sound, &delete(Guid::TOP)), ErrorKind::Usage);
+    assert_eq!(refusal(&sound, &delete(name(5))), ErrorKind::NoSuchSnapshot);
+    assert_eq!(
+        refusal(&sound, &switch(Guid::TOP, 1, None)),
+        ErrorKind::Usage
+    );
+    let into_base = Upper {
+        snapshot: Some(chain_of[0]),
+        ..Upper::default()
+    };
+    assert_eq!(refusal(&sound, &merge(into_base)), ErrorKind::Usage);
+    for bad in ["../x", "DiskDescriptor.xml.y", "root.hds", ""] {
+        let into_new = Upper {
+            into_new: Some(bad.to_owned()),
+            ..Upper::default()
+        };
+        assert_eq!(refusal(&sound, &merge(into_new)), ErrorKind::Usage, "{bad}");
+    }
+    // A branch needs what all of the chain would lose.
+    let forked = after(&load(&sound), &switch(chain_of[0], 1, Some(name(9))));
+    let all = Upper {
+        all: true,
+        ..Upper::default()
+    };
+    assert_eq!(refusal_of(&forked, &merge(all)), ErrorKind::Usage);
+    assert_eq!(refusal_of(&forked, &create(9)), ErrorKind::Usage);
+    // A bitmap of the top is lost on request only.
+    let mut with_bitmap = chain(Style::Ploop, 2, 2);
+    if let Level::Image(image) = &mut with_bitmap.parts[0].levels[1] {
+        image.mark = V21;
+        image.bitmap = Some(crate::forge::extension::BitmapSpec::new(vec![0, 3]));
+    }
+    assert_eq!(
+        refusal(&with_bitmap, &merge(top())),
+        ErrorKind::BitmapPresent
+    );
+    let drop = Upper {
+        drop_bitmaps: true,
+        ..Upper::default()
+    };
+    let new = after(&load(&with_bitmap), &merge(drop));
+    expect_sound(&new, true, "bitmap");
+}
+
+#[test]
+fn images_that_do_not_belong_together_are_refused() {
+    let other = BundleSpec::chain(Style::Ploop, &like(2), 2, |level, image| {
+        if level == 0 {
+            image.cluster_sectors = 16;
+        }
+    });
+    let base = line(&load(&other))[0];
+    assert_eq!(refusal(&other, &delete(base)), ErrorKind::Descriptor);
+    // Mixed versions are merged all the same, each read in its own way.
+    for first in [1, 2] {
+        let mixed = BundleSpec::chain(Style::Ploop, &like(2), 2, |level, image| {
+            image.version = if level == 0 { first } else { 3 - first };
+        });
+        let old = load(&mixed);
+        let before = shows(&old, "mixed");
+        let new = after(&old, &merge(Upper::default()));
+        let now = shows(&new, "mixed");
+        assert!(now[&Guid::NONE] == before[&Guid::NONE], "{first}");
+        expect_sound(&new, true, "mixed");
+    }
+}
+
+#[test]
+fn a_plan_tells_what_will_be_and_does_nothing() {
+    let old = load(&chain(Style::Ploop, 2, 3));
+    let host = Host::new(old.clone());
+    host.record();
+    let files = crate::world::InMemory(host.clone());
+    let bundle = Bundle::open(&host, DESCRIPTOR, &files).expect("it opens");
+    let middle = line(&old)[1];
+    let plan = snapshot::plan_delete(&bundle, middle, false).expect("it can go");
+    let Deleted::Merged(merged) = plan else {
+        panic!("{plan:?}");
+    };
+    assert_eq!(merged.gone, [middle]);
+    assert_eq!(merged.survivor, Guid::TOP);
+    assert!(merged.amount.clusters > 5 && merged.amount.fresh < merged.amount.clusters);
+    assert_eq!(host.moments().len(), 1);
+    let all = like(2).mapping(Mapped::All);
+    let over = BundleSpec::chain(Style::Ploop, &all, 2, |_, _| {});
+    let host = Host::new(load(&over));
+    let files = crate::world::InMemory(host.clone());
+    let bundle = Bundle::open(&host, DESCRIPTOR, &files).expect("it opens");
+    let plan = snapshot::plan_merge(&bundle, &Upper::default()).expect("it can");
+    let amount = (plan.amount.clusters, plan.amount.fresh, plan.amount.bytes);
+    assert_eq!(amount, (30, 0, 237 * 512));
+}

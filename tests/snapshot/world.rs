@@ -1,0 +1,249 @@
+//! Bundles in memory, and the dumbest possible look at what each of their snapshots shows.
+
+use crate::forge::bundle::{BundleSpec, Style};
+use crate::forge::content::Level;
+use crate::forge::image::{ImageSpec, Layout, Mapped};
+use crate::host::{Host, State};
+use ploopfs::admin::bundle::{Bundle, Files};
+use ploopfs::admin::check::check_image;
+use ploopfs::error::Result;
+use ploopfs::format::descriptor::{Descriptor, Image};
+use ploopfs::format::guid::Guid;
+use ploopfs::plan::repair::Severity;
+use ploopfs::storage::{Directory, SharedStorage};
+use ploopfs::units::FileOffset;
+use std::collections::BTreeMap;
+
+pub(crate) const DESCRIPTOR: &str = "DiskDescriptor.xml";
+
+/// The files of a bundle in a directory in memory.
+#[derive(Clone, Debug)]
+pub(crate) struct InMemory(pub(crate) Host);
+
+impl Files for InMemory {
+    fn image(&self, image: &Image) -> Result<SharedStorage> {
+        self.0.open(&image.file, true)
+    }
+
+    fn own_name(&self, image: &Image) -> Option<String> {
+        Some(image.file.clone())
+    }
+}
+
+/// A durable directory with these files.
+fn host_of(files: &[(String, Vec<u8>)]) -> Host {
+    let (first, more) = files.split_first().expect("a bundle has files");
+    let host = Host::with(&first.0, &first.1);
+    for (name, bytes) in more {
+        let file = host.create_new(name).expect("memory");
+        file.write_at(FileOffset::ZERO, bytes).expect("memory");
+        file.sync_data().expect("memory");
+    }
+    host.sync().expect("memory");
+    host
+}
+
+pub(crate) fn load(spec: &BundleSpec) -> State {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("disk.hdd");
+    spec.write(&path).expect("the bundle is made");
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(&path).expect("it was made") {
+        let entry = entry.expect("it was made");
+        let name = entry.file_name().into_string().expect("names are UTF-8");
+        files.push((name, std::fs::read(entry.path()).expect("it was made")));
+    }
+    files.sort();
+    host_of(&files).state()
+}
+
+/// The same with one file more, which is durable.
+pub(crate) fn with_file(state: &State, name: &str, bytes: &[u8]) -> State {
+    let host = Host::new(state.clone());
+    let file = host.create_new(name).expect("memory");
+    file.write_at(FileOffset::ZERO, bytes).expect("memory");
+    file.sync_data().expect("memory");
+    host.sync().expect("memory");
+    host.state()
+}
+
+/// 30 clusters of 4 KiB, the last one cut, about half of them mapped.
+pub(crate) fn like(version: u8) -> ImageSpec {
+    let mut spec = ImageSpec::new(version, 8, 237).mapping(Mapped::Percent(50));
+    spec.layout = Layout::Shuffled(3);
+    spec.garbage = true;
+    spec
+}
+
+pub(crate) fn chain(style: Style, version: u8, depth: usize) -> BundleSpec {
+    BundleSpec::chain(style, &like(version), depth, |_, _| {})
+}
+
+pub(crate) fn split(depth: usize) -> BundleSpec {
+    let mut spec = chain(Style::Parallels, 1, depth);
+    // Parts end on cluster borders, but for the last.
+    let levels = |sectors| {
+        (0..depth).map(move |_| {
+            let mut image = like(1);
+            image.disk_sectors = sectors;
+            Level::Image(image)
+        })
+    };
+    spec.parts.clear();
+    spec.push_part(levels(80).collect());
+    spec.push_part(levels(77).collect());
+    spec
+}
+
+/// Images over a plain base that ends on no cluster border.
+pub(crate) fn over_plain(depth: usize) -> BundleSpec {
+    let plain = Level::Plain {
+        seed: 5,
+        level: 0,
+        bytes: 237 * 512,
+    };
+    let images = (1..depth).map(|_| Level::Image(like(2)));
+    let mut spec = BundleSpec::new(Style::Ploop, std::iter::once(plain).chain(images).collect());
+    spec.top_guid = true;
+    spec
+}
+
+fn le32(bytes: &[u8], at: usize) -> usize {
+    bytes[at..at + 4]
+        .iter()
+        .rev()
+        .fold(0, |sum, byte| sum << 8 | usize::from(*byte))
+}
+
+/// Bytes of the disk that one image gives at a cluster; `None` for a hole.
+fn cluster(bytes: &[u8], index: usize, what: &str) -> Option<Vec<u8>> {
+    const SIZE: usize = 4096;
+    let mut found = vec![0; SIZE];
+    let mut take = |from: usize, len: usize| {
+        let end = (from + len).min(bytes.len());
+        let part = bytes.get(from..end).unwrap_or_default();
+        found[..part.len()].copy_from_slice(part);
+    };
+    if !bytes.starts_with(b"Witho") {
+        take(index * SIZE, SIZE);
+        return Some(found);
+    }
+    let unit = if bytes.starts_with(b"WithoutFree") {
+        512
+    } else {
+        SIZE
+    };
+    let disk = le32(bytes, 36) * 512;
+    if index >= le32(bytes, 32) || index * SIZE >= disk {
+        return None;
+    }
+    let entry = le32(bytes, 64 + 4 * index);
+    if entry == 0 {
+        return None;
+    }
+    let start = entry * unit;
+    assert!(
+        start >= le32(bytes, 48) * 512,
+        "{what}: entry {index} in the table"
+    );
+    assert!(
+        start + SIZE <= bytes.len(),
+        "{what}: entry {index} past the end"
+    );
+    take(start, SIZE.min(disk - index * SIZE));
+    Some(found)
+}
+
+/// What every snapshot that is not going away shows, the top under the name of zeros.
+pub(crate) fn shows(state: &State, what: &str) -> BTreeMap<Guid, Vec<u8>> {
+    let descriptor = described(state, what);
+    let mut shown = BTreeMap::new();
+    for shot in &descriptor.snapshots {
+        let is_top = shot.guid == descriptor.top;
+        if shot.temporary && !is_top {
+            continue;
+        }
+        let chain = descriptor.chain(shot.guid);
+        let chain = chain.unwrap_or_else(|e| panic!("{what}: {e}"));
+        let mut disk = Vec::new();
+        for (number, part) in descriptor.parts.iter().enumerate() {
+            let images = descriptor.images(number, &chain);
+            let images = images.unwrap_or_else(|e| panic!("{what}: {e}"));
+            let len = (part.end.get() - part.start.get()) as usize * 512;
+            let mut bytes = Vec::new();
+            for index in 0..len.div_ceil(4096) {
+                let levels = images.iter().rev();
+                let found = levels.into_iter().find_map(|image| {
+                    let file = state.bytes(&image.file);
+                    let file = file.unwrap_or_else(|| panic!("{what}: no {}", image.file));
+                    cluster(file, index, &format!("{what}: {}", image.file))
+                });
+                bytes.extend(found.unwrap_or_else(|| vec![0; 4096]));
+            }
+            bytes.truncate(len);
+            disk.extend(bytes);
+        }
+        let name = if is_top { Guid::NONE } else { shot.guid };
+        shown.insert(name, disk);
+    }
+    shown
+}
+
+pub(crate) fn described(state: &State, what: &str) -> Descriptor {
+    let text = state.bytes(DESCRIPTOR);
+    let text = text.unwrap_or_else(|| panic!("{what}: no descriptor"));
+    Descriptor::parse(text).unwrap_or_else(|e| panic!("{what}: {e}"))
+}
+
+/// Every image is sound but for its mark, and for space that nothing names.
+pub(crate) fn expect_sound(state: &State, closed: bool, what: &str) {
+    let host = Host::new(state.clone());
+    let descriptor = described(state, what);
+    for image in descriptor.parts.iter().flat_map(|part| &part.images) {
+        let storage = host.open(&image.file, false);
+        let storage = storage.unwrap_or_else(|_| panic!("{what}: no {}", image.file));
+        let is_plain = !state
+            .bytes(&image.file)
+            .is_some_and(|bytes| bytes.starts_with(b"Witho"));
+        if is_plain {
+            continue;
+        }
+        let found = check_image(&*storage).expect("memory");
+        let bad: Vec<_> = found
+            .report
+            .findings
+            .iter()
+            .filter(|finding| {
+                let is_bad = finding.severity == Severity::Corrupt;
+                is_bad && (closed || finding.trouble.word() != "in-use")
+            })
+            .collect();
+        assert!(bad.is_empty(), "{what}: {}: {bad:?}", image.file);
+    }
+}
+
+/// A change of a bundle.
+pub(crate) type Step<'a> = &'a dyn Fn(&mut Bundle<'_>) -> Result<()>;
+
+/// Carries a change out in this directory.
+pub(crate) fn carry_out(host: &Host, step: Step<'_>) -> Result<()> {
+    let files = InMemory(host.clone());
+    let mut bundle = Bundle::open(host, DESCRIPTOR, &files)?;
+    step(&mut bundle)
+}
+
+/// The directory after a change that nothing disturbs.
+pub(crate) fn after(state: &State, step: Step<'_>) -> State {
+    let host = Host::new(state.clone());
+    carry_out(&host, step).unwrap_or_else(|e| panic!("{e}"));
+    host.state()
+}
+
+/// Gives a file other bytes, durably.
+pub(crate) fn overwrite(host: &Host, name: &str, bytes: &[u8]) {
+    let file = host.open(name, true).expect("it is there");
+    let len = FileOffset::new(bytes.len() as u64);
+    file.set_len(len).expect("memory");
+    file.write_at(FileOffset::ZERO, bytes).expect("memory");
+    file.sync_data().expect("memory");
+}
