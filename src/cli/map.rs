@@ -32,7 +32,7 @@ pub struct MapArgs {
 /// Runs the command.
 pub fn run(args: &MapArgs, json: bool) -> Result<(), Box<Report>> {
     let what = format!("cannot map {}", args.image.display());
-    let source = source::open(&args.image, &args.select.asked(), &what, false)?;
+    let source = source::open(&args.image, &args.select.asked_for_map(), &what, false)?;
     let mut text = String::new();
     let mut count = 0_u64;
     if !json {

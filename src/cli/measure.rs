@@ -71,7 +71,7 @@ pub fn run(args: &MeasureArgs, json: bool) -> Result<(), Box<Report>> {
     let (what, measured) = match (&args.image, args.size) {
         (Some(image), _) => {
             let what = format!("cannot measure {}", image.display());
-            let source = source::open(image, &args.select.asked(), &what, false)?;
+            let source = source::open(image, &args.select.asked_for_map(), &what, false)?;
             let measured = measure(source.as_ref(), target);
             (what, measured)
         }

@@ -58,7 +58,7 @@ pub struct ReadArgs {
     /// A delta below IMAGE, base first (repeatable)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Which disk")]
     pub lower: Vec<PathBuf>,
-    /// What it is, where its first bytes do not tell
+    /// What it is: raw, hds, qcow2, vmdk, vhdx, vpc, vdi or qed
     #[arg(long, value_enum, value_name = "FORMAT", help_heading = "Which disk")]
     #[arg(hide_possible_values = true)]
     pub format: Option<Kind>,
@@ -68,6 +68,15 @@ pub struct ReadArgs {
 }
 
 impl ReadArgs {
+    /// What is to be opened to look at its map, which is done in a moment: as for `info`, without
+    /// locks and without waiting for any.
+    #[must_use]
+    pub fn asked_for_map(&self) -> Asked {
+        let mut asked = self.asked();
+        asked.selection.no_lock = true;
+        asked
+    }
+
     /// What is to be opened.
     #[must_use]
     pub fn asked(&self) -> Asked {

@@ -114,8 +114,42 @@ pub(crate) fn trouble_is_no_difference() -> Outcome {
     }
     run(&["checksum"], &[&none])?.expect_code(2)?;
     run(&["checksum"], &[&bad])?.expect_code(2)?;
+    let raw = dir.path().join("disk.raw");
+    fs::write(&raw, [1; 512])?;
+    run(&["map", "--snapshot", "latest"], &[&raw])?
+        .expect_code(1)?
+        .expect_words(&["--snapshot", "raw", "nothing was changed"])?;
+    run(&["map", "--format", "hds"], &[&raw])?
+        .expect_code(1)?
+        .expect_words(&["neither magic"])?;
     run(&["map"], &[&none])?.expect_code(1)?;
     run(&["measure"], &[&none])?.expect_code(1)?;
+    Ok(())
+}
+
+pub(crate) fn the_partition_of_a_difference_is_named() -> Outcome {
+    let dir = scratch()?;
+    let (raw, image) = (dir.path().join("a.raw"), dir.path().join("a.hds"));
+    let mut bytes = vec![0; 4 << 20];
+    // A Linux partition of 4096 sectors from sector 2048 on.
+    let entry = [0_u8, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 16, 0, 0];
+    bytes[446..462].copy_from_slice(&entry);
+    bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(&raw, bytes)?;
+    let mut convert = command::new("qemu-img");
+    convert.args(["convert", "-f", "raw", "-O", "parallels"]);
+    command::ok(convert.arg(&raw).arg(&image))?;
+    for (at, partition) in [(3 << 20, None), (2048 * 512 + 700, Some(1))] {
+        flip(&raw, at)?;
+        let told = run(&["compare", "--json"], &[&raw, &image])?.expect_code(1)?;
+        let told: Value = serde_json::from_str(&told.text())?;
+        ensure!(told["partition"].as_u64() == partition, "{told}");
+        let said = run(&["compare"], &[&raw, &image])?.text();
+        ensure!(
+            said.contains("byte 700 of partition 1") == partition.is_some(),
+            "{said}"
+        );
+    }
     Ok(())
 }
 

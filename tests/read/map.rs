@@ -87,6 +87,35 @@ pub(crate) fn map_of_a_chain_agrees_with_qemu() -> Outcome {
     Ok(())
 }
 
+pub(crate) fn deltas_named_by_hand_are_mapped() -> Outcome {
+    let dir = scratch()?;
+    let small = ImageSpec::new(2, 16, 8191).mapping(Mapped::Percent(40));
+    let base = Level::Plain {
+        seed: 1,
+        level: 0,
+        bytes: 8191 * 512,
+    };
+    for (base, format) in [(Level::Image(small.clone()), None), (base, Some("raw"))] {
+        let levels = vec![base, Level::Image(small.clone())];
+        let style = crate::forge::bundle::Style::Ploop;
+        let bundle = crate::forge::bundle::BundleSpec::new(style, levels);
+        let path = dir.path().join(format.unwrap_or("images"));
+        bundle.write(&path)?;
+        let files = bundle.files(&path, 0);
+        let mut by_hand = command::ploopfs(&["map", "--json", "--lower"]);
+        by_hand.arg(&files[0]);
+        if let Some(format) = format {
+            by_hand.args(["--format", format]);
+        }
+        let found = command::ok(by_hand.arg(&files[1]))?;
+        ensure!(
+            serde_json::from_str::<Vec<Value>>(&found)? == map_of(&path)?,
+            "{format:?}"
+        );
+    }
+    Ok(())
+}
+
 /// The level that answers for a byte of a part, top down; `None` for a hole.
 fn level_of(part: &Part, local: u64) -> Option<usize> {
     let sector = local / 512;

@@ -121,6 +121,10 @@ impl Manifest {
             Error::why(ErrorKind::Usage, why).fix("make it anew: `ploopfs checksum IMAGE >FILE`")
         })?;
         super::check_cluster(manifest.cluster)?;
+        if i64::try_from(manifest.size).is_err() {
+            let why = "the manifest cannot be used: no disk is so large";
+            return Err(Error::why(ErrorKind::Usage, why));
+        }
         Ok(manifest)
     }
 

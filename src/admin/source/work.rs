@@ -3,19 +3,22 @@
 //!
 //! Memory is bounded by the number of threads: each has its buffers, and a result is small. A host
 //! gives more with several requests at a time than with one, so there are more threads than there
-//! may be processors.
+//! may be processors. The two locks here are taken before any of the sources' own, one at a time.
 
 use super::Source;
 use crate::admin::progress::Progress;
 use crate::error::{Error, Result};
-use crate::sync::Mutex;
 use crate::units::{DiskOffset, len_u64, len_usize};
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Threads at least, so that the host has several requests at a time.
 const THREADS_MIN: usize = 4;
+/// Results that may wait for the one before them.
+const WAITING_MAX: usize = 4096;
 /// Threads at most.
 const THREADS_MAX: usize = 16;
 
@@ -96,7 +99,13 @@ where
     let over = AtomicBool::new(false);
     let run = || {
         let mut buffers = Buffers::default();
+        let _end = EndOfPanic(&over);
         while !over.load(Ordering::Relaxed) {
+            // Somebody else has the one that all wait for.
+            if taker.lock().waiting.len() > WAITING_MAX {
+                std::thread::sleep(Duration::from_millis(1));
+                continue;
+            }
             let (number, piece) = {
                 let mut feed = feed.lock();
                 let Some(piece) = feed.pieces.next() else {
@@ -131,8 +140,18 @@ where
     if let Err(e) = started {
         log::debug!("not all threads could be started: {e}");
     }
-    let mut taker = taker.lock();
-    std::mem::replace(&mut taker.result, Ok(()))
+    taker.into_inner().result
+}
+
+/// Lets the others end when a thread panics, whose result they would wait for.
+struct EndOfPanic<'a>(&'a AtomicBool);
+
+impl Drop for EndOfPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 struct Feed<I> {
@@ -272,6 +291,45 @@ mod tests {
         // What nobody wants to know any more is no failure.
         let (taken, result) = squares(10, Some(500));
         assert!(result.is_ok() && taken.len() == 10);
+    }
+
+    #[test]
+    fn one_that_is_late_holds_the_others_back() {
+        let ahead = std::sync::atomic::AtomicUsize::new(0);
+        let most = WAITING_MAX + 2 * THREADS_MAX;
+        let work = |n: &usize, _: &mut Buffers| {
+            if *n == 0 {
+                std::thread::sleep(Duration::from_millis(200));
+                assert!(ahead.load(Ordering::Relaxed) <= most, "too far ahead");
+            } else {
+                ahead.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        let pieces = (0..4 * WAITING_MAX).map(Ok);
+        let mut count = 0;
+        let taken = in_order(pieces, &Progress::default(), work, |_, ()| {
+            count += 1;
+            Ok(true)
+        });
+        assert!(taken.is_ok() && count == 4 * WAITING_MAX);
+    }
+
+    #[test]
+    #[should_panic(expected = "scoped thread panicked")]
+    fn a_panic_hangs_nobody() {
+        let pieces = (0..4 * WAITING_MAX).map(Ok);
+        let main = std::thread::current().id();
+        let work = |n: &usize, _: &mut Buffers| {
+            // On the thread that called, the message would be its own.
+            if std::thread::current().id() == main {
+                std::thread::sleep(Duration::from_millis(20));
+            } else {
+                assert!(*n % 3 != 0, "planned");
+            }
+            Ok(())
+        };
+        let _ = in_order(pieces, &Progress::default(), work, |_, ()| Ok(true));
     }
 
     #[test]
