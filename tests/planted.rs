@@ -126,11 +126,13 @@ const OF_REPAIRS: [Bug; 18] = [
 ];
 
 /// The bugs of changes of bundles, which no disk shows while it is open.
-const OF_BUNDLES: [Bug; 4] = [
+const OF_BUNDLES: [Bug; 6] = [
     Bug::NothingAnnounced,
     Bug::DescriptorNotSynced,
     Bug::NamesNotSynced,
     Bug::RenameNotSynced,
+    Bug::MergeNamesFirst,
+    Bug::MergeDataNotSynced,
 ];
 
 /// All that is asked of repairs; the first complaint. That there is none without a bug is for

@@ -137,6 +137,8 @@ pub struct BundleLock {
 #[derive(Debug)]
 struct Bundle {
     roots: Roots,
+    /// Name of the descriptor.
+    name: String,
     descriptor: Descriptor,
     names: HashMap<Guid, String>,
     files: Registry,
@@ -263,6 +265,7 @@ fn open_bundle(
     };
     let bundle = Arc::new(Bundle {
         roots,
+        name: descriptor_name.to_owned(),
         descriptor,
         names,
         files: Registry::default(),

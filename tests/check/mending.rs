@@ -3,7 +3,8 @@
 
 use crate::damage::{SETS, Set, bytes_of};
 use crate::forge::content::splitmix;
-use crate::sim::storage::{Fault, Kind, Manners};
+use crate::sim::faults::Fault;
+use crate::sim::storage::{Kind, Manners};
 use crate::stage::{Left, Stage};
 use ploopfs::admin::check::check_image;
 use ploopfs::admin::repair::is_clean;
