@@ -9,7 +9,7 @@
 mod cuts;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
-#[path = "check/host.rs"]
+#[path = "snapshot/host.rs"]
 mod host;
 #[path = "snapshot/steps.rs"]
 mod steps;

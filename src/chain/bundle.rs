@@ -4,8 +4,8 @@
 //! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order
 //!    could read what an operation of ploop is about to replace.
 //! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice,
-//!    lock all, and only then look at the first bytes of each, and whether the undo file of a
-//!    repair that was interrupted lies beside it (`files`).
+//!    lock all, and only then look at the first bytes of each, and whether the undo file of an
+//!    interrupted repair lies beside it (`files`).
 //!
 //! Lower deltas are never opened for writing. Everything stays locked as long as its storage lives,
 //! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
@@ -250,8 +250,8 @@ fn open_bundle(
     let target =
         select(&descriptor, &names, selection.snapshot.as_deref()).map_err(|e| e.in_file(&path))?;
     refuse_going(&descriptor, target).map_err(|e| e.in_file(&path))?;
-    if selection.write {
-        check_writable(&descriptor, target).map_err(|e| e.in_file(&path))?;
+    if selection.write || selection.mending {
+        check_writable(&descriptor, target, selection.mending).map_err(|e| e.in_file(&path))?;
     }
     warnings.extend(told(&directory, descriptor_name, &descriptor));
     warnings.extend(encryption_text(&descriptor).map(|how| {
@@ -276,7 +276,7 @@ fn open_bundle(
         _lock: kept,
     });
     let mut images = open_chain(&bundle, target, selection.write)?;
-    if selection.write {
+    if selection.write || selection.mending {
         files::refuse_shared_tops(&bundle.roots, &bundle.descriptor, &images)?;
     }
     drop(passing);
@@ -415,7 +415,7 @@ fn select(
     }
 }
 
-fn check_writable(descriptor: &Descriptor, target: Guid) -> Result<()> {
+fn check_writable(descriptor: &Descriptor, target: Guid, mending: bool) -> Result<()> {
     if target != descriptor.top {
         let why = format!("the snapshot {target} is frozen: only the top can be written to");
         return Err(Error::why(ErrorKind::ReadOnly, why).fix("to read it: -r"));
@@ -426,7 +426,12 @@ fn check_writable(descriptor: &Descriptor, target: Guid) -> Result<()> {
         .find(|oddity| oddity.forbids_writing())
     {
         Some(oddity) => {
-            Err(Error::why(ErrorKind::Unsupported, oddity.to_string()).fix("to read it: -r"))
+            let error = Error::why(ErrorKind::Unsupported, oddity.to_string());
+            Err(error.fix(if mending {
+                "correct the descriptor first"
+            } else {
+                "to read it: -r"
+            }))
         }
         None => Ok(()),
     }

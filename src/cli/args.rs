@@ -318,7 +318,8 @@ pub struct CheckArgs {
 /// `ploopfs repair`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
-Exit status: 0 clean now, 2 still corrupt, 1 could not repair
+Exit status: 0 clean now, 2 still corrupt, 1 could not repair;
+with --dry-run that of a check: 0 nothing to do, 2 corrupt, 3 leaks only
 
 Examples:
   ploopfs repair --dry-run disk.hdd       what would be done, and what is lost

@@ -1,5 +1,6 @@
 //! A bundle that will be changed: locked against everybody else, its files one by one.
 
+use super::files::look_for_repair;
 use super::find::{self, Found};
 use super::{OpenedImages, Selection, select, told, with_hint};
 use crate::error::{Error, ErrorKind, Result};
@@ -125,6 +126,7 @@ impl Changing {
                 return Err(Error::why(ErrorKind::Host, why).in_file(&found.path));
             }
         }
+        look_for_repair(file.file(), &found.path, true)?;
         let storage: SharedStorage = Arc::new(file);
         opened.insert(image.file.clone(), Arc::clone(&storage));
         Ok(storage)

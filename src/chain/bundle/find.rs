@@ -257,7 +257,7 @@ pub(super) fn check_membership(image: &Path, selection: &Selection) -> Result<Op
         return Ok(None);
     };
     let what = format!("the image is {} of the bundle around it", member.role);
-    if selection.write && member.entangled {
+    if (selection.write || selection.mending) && member.entangled {
         let why = format!("{what}, and writing to it alone would damage the disk");
         let error = Error::why(ErrorKind::ReadOnly, why).in_file(image);
         return Err(error.fix(if selection.mending {
