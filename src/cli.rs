@@ -12,6 +12,7 @@ pub mod attach;
 pub mod check;
 pub mod checksum;
 mod child;
+pub mod compact;
 pub mod compare;
 pub mod convert;
 pub mod copy;
@@ -102,6 +103,7 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
         Verb::Check(args) => return check::run(args, cli.json),
         Verb::Repair(args) => return repair::run(args, cli.json),
         Verb::Resize(args) => resize::run(args, cli.json),
+        Verb::Compact(args) => compact::run(args, cli.json),
         Verb::Create(args) => create::run(args, cli.json),
         Verb::Convert(args) => convert::run(args, cli.json),
         Verb::Copy(args) => copy::run(args, cli.json),

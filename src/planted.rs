@@ -94,6 +94,8 @@ bugs! {
     MovedNotSynced,
     /// The old places of moved clusters are changed before the entries are durable.
     OldPlaceEarly,
+    /// Clusters are moved to places that were freed before that is durable.
+    FreedNotSynced,
     /// The header of another size is written before what its table covers is zeroed.
     ResizedEarly,
     /// The descriptor gets the new size of the disk before the header has it.

@@ -5,6 +5,9 @@
 #[allow(dead_code)]
 #[path = "resize/bundles.rs"]
 mod bundles;
+#[allow(dead_code)]
+#[path = "compact/cases.rs"]
+mod cases;
 #[path = "check/damage.rs"]
 mod damage;
 #[path = "../tools/forge/mod.rs"]
@@ -164,8 +167,9 @@ fn each_planted_bug_of_a_repair_is_found() {
     assert!(unnoticed.is_empty(), "unnoticed: {unnoticed:?}");
 }
 
-/// Bugs of a change of a disk's size, which have a test of their own below.
-const OF_RESIZE: [Bug; 5] = [
+/// Bugs of `resize` and `compact`, which have a test of their own below.
+const OF_SIZES: [Bug; 6] = [
+    Bug::FreedNotSynced,
     Bug::MovedNotSynced,
     Bug::OldPlaceEarly,
     Bug::ResizedEarly,
@@ -174,13 +178,14 @@ const OF_RESIZE: [Bug; 5] = [
 ];
 
 #[test]
-fn each_bug_of_a_resize_is_found() {
+fn each_bug_of_resize_and_compact_is_found() {
     let _one = ONE.lock();
     let mut unnoticed = Vec::new();
-    let all = OF_RESIZE.into_iter().chain([Bug::MarkNotSynced]);
-    for bug in all.filter(|bug| is_chosen(*bug)) {
+    let bugs = OF_SIZES.into_iter().chain([Bug::MarkNotSynced]);
+    for bug in bugs.filter(|bug| is_chosen(*bug)) {
         plant(Some(bug));
-        let of_images = sizes::cases()
+        let all = sizes::cases().into_iter().chain(cases::cases());
+        let of_images = all
             .into_iter()
             .find_map(|case| case.cuts(12, false).complaints.pop());
         let why = of_images.or_else(|| bundles::complaints(12).1.pop());
@@ -204,7 +209,11 @@ fn each_planted_bug_is_found() {
     for bug in Bug::ALL {
         let is_of_repairs = OF_REPAIRS.contains(bug) && *bug != Bug::MarkNotSynced;
         // No bug that could go unnoticed: see below.
+<<<<<<< HEAD
+        let elsewhere = is_of_repairs || OF_BUNDLES.contains(bug) || OF_SIZES.contains(bug);
+=======
         let elsewhere = is_of_repairs || Bug::OF_BUNDLES.contains(bug) || OF_RESIZE.contains(bug);
+>>>>>>> main
         if *bug == Bug::Panic || elsewhere || !is_chosen(*bug) {
             continue;
         }

@@ -32,6 +32,10 @@ fn simulated() -> Vec<Trial> {
         })
     };
     vec![
+        run(
+            "stopping_leaves_a_closed_disk",
+            sizes::stopping_leaves_a_closed_disk,
+        ),
         run("what_stays_is_as_before", sizes::what_stays_is_as_before),
         run("the_power_may_fail", sizes::the_power_may_fail),
         run("the_host_may_fail", sizes::the_host_may_fail),

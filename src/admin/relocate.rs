@@ -138,12 +138,20 @@ fn extension(checked: &Checked, drop_bitmaps: bool) -> Result<()> {
 
 /// One cluster on its way.
 #[derive(Clone, Copy, Debug)]
-struct Move {
+pub(super) struct Move {
     /// Where its entry is.
-    entry_at: FileOffset,
-    from: u64,
-    to: u64,
-    entry: u32,
+    pub(super) entry_at: FileOffset,
+    /// First byte of its old place.
+    pub(super) from: u64,
+    /// First byte of its new place.
+    pub(super) to: u64,
+    /// What names the new place.
+    pub(super) entry: u32,
+}
+
+/// How many clusters are moved between two syncs.
+pub(super) fn batch_len(batch_bytes: u64, cluster_bytes: u64) -> usize {
+    len_usize((batch_bytes / cluster_bytes).clamp(1, 1 << 16)).unwrap_or(1)
 }
 
 /// The lowest places that nothing names, in order.
@@ -206,7 +214,7 @@ impl Wanted {
     ) -> Result<u64> {
         let layout = sound.header.layout();
         let size = layout.cluster().bytes();
-        let most = len_usize((batch_bytes / size).clamp(1, 1 << 16)).unwrap_or(1);
+        let most = batch_len(batch_bytes, size);
         let mut places = Places::new(&sound.space, self.targets.clone());
         let (mut batch, mut moved, mut is_full) = (Vec::new(), 0, false);
         let grid = sound.space.grid;
@@ -243,7 +251,7 @@ impl Wanted {
 }
 
 /// Steps 1 to 4.
-fn move_batch(
+pub(super) fn move_batch(
     storage: &dyn Storage,
     batch: &mut Vec<Move>,
     size: u64,
@@ -308,12 +316,15 @@ fn copy_range(storage: &dyn Storage, from: Range<u64>, to: u64) -> Result<()> {
 pub(super) fn first_data(storage: &dyn Storage, range: Range<u64>) -> Result<Option<u64>> {
     let mut at = range.start;
     let mut buffer = Vec::new();
+    // Most data is told by its first bytes.
+    let mut most = 4096;
     while at < range.end {
         let Some(data) = storage.next_data(FileOffset::new(at))? else {
             break;
         };
         at = at.max(data.start.get());
-        let len = range.end.min(data.end.get()).saturating_sub(at).min(STRIDE);
+        let len = range.end.min(data.end.get()).saturating_sub(at).min(most);
+        most = (most * 4).min(STRIDE);
         if len == 0 {
             break;
         }

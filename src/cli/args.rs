@@ -72,6 +72,8 @@ pub enum Verb {
     Repair(RepairArgs),
     /// Give a disk another size
     Resize(ResizeArgs),
+    /// Make the file of an image as small as what it holds
+    Compact(CompactArgs),
     /// Make a new disk
     #[command(alias = "init")]
     Create(CreateArgs),
@@ -406,6 +408,40 @@ pub struct ResizeArgs {
     /// The size, or with + or - before it the difference
     #[arg(value_parser = parse_change, allow_hyphen_values = true)]
     pub size: Change,
+}
+
+/// `ploopfs compact`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  ploopfs compact disk.hdd
+  ploopfs compact --zeroes disk.hdd       and free clusters that hold only zeros
+  ploopfs compact --dry-run --zeroes disk.hdd")]
+pub struct CompactArgs {
+    /// Free clusters that hold nothing but zeros
+    #[arg(long)]
+    pub zeroes: bool,
+    /// Bring the clusters into the order of the disk
+    #[arg(long)]
+    pub defrag: bool,
+    /// Write zeros to all holes, as ploop 1.15 wants it on ext4
+    #[arg(long)]
+    pub fill_holes: bool,
+    /// Drop dirty bitmaps, which the change would turn into a lie
+    #[arg(long)]
+    pub drop_bitmaps: bool,
+    /// Show what would be done and change nothing
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+    /// Say nothing when it worked
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Let the descriptor name files in this directory outside the bundle (repeatable)
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub allow_outside: Vec<PathBuf>,
+    /// A .hdd bundle, its DiskDescriptor.xml, a .pvm with one disk, or an image file
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub image: PathBuf,
 }
 
 #[cfg(test)]

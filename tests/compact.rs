@@ -1,0 +1,42 @@
+//! Smaller files: power cuts at every operation, what is freed, other programs.
+
+#[path = "compact/cases.rs"]
+mod cases;
+#[path = "../tools/forge/mod.rs"]
+mod forge;
+#[path = "compact/interop.rs"]
+mod interop;
+#[path = "resize/net.rs"]
+mod net;
+#[path = "sim/mod.rs"]
+mod sim;
+mod support;
+
+use libtest_mimic::Trial;
+use support::harness;
+
+/// What needs no host at all.
+fn simulated() -> Vec<Trial> {
+    let run = |name, test: fn()| {
+        Trial::test(name, move || {
+            test();
+            Ok(())
+        })
+    };
+    vec![
+        run(
+            "stopping_leaves_a_closed_disk",
+            cases::stopping_leaves_a_closed_disk,
+        ),
+        run("the_disk_stays_and_the_file_shrinks", cases::undisturbed),
+        run("the_power_may_fail", cases::the_power_may_fail),
+        run("the_host_may_fail", cases::the_host_may_fail),
+        run("a_second_time_there_is_nothing_to_do", cases::twice),
+    ]
+}
+
+fn main() {
+    let mut trials = simulated();
+    trials.extend(interop::trials());
+    harness::main(trials)
+}
