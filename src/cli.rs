@@ -22,6 +22,7 @@ pub mod helper;
 pub mod list;
 pub mod map;
 pub mod measure;
+pub mod merge;
 pub mod mount;
 pub mod options;
 pub mod output;
@@ -30,6 +31,7 @@ pub mod repair;
 pub mod resize;
 pub mod serve;
 pub mod size;
+pub mod snapshot;
 pub mod source;
 pub mod umount;
 
@@ -112,6 +114,8 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
         Verb::Attach(args) => attach::attach(args, cli.json),
         Verb::Detach(args) => attach::detach(args),
         Verb::List => list::run(cli.json),
+        Verb::Snapshot(args) => snapshot::run(args, cli.json),
+        Verb::Merge(args) => merge::run(args, cli.json),
         Verb::Info(args) => info(args, cli.json),
         Verb::Completions { shell } => {
             let mut text = Vec::new();

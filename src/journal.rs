@@ -35,14 +35,21 @@
 //! |     16 |    8 | length of the range, or of the file; CRC-32C of the frame, or of the ranges |
 //! |     24 |      | the bytes, of kind 1 |
 //!
+//! A checksum of parts of the file is one of their blocks of 4096 bytes (the first 64 bytes of the
+//! file are a block of their own) that are not all zeros, each behind its place as 8 bytes.
+//!
 //! A complete record has two checksums: the upper half is that of the file before the last step,
 //! which changes its first bytes only.
 
+mod frame;
 mod restore;
 
 pub use restore::{begin_undo, restore};
 
+use frame::{fold, fold_block, frame};
+
 use crate::error::{Error, ErrorKind, Result};
+use crate::planted::{Bug, planted};
 use crate::storage::{Directory, SharedStorage, Storage};
 use crate::units::{FileOffset, len_u64, len_usize};
 use std::collections::BTreeMap;
@@ -273,9 +280,12 @@ impl Journal {
         let mut buffer = Vec::new();
         while let Some(part) = self.uncovered(&rest) {
             let (at, len) = (part.start, (part.end - part.start).min(RECORD_MAX));
-            buffer.resize(usize::try_from(len).unwrap_or(0), 0);
-            file.read_at(FileOffset::new(at), &mut buffer)?;
-            if buffer.iter().all(|byte| *byte == 0) {
+            let is_hole = is_hole(file, FileOffset::new(at), len)?;
+            if !is_hole {
+                buffer.resize(usize::try_from(len).unwrap_or(0), 0);
+                file.read_at(FileOffset::new(at), &mut buffer)?;
+            }
+            if is_hole || buffer.iter().all(|byte| *byte == 0) {
                 self.write(ZEROS | late, at, len, &[])?;
             } else {
                 self.write(BYTES | late, at, len, &buffer)?;
@@ -296,7 +306,12 @@ impl Journal {
     /// Makes all records durable, the file's name too (step 2).
     pub fn seal(&mut self, directory: &dyn Directory) -> Result<()> {
         self.write(SEAL, self.records, 0, &[])?;
-        self.file.sync_data()?;
+        if !planted(Bug::UndoFileNotSynced) {
+            self.file.sync_data()?;
+        }
+        if planted(Bug::UndoFileNameNotSynced) {
+            return Ok(());
+        }
         directory.sync()
     }
 
@@ -425,49 +440,24 @@ impl Sealed {
                 _ => (head.place, head.place.saturating_add(head.len)),
             };
             let end = end.min(file_len);
-            while at < end {
-                let len = (end - at).min(RECORD_MAX);
-                bytes.resize(len_usize(len).unwrap_or(0), 0);
-                file.read_at(FileOffset::new(at), &mut bytes)?;
-                if let (Some(first), 0) = (first, at) {
-                    bytes.splice(..bytes.len().min(64), first);
-                }
-                crc = crc32c::crc32c_append(crc, &bytes);
-                at += len;
+            if let (Some(first), 0) = (first, at) {
+                at = end.min(FRAME_START);
+                fold_block(
+                    &mut crc,
+                    0,
+                    &first[..len_usize(at).unwrap_or(0).min(first.len())],
+                );
             }
+            fold(&mut crc, file, at..end, &mut bytes)?;
         }
         Ok(crc)
     }
 }
 
-/// CRC-32C of a file from byte 64 to `end`, without the ranges that the first `len` bytes of a
-/// journal record.
-fn frame(journal: &dyn Storage, len: u64, file: &dyn Storage, end: u64) -> Result<u32> {
-    let mut skip: Vec<Range<u64>> = Vec::new();
-    let mut at = len_u64(MAGIC.len());
-    while at < len {
-        let head = read_head(journal, at)?;
-        if matches!(head.what(), BYTES | ZEROS) && head.place < end {
-            skip.push(head.place..head.place.saturating_add(head.len));
-        }
-        at = at
-            .saturating_add(len_u64(HEAD))
-            .saturating_add(head.bytes_len());
-    }
-    skip.sort_unstable_by_key(|range| range.start);
-    skip.push(end..end);
-    let (mut at, mut crc, mut bytes) = (FRAME_START, 0, Vec::new());
-    for range in skip {
-        while at < range.start.min(end) {
-            let len = (range.start.min(end) - at).min(RECORD_MAX);
-            bytes.resize(len_usize(len).unwrap_or(0), 0);
-            file.read_at(FileOffset::new(at), &mut bytes)?;
-            crc = crc32c::crc32c_append(crc, &bytes);
-            at += len;
-        }
-        at = at.max(range.end);
-    }
-    Ok(crc)
+/// True where the host stores the range as a hole.
+fn is_hole(file: &dyn Storage, at: FileOffset, len: u64) -> Result<bool> {
+    let data = file.next_data(at)?;
+    Ok(data.is_none_or(|data| data.start >= at.saturating_add(len)))
 }
 
 /// True for a file that begins like a journal.
@@ -495,6 +485,11 @@ pub struct Undo {
     pub untouched: bool,
     /// What the change leaves alone is still as it was.
     pub frame_holds: bool,
+}
+
+/// True where an undo with this journal has begun; an error where nothing was sealed.
+pub fn is_undoing(journal: &dyn Storage) -> Result<bool> {
+    Ok(Sealed::read(journal)?.undoing)
 }
 
 /// Reads what an undo would give back, and checks every record.
@@ -538,11 +533,14 @@ pub fn inspect(journal: &dyn Storage, file: &dyn Storage) -> Result<Undo> {
         if undo.untouched {
             let at = FileOffset::new(head.place);
             let end = at.saturating_add(head.len);
-            bytes.resize(len_usize(head.len.min(RECORD_MAX)).unwrap_or(0), 0);
-            now.resize(bytes.len(), 0);
-            undo.untouched = end <= file_len && {
-                file.read_at(at, &mut now)?;
-                now == bytes
+            undo.untouched = end <= file_len && head.len <= RECORD_MAX && {
+                let is_zero = head.what() == ZEROS && is_hole(file, at, head.len)?;
+                is_zero || {
+                    bytes.resize(len_usize(head.len).unwrap_or(0), 0);
+                    now.resize(bytes.len(), 0);
+                    file.read_at(at, &mut now)?;
+                    now == bytes
+                }
             };
         }
     }

@@ -5,7 +5,8 @@
 //! tests ask for; without it `planted` is the constant `false` and leaves no code behind.
 //!
 //! Each bug is one line at the place where somebody might write it by mistake. `tests/planted.rs`
-//! plants each and expects the simulation of `tests/sim` to complain.
+//! plants each and expects the simulation of `tests/sim` to complain, or what `tests/check` says of
+//! repairs.
 
 #[cfg(feature = "planted")]
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -121,6 +122,52 @@ bugs! {
     LocksInverted,
     /// A job panics between its payload and its publishing.
     Panic,
+    /// A repair looks at what is in the host's cache only.
+    RepairOnUnsynced,
+    /// After a kill or a failed sync, a repair believes what the host has cached.
+    RepairBelievesCache,
+    /// A repair goes on with an undo file that only the host's cache may have.
+    UndoCacheBelieved,
+    /// A repair changes the image before its undo file is durable.
+    UndoFileNotSynced,
+    /// A repair changes the image before the undo file's name is durable.
+    UndoFileNameNotSynced,
+    /// A repair lengthens the file before the entries that it cleared are durable.
+    ClearsNotSynced,
+    /// A repair lets entries name copies before those are durable.
+    CopiesNotSynced,
+    /// A repair gives clusters back before it is durable that nothing names them.
+    RepointsNotSynced,
+    /// A repair takes the mark away before all else is durable.
+    CutsNotSynced,
+    /// A repair takes the mark away before its undo file says what it leaves.
+    ClosedBeforeTold,
+    /// A repair is over before the last name of its undo file is durable.
+    LastNameNotSynced,
+    /// An undo does not look whether somebody has written to the image since.
+    UndoUnverified,
+    /// An undo changes the image before its file's name says so durably.
+    UndoNameNotSynced,
+    /// An undo does not note in its file that it has begun.
+    UndoBegunSilently,
+    /// An undo changes an image that has no mark.
+    UndoNotMarked,
+    /// An undo brings back the table before what it names is durable.
+    UndoTurnsNotSynced,
+    /// An undo removes its file before the image is durable.
+    UndoEndsUnsynced,
+}
+
+impl Bug {
+    /// Those that show in changes of bundles: `tests/snapshot_planted.rs` looks for them.
+    pub const OF_BUNDLES: &[Self] = &[
+        Self::NothingAnnounced,
+        Self::DescriptorNotSynced,
+        Self::NamesNotSynced,
+        Self::RenameNotSynced,
+        Self::MergeNamesFirst,
+        Self::MergeDataNotSynced,
+    ];
 }
 
 #[cfg(feature = "planted")]

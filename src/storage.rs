@@ -154,6 +154,11 @@ pub trait Directory: Send + Sync + Debug {
     /// All names but `.` and `..`, sorted.
     fn entries(&self) -> Result<Vec<String>>;
 
+    /// Bytes that files in it can still grow by, where that is known.
+    fn available(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Makes the names durable: creations, renames and removals before this call.
     fn sync(&self) -> Result<()>;
 }

@@ -1,4 +1,4 @@
-//! Concurrency and lack of space against the public `Disk`: what no order of requests may break.
+//! Concurrency against the public `Disk`: what no order of requests may break.
 //!
 //! Every sector that a test writes carries the number of its request. A sector read must hold what
 //! some request put there that had begun by then and was not overwritten by a whole later one; no
@@ -15,8 +15,6 @@ mod edges;
 mod forge;
 #[path = "hazards/odd.rs"]
 mod odd;
-#[path = "hazards/space.rs"]
-mod space;
 #[path = "hazards/spoilt.rs"]
 mod spoilt;
 #[path = "hazards/stress.rs"]

@@ -1,10 +1,26 @@
 //! The net catches what it is there for: each bug of `ploopfs::planted` is planted, and the
-//! simulation must complain. Needs the feature `planted`.
+//! simulation must complain, or the power cuts during repairs and undos. Needs the feature
+//! `planted`.
 
+#[allow(dead_code)]
+#[path = "resize/bundles.rs"]
+mod bundles;
+#[path = "check/damage.rs"]
+mod damage;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
+#[path = "check/mending.rs"]
+mod mending;
+#[allow(dead_code)]
+#[path = "resize/net.rs"]
+mod net;
 #[path = "sim/mod.rs"]
 mod sim;
+#[allow(dead_code)]
+#[path = "resize/sizes.rs"]
+mod sizes;
+#[path = "check/stage.rs"]
+mod stage;
 
 use ploopfs::disk::{self, DiskOptions, DoneReply, Resources};
 use ploopfs::error::{ErrorKind, Result};
@@ -87,6 +103,96 @@ fn fault(bug: Bug, seed: u64) -> Option<Fault> {
     })
 }
 
+/// The bugs of repairs and undos. [`Bug::MarkNotSynced`] is one of both kinds.
+const OF_REPAIRS: [Bug; 18] = [
+    Bug::RepairOnUnsynced,
+    Bug::RepairBelievesCache,
+    Bug::UndoCacheBelieved,
+    Bug::UndoFileNotSynced,
+    Bug::UndoFileNameNotSynced,
+    Bug::MarkNotSynced,
+    Bug::ClearsNotSynced,
+    Bug::CopiesNotSynced,
+    Bug::RepointsNotSynced,
+    Bug::CutsNotSynced,
+    Bug::ClosedBeforeTold,
+    Bug::LastNameNotSynced,
+    Bug::UndoUnverified,
+    Bug::UndoNameNotSynced,
+    Bug::UndoBegunSilently,
+    Bug::UndoNotMarked,
+    Bug::UndoTurnsNotSynced,
+    Bug::UndoEndsUnsynced,
+];
+
+/// All that is asked of repairs; the first complaint. That there is none without a bug is for
+/// `tests/check` to show.
+fn of_repairs() -> Result<(), String> {
+    mending::written_since()?;
+    mending::from_the_cache()?;
+    mending::cut_undos(12)?;
+    mending::from_a_cached_undo_file()?;
+    mending::cut_repairs(8)?;
+    mending::cut_twice(12)?;
+    mending::failing_host(&[Kind::Sync]).map(|_| ())
+}
+
+fn is_chosen(bug: Bug) -> bool {
+    let only = std::env::var("PLOOPFS_BUG").ok();
+    only.is_none_or(|only| only == format!("{bug:?}"))
+}
+
+#[test]
+fn each_planted_bug_of_a_repair_is_found() {
+    let _one = ONE.lock();
+    let mut unnoticed = Vec::new();
+    let chosen = OF_REPAIRS.into_iter().filter(|bug| is_chosen(*bug));
+    for bug in chosen {
+        let started = std::time::Instant::now();
+        plant(Some(bug));
+        let found = of_repairs();
+        plant(None);
+        let time = started.elapsed().as_secs_f64();
+        match found {
+            Err(why) => println!("{bug:?}: {time:.1} s, {why}"),
+            Ok(()) => {
+                println!("{bug:?}: {time:.1} s, UNNOTICED");
+                unnoticed.push(bug);
+            }
+        }
+    }
+    assert!(unnoticed.is_empty(), "unnoticed: {unnoticed:?}");
+}
+
+/// Bugs of a change of a disk's size, which have a test of their own below.
+const OF_RESIZE: [Bug; 5] = [
+    Bug::MovedNotSynced,
+    Bug::OldPlaceEarly,
+    Bug::ResizedEarly,
+    Bug::DescriptorEarly,
+    Bug::UnmarkedEarly,
+];
+
+#[test]
+fn each_bug_of_a_resize_is_found() {
+    let _one = ONE.lock();
+    let mut unnoticed = Vec::new();
+    let all = OF_RESIZE.into_iter().chain([Bug::MarkNotSynced]);
+    for bug in all.filter(|bug| is_chosen(*bug)) {
+        plant(Some(bug));
+        let of_images = sizes::cases()
+            .into_iter()
+            .find_map(|case| case.cuts(12, false).complaints.pop());
+        let why = of_images.or_else(|| bundles::complaints(12).1.pop());
+        plant(None);
+        match why {
+            Some(why) => println!("{bug:?}: {why}"),
+            None => unnoticed.push(bug),
+        }
+    }
+    assert!(unnoticed.is_empty(), "unnoticed: {unnoticed:?}");
+}
+
 /// One bug at a time in the whole process.
 static ONE: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
 
@@ -95,16 +201,11 @@ fn each_planted_bug_is_found() {
     let _one = ONE.lock();
     std::panic::set_hook(Box::new(|_| {}));
     let mut unnoticed = Vec::new();
-    let only = std::env::var("PLOOPFS_BUG").ok();
     for bug in Bug::ALL {
+        let is_of_repairs = OF_REPAIRS.contains(bug) && *bug != Bug::MarkNotSynced;
         // No bug that could go unnoticed: see below.
-        if *bug == Bug::Panic {
-            continue;
-        }
-        if only
-            .as_ref()
-            .is_some_and(|only| *only != format!("{bug:?}"))
-        {
+        let elsewhere = is_of_repairs || Bug::OF_BUNDLES.contains(bug) || OF_RESIZE.contains(bug);
+        if *bug == Bug::Panic || elsewhere || !is_chosen(*bug) {
             continue;
         }
         let started = std::time::Instant::now();

@@ -1,4 +1,4 @@
-//! Other sizes and fuller files: power cuts at every operation, refusals, other programs.
+//! Other sizes: power cuts at every operation, refusals, other programs.
 //!
 //! A command is cut after each operation, with any of what was not durable kept or lost. What is
 //! left must show the disk as it was or as it will be, must have nothing wrong but its mark and
@@ -18,3 +18,38 @@ mod refusals;
 mod sim;
 #[path = "resize/sizes.rs"]
 mod sizes;
+mod support;
+
+use libtest_mimic::Trial;
+use support::harness;
+
+/// What needs no host at all.
+fn simulated() -> Vec<Trial> {
+    let run = |name, test: fn()| {
+        Trial::test(name, move || {
+            test();
+            Ok(())
+        })
+    };
+    vec![
+        run("what_stays_is_as_before", sizes::what_stays_is_as_before),
+        run("the_power_may_fail", sizes::the_power_may_fail),
+        run("the_host_may_fail", sizes::the_host_may_fail),
+        run("garbage_does_not_come_up", sizes::garbage_does_not_come_up),
+        run(
+            "growing_and_shrinking_back",
+            sizes::growing_and_shrinking_back,
+        ),
+        run(
+            "image_and_descriptor_agree",
+            bundles::image_and_descriptor_agree,
+        ),
+    ]
+}
+
+fn main() {
+    let mut trials = simulated();
+    trials.extend(interop::trials());
+    trials.extend(refusals::trials());
+    harness::main(trials)
+}

@@ -1,11 +1,13 @@
 //! Snapshots and merges: what every state of the disk shows before, after, and after a power cut
 //! at any operation; and the commands, beside other programs.
 
+#[path = "snapshot/commands.rs"]
+mod commands;
 #[path = "snapshot/cuts.rs"]
 mod cuts;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
-#[path = "check/host.rs"]
+#[path = "snapshot/host.rs"]
 mod host;
 #[path = "snapshot/steps.rs"]
 mod steps;

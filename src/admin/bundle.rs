@@ -27,7 +27,7 @@ use crate::admin::bundle::pending::Pending;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::edit::{Edit, EditError, edit};
 use crate::format::descriptor::{Descriptor, Image};
-use crate::format::xml;
+use crate::format::{names, xml};
 use crate::planted::{Bug, planted};
 use crate::storage::directory::take_after;
 use crate::storage::{Directory, SharedStorage, Storage};
@@ -152,7 +152,8 @@ impl<'a> Bundle<'a> {
             self.directory.remove(&name)?;
             gone = true;
         }
-        for end in [NEW.to_owned(), format!("{BACKUP}{NEW}")] {
+        let ends = ["", BACKUP, names::OWN_END];
+        for end in ends.map(|end| format!("{end}{NEW}")) {
             let name = format!("{}{end}", self.name);
             if has(&name) {
                 self.directory.remove(&name)?;
@@ -210,6 +211,26 @@ impl<'a> Bundle<'a> {
             names: names.to_vec(),
         };
         self.write_new(&list, &pending.encode(), None)?;
+        self.directory.sync()
+    }
+
+    /// Replaces a small file beside the descriptor, or removes it where there are no bytes.
+    pub fn put(&self, end: &str, bytes: &[u8]) -> Result<()> {
+        let name = format!("{}{end}", self.name);
+        let there = self.directory.entries()?;
+        if bytes.is_empty() {
+            if there.contains(&name) {
+                self.directory.remove(&name)?;
+            }
+            return self.directory.sync();
+        }
+        let new = format!("{name}{NEW}");
+        if there.contains(&new) {
+            self.directory.remove(&new)?;
+        }
+        let like = self.directory.open(&self.name, false)?;
+        self.write_new(&new, bytes, Some(&*like))?;
+        self.directory.rename(&new, &name)?;
         self.directory.sync()
     }
 

@@ -9,6 +9,7 @@
 pub mod disk;
 pub mod say;
 
+use crate::admin::progress::Progress;
 use crate::delta::classify::{Class, Classifier, Grid, Used};
 use crate::delta::{extension, walk};
 use crate::error::Result;
@@ -43,7 +44,12 @@ pub struct Checked {
 
 /// Looks at one image. Fails only where the host does; an image that makes no sense is a finding.
 pub fn check_image(storage: &dyn Storage) -> Result<Checked> {
-    Ok(gather(storage)?.checked)
+    check_image_with(storage, &Progress::default())
+}
+
+/// The same, telling how far it is.
+pub fn check_image_with(storage: &dyn Storage, progress: &Progress) -> Result<Checked> {
+    Ok(gather_with(storage, progress)?.checked)
 }
 
 /// What a check knows besides.
@@ -73,6 +79,11 @@ pub(super) struct Space {
 
 /// Gathers all facts of an image.
 pub(super) fn gather(storage: &dyn Storage) -> Result<Gathered> {
+    gather_with(storage, &Progress::default())
+}
+
+/// The same, telling how far it is.
+pub(super) fn gather_with(storage: &dyn Storage, progress: &Progress) -> Result<Gathered> {
     let file_len = storage.len()?;
     let mut facts = Facts {
         file_len: file_len.get(),
@@ -95,7 +106,7 @@ pub(super) fn gather(storage: &dyn Storage) -> Result<Gathered> {
     };
     let (mut space, mut disbelief, mut bitmaps) = (None, None, Vec::new());
     if let Some(header) = header {
-        let mut found = table(storage, &header, file_len, &mut facts.table)?;
+        let mut found = table(storage, &header, file_len, &mut facts.table, progress)?;
         match read_extension(storage, &header, &found)? {
             Ok(known) => {
                 facts.extension = known.facts;
@@ -114,7 +125,7 @@ pub(super) fn gather(storage: &dyn Storage) -> Result<Gathered> {
         if !matches!(header.raw().in_use, 0 | IN_USE | CLOSED_V21) && header.raw().extension != 0 {
             facts.extension = ExtensionFacts::Foreign;
         }
-        spaces(storage, &mut facts, &found)?;
+        spaces(storage, &mut facts, &found, progress)?;
         space = Some(found);
     }
     let report = examine(&facts);
@@ -181,6 +192,7 @@ fn table(
     header: &Header,
     file_len: FileOffset,
     facts: &mut TableFacts,
+    progress: &Progress,
 ) -> Result<Space> {
     let layout = header.layout();
     let mut classifier = Classifier::new(layout, file_len)?;
@@ -191,7 +203,9 @@ fn table(
     let mut end = named_end;
     let disk_clusters = layout.cluster().count_for(header.size_bytes()).get();
     let slots_end = slots_end(layout);
+    let mut passed = Passed::begin(progress, "reading the table", 0, slots_end.get());
     walk::words(storage, slots_end, |at, bytes| {
+        passed.to(at.get())?;
         entries(at, bytes, layout, |cluster, entry| {
             let Some(cluster) = cluster else {
                 facts.stray_slots += u64::from(entry != 0);
@@ -318,7 +332,12 @@ fn bitmap_ids(extension: &Extension) -> Vec<String> {
 }
 
 /// Counts what has leaked, and finds the end of all that is used.
-fn spaces(storage: &dyn Storage, facts: &mut Facts, space: &Space) -> Result<()> {
+fn spaces(
+    storage: &dyn Storage,
+    facts: &mut Facts,
+    space: &Space,
+    progress: &Progress,
+) -> Result<()> {
     let extension = facts.extension;
     if let ExtensionFacts::Foreign | ExtensionFacts::Valid { unknown: true, .. } = extension {
         // Its sections may use any cluster.
@@ -334,7 +353,13 @@ fn spaces(storage: &dyn Storage, facts: &mut Facts, space: &Space) -> Result<()>
     }
     let mut leaked = 0_u64;
     let taken = [&space.named, &space.touched, &extension];
-    leaks(storage, space, &taken, facts.table.end, |_| {
+    let mut passed = Passed::begin(
+        progress,
+        "looking for lost clusters",
+        space.grid.start(space.first),
+        facts.table.end,
+    );
+    leaks_with(storage, space, &taken, facts.table.end, &mut passed, |_| {
         leaked += 1;
         Ok(())
     })?;
@@ -349,6 +374,20 @@ pub(super) fn leaks(
     space: &Space,
     taken: &[&Used],
     end: u64,
+    each: impl FnMut(u64) -> Result<()>,
+) -> Result<()> {
+    let progress = Progress::default();
+    let mut passed = Passed::begin(&progress, "", 0, end);
+    leaks_with(storage, space, taken, end, &mut passed, each)
+}
+
+/// The same, telling how far it is.
+pub(super) fn leaks_with(
+    storage: &dyn Storage,
+    space: &Space,
+    taken: &[&Used],
+    end: u64,
+    passed: &mut Passed<'_>,
     mut each: impl FnMut(u64) -> Result<()>,
 ) -> Result<()> {
     let grid = space.grid;
@@ -363,6 +402,7 @@ pub(super) fn leaks(
         let numbers = grid.touched(data.start.get()..data.end.get().min(end));
         for number in numbers.start.max(next)..numbers.end {
             let range = grid.start(number)..grid.start(number + 1).min(end);
+            passed.to(range.start)?;
             let is_taken = taken.iter().any(|set| set.contains(number));
             if !is_taken && !is_zero(storage, range, &mut buffer)? {
                 each(number)?;
@@ -372,6 +412,28 @@ pub(super) fn leaks(
         at = data.end.get().max(grid.start(next));
     }
     Ok(())
+}
+
+/// Tells how far a walk over a file is.
+#[derive(Debug)]
+pub(super) struct Passed<'a> {
+    progress: &'a Progress,
+    at: u64,
+}
+
+impl<'a> Passed<'a> {
+    /// Begins a step from one place of the file to another one.
+    pub(super) fn begin(progress: &'a Progress, what: &str, from: u64, end: u64) -> Self {
+        progress.step(what, end.saturating_sub(from));
+        Self { progress, at: from }
+    }
+
+    /// The walk is here. Fails where the user wants it to end.
+    pub(super) fn to(&mut self, at: u64) -> Result<()> {
+        self.progress.add(at.saturating_sub(self.at));
+        self.at = self.at.max(at);
+        self.progress.check()
+    }
 }
 
 /// True where all bytes of the range are 0.

@@ -11,7 +11,9 @@
 //! 2. The in-use mark of the lower image. Without it another program could take what is half merged
 //!    for a closed image.
 //! 3. Where the upper disk is larger: room for its entries, cleared, and then the header that says
-//!    so. Entries that the header already counts could be garbage otherwise.
+//!    so. Entries that the header already counts could be garbage otherwise. Where clusters must
+//!    make way for the table, that is done before step 2, by [`crate::admin::resize`], which leaves
+//!    a whole image of the larger size.
 //! 4. The content of a run of clusters, to where the lower image has them or to free clusters.
 //! 5. The entries of that run, for clusters that got a new place. An entry that became durable
 //!    before its data would name what was there before. Then 4 for the next run.
@@ -24,11 +26,13 @@ mod copy;
 
 use crate::admin::merge::copy::{Run, copy_run, join};
 use crate::admin::progress::Progress;
+use crate::admin::resize;
 use crate::delta::image::{Image, header_error};
 use crate::delta::in_use::InUseMark;
 use crate::delta::survey::{Fault, Survey, survey};
 use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
 use crate::format::bat::EntryError;
+use crate::format::chs::Chs;
 use crate::format::header::{FLAG_CONVERTING, Header, RawHeader, Version};
 use crate::format::layout::Layout;
 use crate::plan::merge::{Move, Piece, Place, Upper, plan_merge};
@@ -186,12 +190,44 @@ impl Merge<'_> {
             grown.entry_count,
             grown.first_block,
         );
-        if layout.table_end() > layout.data_start() {
+        if let Some(request) = self.longer_table(&layout) {
+            resize::plan_image(&**self.lower.storage(), &[], &request)
+                .map_err(|e| e.in_file(self.lower.path()))?;
+        } else if layout.table_end() > layout.data_start() {
             let why = "the table of the lower image has no room for the entries of the upper one";
             return Err(bad_size(why.to_owned(), self.lower)
                 .fix("merge into a new file: `ploopfs merge --into-new FILE`"));
         }
         Ok(found.used.len())
+    }
+
+    /// How the lower image gets a table for the upper disk, where that takes the place of clusters.
+    fn longer_table(&self, grown: &Layout) -> Option<resize::Request> {
+        // A disk that is resized has whole clusters.
+        let is_whole = self.disk_len() % self.cluster.bytes() == 0;
+        let is_longer = grown.table_end() > grown.data_start();
+        (is_longer && is_whole).then(|| resize::Request {
+            drop_bitmaps: true,
+            ..resize::Request::new(SectorCount::new(self.disk_len() / SECTOR))
+        })
+    }
+
+    /// Step 2 where clusters must make room for the table, which has an order of its own.
+    fn lengthen(&self, header: &Header, progress: &Progress) -> Result<Option<Image>> {
+        let grown = self.grown(header)?;
+        let layout = Layout::new(
+            header.version(),
+            self.cluster,
+            grown.entry_count,
+            grown.first_block,
+        );
+        let Some(request) = self.longer_table(&layout) else {
+            return Ok(None);
+        };
+        let storage = self.lower.storage();
+        resize::resize_image(&**storage, &[], &request, progress, &mut |_| Ok(()))?;
+        progress.step("merging", 0);
+        Image::expanding(self.lower.path(), storage.clone()).map(Some)
     }
 
     fn sound(&self, found: &Survey) -> Result<()> {
@@ -237,8 +273,8 @@ impl Merge<'_> {
         };
         raw.entry_count = raw.entry_count.max(entries);
         raw.size_in_sectors = SectorCount::new(sectors).get();
-        let heads = u64::from(raw.heads).saturating_mul(32).max(1);
-        raw.cylinders = u32::try_from(sectors / heads).unwrap_or(u32::MAX);
+        let chs = Chs::of(SectorCount::new(sectors));
+        (raw.heads, raw.cylinders) = (chs.heads, chs.header_cylinders());
         Ok(raw)
     }
 
@@ -279,7 +315,14 @@ impl Merge<'_> {
         let here = |e: Error| e.in_file(self.lower.path());
         storage.sync_data().map_err(here)?;
         match self.lower.header() {
-            Some(header) => self.into_table(header, progress),
+            Some(header) => match self.lengthen(header, progress).map_err(here)? {
+                Some(lower) => Merge {
+                    lower: &lower,
+                    ..*self
+                }
+                .into_table(lower.header().unwrap_or(header), progress),
+                None => self.into_table(header, progress),
+            },
             None => self.into_plain(progress),
         }
     }

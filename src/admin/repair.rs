@@ -29,7 +29,8 @@ mod undo;
 
 pub use undo::{Saved, saved_names, undo_image};
 
-use crate::admin::check::{self, Checked, Gathered, Space};
+use crate::admin::check::{self, Checked, Gathered, Passed, Space};
+use crate::admin::progress::Progress;
 use crate::delta::classify::{Class, Classifier, Used};
 use crate::delta::image::header_error;
 use crate::delta::in_use::InUseMark;
@@ -37,7 +38,8 @@ use crate::delta::walk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{HEADER_LEN, Header};
 use crate::journal::Journal;
-use crate::plan::repair::{Fix, Policy, Refusal, Severity, Trouble, fixes};
+use crate::plan::repair::{Facts, Fix, Policy, Refusal, Severity, Trouble, fixes};
+use crate::planted::{Bug, planted};
 use crate::storage::{Directory, Keep, Storage};
 use crate::units::{FileOffset, len_u64};
 use std::ops::Range;
@@ -83,7 +85,16 @@ pub struct Repaired {
 
 /// What the image needs, without changing it.
 pub fn plan_image(storage: &dyn Storage, policy: &Policy) -> Result<Planned> {
-    let checked = check::check_image(storage)?;
+    plan_image_with(storage, policy, &Progress::default())
+}
+
+/// The same, telling how far it is.
+pub fn plan_image_with(
+    storage: &dyn Storage,
+    policy: &Policy,
+    progress: &Progress,
+) -> Result<Planned> {
+    let checked = check::check_image_with(storage, progress)?;
     let fixes = fixes(&checked.facts, *policy).map_err(refused)?;
     Ok(Planned { checked, fixes })
 }
@@ -127,6 +138,10 @@ fn refused(refusal: Refusal) -> Error {
             "a section of the format extension that is not known here forbids writing",
         )
         .fix("to give back wasted space only: --leaks-only"),
+        Refusal::ReadOnlyKind(error) => header_error(error).fix(
+            "images of this kind are only read here, and so they are not repaired; nothing was \
+             changed: copy what can be read to a new image",
+        ),
         Refusal::LeaksOfCorrupt => Error::why(
             ErrorKind::Corrupt,
             "the image is not sound, and what nothing names may be what it should name",
@@ -137,34 +152,60 @@ fn refused(refusal: Refusal) -> Error {
 
 /// Mends an image and leaves a clean check, or says why it cannot. The caller has it locked.
 pub fn repair_image(storage: &dyn Storage, keep: KeepOld<'_>, policy: &Policy) -> Result<Repaired> {
-    storage.sync_data()?;
+    repair_image_with(storage, keep, policy, &Progress::default())
+}
+
+/// The same, telling how far it is. Where it is stopped it has changed nothing, or is to be gone on
+/// with or undone.
+pub fn repair_image_with(
+    storage: &dyn Storage,
+    keep: KeepOld<'_>,
+    policy: &Policy,
+    progress: &Progress,
+) -> Result<Repaired> {
+    if !planted(Bug::RepairOnUnsynced) {
+        storage.sync_data()?;
+    }
     let Gathered {
         mut checked,
         mut space,
-    } = check::gather(storage)?;
-    if checked.report.has(Trouble::InUse.word()) {
+    } = check::gather_with(storage, progress)?;
+    if checked.report.has(Trouble::InUse.word()) && !planted(Bug::RepairBelievesCache) {
         // After a failed sync the host's cache may hold what the medium does not.
         if let Err(error) = storage.drop_cache() {
             log::debug!("the host's cache stays: {error}");
         }
-        Gathered { checked, space } = check::gather(storage)?;
+        Gathered { checked, space } = check::gather_with(storage, progress)?;
     }
     let fixes = fixes(&checked.facts, *policy).map_err(refused)?;
+    let copies = copied_bytes(&checked.facts, &fixes);
+    if !undo::is_begun(keep)? {
+        check_room(keep, copies)?;
+    }
     let mut begun = undo::begin(storage, keep, !fixes.is_empty())?;
     if let (Some(space), false) = (space, fixes.is_empty()) {
         let header = checked.facts.normal.as_ref().map(|normal| normal.header);
         let header = header.map_err(|e| header_error(*e))?;
         let mut work = Work {
             storage,
+            progress,
             header,
             file_len: FileOffset::new(checked.facts.file_len),
             mapped: checked.facts.table.mapped - checked.facts.table.invalid(),
             space,
+            copies,
             fixes: fixes.clone(),
             kept: None,
             end: 0,
         };
-        if let Err(e) = work.prepare(begun.journal.as_mut(), keep) {
+        let prepared = work.prepare(begun.journal.as_mut()).and_then(|end| {
+            // By now the undo file has taken its part.
+            if !begun.is_resumed() {
+                check_room(keep, copies)?;
+            }
+            undo::seal(storage, begun.journal.as_mut(), keep, end)
+        });
+        if let Err(e) = prepared {
             undo::abandon(&begun, keep);
             return Err(e);
         }
@@ -186,6 +227,34 @@ pub fn repair_image(storage: &dyn Storage, keep: KeepOld<'_>, policy: &Policy) -
     })
 }
 
+/// The most bytes that these steps copy.
+#[must_use]
+pub fn copied_bytes(facts: &Facts, fixes: &[Fix]) -> u64 {
+    match &facts.normal {
+        Ok(normal) if fixes.contains(&Fix::Copy) => {
+            let size = normal.header.layout().cluster().bytes();
+            facts.table.to_separate().saturating_mul(size)
+        }
+        _ => 0,
+    }
+}
+
+/// Refuses what the host has no room for before anything is written: an image must not be left half
+/// mended because a table lets thousands of entries share a cluster.
+fn check_room(keep: KeepOld<'_>, copies: u64) -> Result<()> {
+    let KeepOld::In { directory, .. } = keep else {
+        return Ok(());
+    };
+    match directory.available()? {
+        Some(room) if room < copies => {
+            let why = format!("up to {copies} bytes must be copied, and {room} are free");
+            Err(Error::why(ErrorKind::Io(libc::ENOSPC), why)
+                .fix("make room, or repair a copy where there is more; nothing was changed"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// True where nothing but notes is left.
 #[must_use]
 pub fn is_clean(checked: &Checked) -> bool {
@@ -195,6 +264,7 @@ pub fn is_clean(checked: &Checked) -> bool {
 /// A repair under way.
 struct Work<'a> {
     storage: &'a dyn Storage,
+    progress: &'a Progress,
     /// As it should be.
     header: Header,
     /// Length of the file as it was found: entries are judged by it throughout.
@@ -203,6 +273,8 @@ struct Work<'a> {
     mapped: u64,
     /// What was taken when the repair began.
     space: Space,
+    /// The most bytes that are copied.
+    copies: u64,
     fixes: Vec<Fix>,
     /// What is taken when it ends.
     kept: Option<Used>,
@@ -284,7 +356,8 @@ impl Work<'_> {
     }
 
     /// Step 3: finds out what will be named in the end, and records all that will change.
-    fn prepare(&mut self, journal: Option<&mut Journal>, keep: KeepOld<'_>) -> Result<()> {
+    /// Returns the end of the table's part of the file.
+    fn prepare(&mut self, journal: Option<&mut Journal>) -> Result<u64> {
         let mut old = undo::Recorder::new(journal, self.storage);
         old.len(self.file_len)?;
         if self.has(Fix::Mark) {
@@ -331,7 +404,7 @@ impl Work<'_> {
         if self.has(Fix::Cut) {
             old.data(end..self.file_len.get())?;
         }
-        old.seal(keep, self.header.layout().data_start().get())
+        Ok(self.header.layout().data_start().get())
     }
 
     /// Notes what will be copied: an undo gives up the copies, and so it may only be when what
@@ -351,10 +424,17 @@ impl Work<'_> {
     /// Calls `each` with the bytes of every cluster that nothing names in the end.
     fn punched(&self, mut each: impl FnMut(Range<u64>) -> Result<()>) -> Result<()> {
         let kept: Vec<&Used> = self.kept.iter().collect();
-        check::leaks(self.storage, &self.space, &kept, self.end, |number| {
-            let grid = self.space.grid;
-            each(grid.start(number)..grid.start(number + 1).min(self.end))
-        })
+        let (grid, end) = (self.space.grid, self.end);
+        let first = grid.start(self.space.first);
+        let mut passed = Passed::begin(self.progress, "giving space back", first, end);
+        check::leaks_with(
+            self.storage,
+            &self.space,
+            &kept,
+            end,
+            &mut passed,
+            |number| each(grid.start(number)..grid.start(number + 1).min(end)),
+        )
     }
 
     /// Steps 4 to 11.
@@ -378,6 +458,9 @@ impl Work<'_> {
                     }
                 }
                 Fix::Close => {
+                    if planted(Bug::ClosedBeforeTold) {
+                        mark.clear(storage, self.mapped == 0)?;
+                    }
                     let closed = mark.closed(self.mapped == 0).encode();
                     if let Some(journal) = journal.take() {
                         journal.complete(storage, Some(closed))?;
@@ -385,7 +468,9 @@ impl Work<'_> {
                     mark.clear(storage, self.mapped == 0)?;
                 }
             }
-            storage.sync_data()?;
+            if !is_left_unsynced(*fix) {
+                storage.sync_data()?;
+            }
         }
         match journal {
             Some(journal) => journal.complete(storage, None),
@@ -414,10 +499,12 @@ impl Work<'_> {
 
     fn copy(&self) -> Result<()> {
         let mut free = self.free();
+        self.progress.step("copying clusters", self.copies);
         let layout = self.header.layout();
         let decide = |word, class| {
             if let Some(Class::Shared(_) | Class::Misaligned) = class {
                 let (number, _) = free.take()?;
+                self.progress.check()?;
                 self.copy_cluster(
                     layout.entry_start(word).get(),
                     self.space.grid.start(number),
@@ -447,6 +534,7 @@ impl Work<'_> {
             }
             done += len_u64(len);
         }
+        self.progress.add(size);
         Ok(())
     }
 
@@ -457,6 +545,18 @@ impl Work<'_> {
             _ => Ok(word),
         };
         self.rewrite(decide, |at, new| self.write(at, new))
+    }
+}
+
+/// A planted bug: the next step begins before this one is durable.
+fn is_left_unsynced(fix: Fix) -> bool {
+    match fix {
+        Fix::Mark => planted(Bug::MarkNotSynced),
+        Fix::Clear => planted(Bug::ClearsNotSynced),
+        Fix::Copy => planted(Bug::CopiesNotSynced),
+        Fix::Repoint => planted(Bug::RepointsNotSynced),
+        Fix::Punch | Fix::Cut => planted(Bug::CutsNotSynced),
+        Fix::Extend | Fix::Close => false,
     }
 }
 

@@ -4,8 +4,8 @@
 //! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order
 //!    could read what an operation of ploop is about to replace.
 //! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice,
-//!    lock all, and only then look at the first bytes of each, and whether the undo file of a
-//!    repair that was interrupted lies beside it (`files`).
+//!    lock all, and only then look at the first bytes of each, and whether the undo file of an
+//!    interrupted repair lies beside it (`files`).
 //!
 //! Lower deltas are never opened for writing. Everything stays locked as long as its storage lives,
 //! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
@@ -246,11 +246,12 @@ fn open_bundle(
     let lock = lock_bundle(&roots, descriptor_name, selection, &mut warnings)?;
     let path = directory.join(descriptor_name);
     let descriptor = read_descriptor(&roots, descriptor_name)?;
-    let names = find::snapshot_names(&directory);
+    let names = find::snapshot_names(&directory, descriptor_name);
     let target =
         select(&descriptor, &names, selection.snapshot.as_deref()).map_err(|e| e.in_file(&path))?;
-    if selection.write {
-        check_writable(&descriptor, target).map_err(|e| e.in_file(&path))?;
+    refuse_going(&descriptor, target).map_err(|e| e.in_file(&path))?;
+    if selection.write || selection.mending {
+        check_writable(&descriptor, target, selection.mending).map_err(|e| e.in_file(&path))?;
     }
     warnings.extend(told(&directory, descriptor_name, &descriptor));
     warnings.extend(encryption_text(&descriptor).map(|how| {
@@ -275,7 +276,7 @@ fn open_bundle(
         _lock: kept,
     });
     let mut images = open_chain(&bundle, target, selection.write)?;
-    if selection.write {
+    if selection.write || selection.mending {
         files::refuse_shared_tops(&bundle.roots, &bundle.descriptor, &images)?;
     }
     drop(passing);
@@ -345,6 +346,17 @@ fn encryption_text(descriptor: &Descriptor) -> Option<String> {
     })
 }
 
+/// Refuses a snapshot that is being deleted: it may be half of one state and half of another.
+fn refuse_going(descriptor: &Descriptor, target: Guid) -> Result<()> {
+    let mut shots = descriptor.snapshots.iter();
+    if target == descriptor.top || !shots.any(|shot| shot.guid == target && shot.temporary) {
+        return Ok(());
+    }
+    let why = format!("the snapshot {target} is being deleted");
+    Err(Error::why(ErrorKind::NoSuchSnapshot, why)
+        .fix("`ploopfs snapshot delete` with its name goes on with that"))
+}
+
 /// The snapshot that a word means.
 fn select(
     descriptor: &Descriptor,
@@ -403,7 +415,7 @@ fn select(
     }
 }
 
-fn check_writable(descriptor: &Descriptor, target: Guid) -> Result<()> {
+fn check_writable(descriptor: &Descriptor, target: Guid, mending: bool) -> Result<()> {
     if target != descriptor.top {
         let why = format!("the snapshot {target} is frozen: only the top can be written to");
         return Err(Error::why(ErrorKind::ReadOnly, why).fix("to read it: -r"));
@@ -414,7 +426,12 @@ fn check_writable(descriptor: &Descriptor, target: Guid) -> Result<()> {
         .find(|oddity| oddity.forbids_writing())
     {
         Some(oddity) => {
-            Err(Error::why(ErrorKind::Unsupported, oddity.to_string()).fix("to read it: -r"))
+            let error = Error::why(ErrorKind::Unsupported, oddity.to_string());
+            Err(error.fix(if mending {
+                "correct the descriptor first"
+            } else {
+                "to read it: -r"
+            }))
         }
         None => Ok(()),
     }
@@ -520,6 +537,7 @@ impl OpenedImages {
             return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(&self.named));
         };
         let target = select(&bundle.descriptor, &bundle.names, Some(snapshot))?;
+        refuse_going(&bundle.descriptor, target)?;
         let mut images = open_chain(bundle, target, false)?;
         images.named.clone_from(&self.named);
         Ok(images)

@@ -3,6 +3,13 @@
 //! Imports: nothing but its siblings.
 //! Never: does anything; a value that parses may still be impossible.
 
+mod snapshot;
+
+pub use snapshot::{
+    DeleteArgs, MergeArgs, SnapshotArgs, SnapshotCreateArgs, SnapshotListArgs, SnapshotRenameArgs,
+    SnapshotVerb, SwitchArgs,
+};
+
 use super::checksum::ChecksumArgs;
 use super::compare::CompareArgs;
 use super::convert::ConvertArgs;
@@ -80,6 +87,10 @@ pub enum Verb {
     Measure(MeasureArgs),
     /// Sum up a disk, or hold it against its sums
     Checksum(ChecksumArgs),
+    /// Make, list, delete snapshots, or go back to one
+    Snapshot(SnapshotArgs),
+    /// Merge images of a chain
+    Merge(MergeArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completions {
@@ -326,7 +337,8 @@ pub struct CheckArgs {
 /// `ploopfs repair`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
-Exit status: 0 clean now, 2 still corrupt, 1 could not repair
+Exit status: 0 clean now, 2 still corrupt, 1 could not repair;
+with --dry-run that of a check: 0 nothing to do, 2 corrupt, 3 leaks only
 
 Examples:
   ploopfs repair --dry-run disk.hdd       what would be done, and what is lost

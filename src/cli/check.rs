@@ -6,6 +6,7 @@
 use super::args::CheckArgs;
 use super::exit;
 use super::output::{Report, print};
+use super::progress::Shown as Progress;
 use crate::admin::check::disk::{self, DiskCheck, FileCheck, Options};
 use crate::admin::check::say::Said;
 use crate::error::Shown;
@@ -21,7 +22,10 @@ pub fn run(args: &CheckArgs, json: bool) -> Result<u8, Box<Report>> {
         allow_outside: args.allow_outside.clone(),
         no_lock: args.no_lock,
     };
-    let found = disk::check(&args.image, &options).map_err(|e| Report::refused(&what, &e))?;
+    let progress = Progress::start(args.quiet || json);
+    let found = disk::check_with(&args.image, &options, progress.progress());
+    drop(progress);
+    let found = found.map_err(|e| Report::refused(&what, &e))?;
     if json {
         let text = serde_json::to_string_pretty(&found)
             .map_err(|e| Report::new(&what, &std::io::Error::from(e).into()))?;

@@ -10,7 +10,7 @@ use crate::error::ErrorKind;
 pub const FAILED: u8 = 1;
 /// `check`, `repair`: the image is corrupt, or still is.
 pub const CORRUPT: u8 = 2;
-/// `check`: space is wasted, the data is safe.
+/// `check`, `repair --dry-run`: space is wasted, the data is safe.
 pub const LEAKS: u8 = 3;
 /// `compare`, `checksum`: could not tell, where 1 says that disks differ.
 pub const TROUBLE: u8 = 2;

@@ -5,6 +5,7 @@
 
 use super::args::RepairArgs;
 use super::output::{Report, note, print};
+use super::progress::Shown as Progress;
 use super::{check, exit};
 use crate::admin::repair::disk::{self, DiskRepair, Session};
 use crate::error::{Error, ErrorKind, Shown};
@@ -17,40 +18,61 @@ pub fn run(args: &RepairArgs, json: bool) -> Result<u8, Box<Report>> {
     let what = format!("cannot repair {}", args.image.display());
     let refused = |e: &Error| {
         let mut report = Report::refused(&what, e);
-        if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Truncated) {
+        if matches!(
+            e.kind(),
+            ErrorKind::Corrupt | ErrorKind::Truncated | ErrorKind::Unsupported
+        ) {
             report.status = exit::CORRUPT;
         }
         report
     };
+    // Before a question it goes, so that signals do what they do then.
+    let progress = Progress::start(args.quiet || json);
     let session = disk::open(&args.image, &args.allow_outside, !args.dry_run);
-    let session = session.map_err(|e| {
+    let mut session = session.map_err(|e| {
         let mut report = Report::refused(&what, &e);
-        // As a check has it: the file is there, and too short to be what it should be.
-        if e.kind() == ErrorKind::Truncated {
+        // As a check has it: the disk is there, and is not what it should be.
+        let is_found = matches!(
+            e.kind(),
+            ErrorKind::Truncated | ErrorKind::Descriptor | ErrorKind::Unsupported
+        );
+        if is_found {
             report.status = exit::CORRUPT;
         }
         report
     })?;
     if let Some(file) = &args.undo {
+        drop(progress);
         return undo(&session, file, args, json);
     }
     let policy = Policy {
         leaks_only: args.leaks_only,
     };
-    let plan = session.plan(&policy).map_err(|e| refused(&e))?;
+    session.show_on(progress.progress());
+    let plan = session.plan(&policy);
+    drop(progress);
+    let plan = plan.map_err(|e| refused(&e))?;
     let has_steps = plan.files.iter().any(|file| !file.steps.is_empty());
     if args.dry_run {
         show(&plan, json, args.quiet, &what)?;
-        return Ok(0);
+        // As a check has it: the disk is still what it was.
+        let is_unfinished = plan.files.iter().any(|file| file.unfinished.is_some());
+        return Ok(if is_unfinished {
+            exit::CORRUPT
+        } else {
+            exit::state(plan.state)
+        });
     }
     if has_steps && !args.yes {
         note_plan(&plan);
         confirm("Repair now?", &what)?;
     }
     // Even without steps: a repair that was interrupted at its very end has a name to change.
-    let done = session
-        .repair(&policy)
-        .map_err(|e| Report::new(&what, &e))?;
+    let progress = Progress::start(args.quiet || json);
+    session.show_on(progress.progress());
+    let done = session.repair(&policy);
+    drop(progress);
+    let done = done.map_err(|e| Report::new(&what, &e))?;
     show(&done, json, args.quiet, &what)?;
     // Space that is wasted by what is not touched here is no failure.
     Ok(match exit::state(done.state) {
@@ -122,6 +144,17 @@ fn text(plan: &DiskRepair) -> String {
         let steps = file.phrases.iter().filter(|_| file.undo.is_none());
         for phrase in steps {
             let _ = writeln!(out, "  step: {phrase}");
+        }
+        if let Some(saved) = &file.unfinished {
+            let saved = Shown(saved);
+            let _ = writeln!(out, "  step: end what was interrupted, by means of {saved}");
+        }
+        if file.copied_bytes > 0 && file.undo.is_none() {
+            let bytes = file.copied_bytes;
+            let _ = writeln!(
+                out,
+                "  up to {bytes} bytes are copied, and take room on the host"
+            );
         }
         if let Some(undo) = &file.undo {
             let _ = writeln!(

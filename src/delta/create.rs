@@ -52,13 +52,23 @@ impl Shape {
     /// a later one. Fails for what an image cannot be.
     pub fn layout(&self) -> Result<Layout> {
         let cluster = self.cluster.sectors().get();
-        let sectors = self.size.get();
         if !self.cluster.is_power_of_two()
             || !(CLUSTER_SECTORS_MIN..=WRITE_CLUSTER_SECTORS_MAX).contains(&cluster)
         {
             let why = format!("{} bytes are no size of a cluster", self.cluster.bytes());
             let fix = "use a power of two from 32K to 64M; 1M is what all programs expect";
             return Err(impossible(why, fix));
+        }
+        self.layout_of_any_cluster()
+    }
+
+    /// The same for an image over others, whose clusters may have a size that nobody would choose.
+    pub fn layout_of_any_cluster(&self) -> Result<Layout> {
+        let cluster = self.cluster.sectors().get();
+        let sectors = self.size.get();
+        if cluster % 8 != 0 || cluster > WRITE_CLUSTER_SECTORS_MAX {
+            let why = format!("clusters of {} bytes are only read", self.cluster.bytes());
+            return Err(impossible(why, "convert the disk to one of other clusters"));
         }
         if sectors == 0 {
             return Err(impossible("a disk of no bytes".into(), "name a size"));
@@ -116,7 +126,15 @@ pub struct NewImage {
 impl NewImage {
     /// Begins an image in an empty file; writes nothing yet.
     pub fn expanding(storage: SharedStorage, shape: &Shape) -> Result<Self> {
-        let layout = shape.layout()?;
+        Self::laid_out(storage, shape, shape.layout()?)
+    }
+
+    /// The same over other images, whatever the size of their clusters is.
+    pub fn over_others(storage: SharedStorage, shape: &Shape) -> Result<Self> {
+        Self::laid_out(storage, shape, shape.layout_of_any_cluster()?)
+    }
+
+    fn laid_out(storage: SharedStorage, shape: &Shape, layout: Layout) -> Result<Self> {
         let next = layout.first_cluster().get();
         let pages = BTreeMap::new();
         Ok(Self {

@@ -87,6 +87,9 @@ pub fn open_with(
     resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
     let caches = look_at_parts(&images, options)?;
+    if !options.read_only {
+        images.parts.iter().try_for_each(prepare::settle)?;
+    }
     check_split(&images.parts, options)?;
     let mut notes = images.warnings.clone();
     let mut parts = Vec::with_capacity(images.parts.len());
@@ -207,8 +210,8 @@ fn total_size(parts: &[Part]) -> Result<u64> {
     Ok(end)
 }
 
-/// Makes sure that no part of a split disk is refused after another one has been changed. What is
-/// found here is not believed later: the file is synced first, and then looked at again.
+/// Makes sure that no part of a split disk is refused after another one has been changed. All parts
+/// are settled by now, so that what is found here is what is found when each is opened.
 fn check_split(parts: &[OpenedPart], options: &DiskOptions) -> Result<()> {
     if options.read_only || parts.len() == 1 {
         return Ok(());

@@ -2,10 +2,10 @@
 //!
 //! The order:
 //!
-//! 1. sync the file. What a killed process wrote may be in the host's cache only; believing it and
-//!    losing it later would give one cluster to two owners. If the in-use mark is set, or there is
-//!    none because the file is plain, drop the cache too: after a failed sync it may hold what the
-//!    medium does not;
+//! 1. sync the file: those of all parts, before any of them is believed. What a killed process
+//!    wrote may be in the host's cache only; believing it and losing it later would give one
+//!    cluster to two owners. If the in-use mark is set, or there is none because the file is plain,
+//!    drop the cache too: after a failed sync it may hold what the medium does not;
 //! 2. read header and table (again), through the locked descriptor;
 //! 3. refuse what writing would make worse: invalid or shared entries, a dirty bitmap;
 //! 4. mend what is harmless, if the mark is set or a bitmap is dropped: first make the mark durable
@@ -37,12 +37,9 @@ pub struct Writer {
     pub is_marked: bool,
 }
 
-/// Opens one part for writing. The strings in `notes` are what the user should be told.
-pub fn open_for_writing(
-    opened: &OpenedPart,
-    options: &DiskOptions,
-    notes: &mut Vec<String>,
-) -> Result<(Chain, Option<Writer>)> {
+/// Step 1 for one part. All parts of a disk are settled before any of them is looked at: what is
+/// found in one must not be what a power cut takes back, when another one has been changed for it.
+pub fn settle(opened: &OpenedPart) -> Result<()> {
     let Some(top) = opened.files.last() else {
         return Err(Error::why(
             ErrorKind::Descriptor,
@@ -53,7 +50,7 @@ pub fn open_for_writing(
     if !planted(Bug::NoSyncAtOpen) {
         storage.sync_data().map_err(|e| e.in_file(&top.path))?;
     }
-    let mut chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
+    let chain = crate::chain::open::chain(opened, true, &mut Vec::new())?;
     // A plain file has no mark that could tell.
     let is_doubtful = chain.top().header().is_none_or(Header::is_in_use);
     if is_doubtful && !planted(Bug::CacheBelieved) {
@@ -62,7 +59,17 @@ pub fn open_for_writing(
             log::warn!("{}: the host's cache stays: {error}", top.path.display());
         }
     }
-    chain = crate::chain::open::chain(opened, true, notes)?;
+    Ok(())
+}
+
+/// Opens one part for writing that is settled (steps 2 to 4). The strings in `notes` are what the
+/// user should be told.
+pub fn open_for_writing(
+    opened: &OpenedPart,
+    options: &DiskOptions,
+    notes: &mut Vec<String>,
+) -> Result<(Chain, Option<Writer>)> {
+    let chain = crate::chain::open::chain(opened, true, notes)?;
     let Some(header) = chain.top().header().copied() else {
         lengthen_plain(&chain, notes)?;
         return Ok((
@@ -71,7 +78,7 @@ pub fn open_for_writing(
         ));
     };
     let writer = prepare(chain.top(), &header, options, notes)
-        .map_err(|e| e.at_level(chain.geometry().top).in_file(&top.path))?;
+        .map_err(|e| e.at_level(chain.geometry().top).in_file(chain.top().path()))?;
     Ok((chain, Some(writer)))
 }
 
@@ -200,12 +207,20 @@ fn mend(image: &Image, header: &Header, found: &Survey, notes: &mut Vec<String>)
             storage.set_len(start.saturating_add(layout.cluster().bytes()))?;
             let cluster = found.faults.first().map_or(0, |fault| fault.0.get());
             let disk_start = cluster.saturating_mul(layout.cluster().bytes());
+            // The last cluster of a disk may be more than the disk has.
+            let clip = |at: u64| disk_start.saturating_add(at).min(header.size_bytes());
+            let missing = clip(found.tail_len)..clip(layout.cluster().bytes());
+            let what = match missing.end.checked_sub(missing.start + 1) {
+                None => "nothing of the disk is missing".to_owned(),
+                Some(_) => format!(
+                    "bytes {} to {} of the disk are missing and read as zeros",
+                    missing.start,
+                    missing.end - 1
+                ),
+            };
             notes.push(format!(
-                "{path}: the last cluster was cut short after {} bytes: bytes {} to {} of the disk \
-                 are missing and read as zeros",
-                found.tail_len,
-                disk_start.saturating_add(found.tail_len),
-                disk_start.saturating_add(layout.cluster().bytes()),
+                "{path}: the last cluster was cut short after {} bytes: {what}",
+                found.tail_len
             ));
         } else {
             storage.set_len(start)?;

@@ -12,7 +12,7 @@
 
 use crate::format::guid::Guid;
 use crate::format::xml::{self, XmlError, child};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// The file's name.
 pub const FILE_NAME: &str = "Snapshots.xml";
@@ -20,6 +20,43 @@ pub const FILE_NAME: &str = "Snapshots.xml";
 const DEPTH_MAX: usize = 1024;
 /// The most bytes of a name that are kept.
 const NAME_MAX: usize = 256;
+
+/// What follows the descriptor's name in the name of the file of names that this program keeps.
+pub const OWN_END: &str = ".names";
+
+/// The names that people gave by this program: a file beside the descriptor, since a bundle without
+/// a virtual machine has no other place for them, and the virtual machine's is not ours.
+#[must_use]
+pub fn parse_own(bytes: &[u8]) -> HashMap<Guid, String> {
+    let found: Result<Own, _> = serde_json::from_slice(bytes);
+    let names = found.map(|own| own.names).unwrap_or_default();
+    let known = names.into_iter().filter_map(|(guid, name)| {
+        let name = xml::printable(name.trim(), NAME_MAX);
+        Some((Guid::parse(&guid)?, name)).filter(|(_, name)| !name.is_empty())
+    });
+    known.collect()
+}
+
+/// The bytes of such a file.
+#[must_use]
+pub fn encode_own(names: &HashMap<Guid, String>) -> Vec<u8> {
+    let own = Own {
+        schema_version: 1,
+        names: names
+            .iter()
+            .map(|(guid, name)| (guid.to_string(), name.clone()))
+            .collect(),
+    };
+    let mut bytes = serde_json::to_vec_pretty(&own).unwrap_or_default();
+    bytes.push(b'\n');
+    bytes
+}
+
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Own {
+    schema_version: u32,
+    names: BTreeMap<String, String>,
+}
 
 /// The names by GUID; of two names for one GUID the first is taken.
 pub fn parse(bytes: &[u8]) -> Result<HashMap<Guid, String>, XmlError> {
@@ -48,6 +85,16 @@ pub fn parse(bytes: &[u8]) -> Result<HashMap<Guid, String>, XmlError> {
 #[allow(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn own_names_come_back_and_nonsense_is_none() {
+        let names = HashMap::from([(Guid::TOP, "a \"b\"".to_owned())]);
+        assert_eq!(parse_own(&encode_own(&names)), names);
+        let odd = br#"{"schema_version":1,"names":{"x":"y","{5fbaabe3}":"z"}}"#;
+        for bytes in [&b""[..], b"[]", odd] {
+            assert!(parse_own(bytes).is_empty());
+        }
+    }
 
     #[test]
     fn names_are_found_at_any_depth() {

@@ -17,12 +17,16 @@
 use super::{BYTES, Head, LATE, Sealed, UNDOING, ZEROS};
 use super::{inspect, read_head, read_record, unsound};
 use crate::error::Result;
+use crate::planted::{Bug, planted};
 use crate::storage::{Keep, Storage};
 use crate::units::FileOffset;
 
 /// Says, durably, that an undo has begun: whatever the file holds from now on, it is on its way
 /// back.
 pub fn begin_undo(journal: &dyn Storage) -> Result<()> {
+    if planted(Bug::UndoBegunSilently) {
+        return Ok(());
+    }
     let sealed = Sealed::read(journal)?;
     if !sealed.undoing {
         let mut head = Head {
@@ -81,7 +85,9 @@ pub fn restore(journal: &dyn Storage, file: &dyn Storage) -> Result<()> {
                 put_back(journal, *place, sealed.end.get(), file)?;
             }
         }
-        file.sync_data()?;
+        if !planted(Bug::UndoTurnsNotSynced) {
+            file.sync_data()?;
+        }
     }
     if file.len()? > old_len {
         file.set_len(old_len)?;
@@ -89,7 +95,9 @@ pub fn restore(journal: &dyn Storage, file: &dyn Storage) -> Result<()> {
     }
     if let Some(first) = undo.first {
         file.write_at(FileOffset::ZERO, &first)?;
-        file.sync_data()?;
+        if !planted(Bug::UndoEndsUnsynced) {
+            file.sync_data()?;
+        }
     }
     Ok(())
 }

@@ -217,3 +217,86 @@ fn random_bytes_never_panic() {
     }
     assert!(inspect(&MemStorage::default(), &file).is_err());
 }
+
+/// 4 GiB of which the first 8 KiB hold something. Nobody needs to read the rest.
+#[derive(Debug)]
+struct Vast(MemStorage);
+
+impl Vast {
+    const LEN: u64 = 1 << 32;
+    const DATA: u64 = 8192;
+}
+
+impl Storage for Vast {
+    fn len(&self) -> Result<FileOffset> {
+        Ok(FileOffset::new(Self::LEN))
+    }
+    fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+        assert!(
+            at.get() + len_u64(buf.len()) <= Self::DATA,
+            "a hole is read"
+        );
+        self.0.read_at(at, buf)
+    }
+    fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()> {
+        self.0.write_at(at, buf)
+    }
+    fn sync_data(&self) -> Result<()> {
+        Ok(())
+    }
+    fn set_len(&self, _: FileOffset) -> Result<()> {
+        unreachable!("nobody cuts it")
+    }
+    fn allocate(&self, _: Range<FileOffset>) -> Result<()> {
+        unreachable!("nobody lengthens it")
+    }
+    fn zero(&self, _: Range<FileOffset>, _: Keep) -> Result<()> {
+        unreachable!("nobody punches it")
+    }
+    fn copy_from(&self, _: FileOffset, _: &dyn Storage, _: Range<FileOffset>) -> Result<bool> {
+        Ok(false)
+    }
+    fn next_data(&self, from: FileOffset) -> Result<Option<Range<FileOffset>>> {
+        let end = FileOffset::new(Self::DATA);
+        Ok((from < end).then_some(from..end))
+    }
+    fn allocated_bytes(&self) -> Result<u64> {
+        Ok(Self::DATA)
+    }
+    fn drop_cache(&self) -> Result<()> {
+        Ok(())
+    }
+    fn file_id(&self) -> Option<crate::storage::FileId> {
+        None
+    }
+}
+
+#[test]
+fn what_was_never_written_is_not_read() {
+    let log = Arc::new(MemStorage::default());
+    let file = Vast(MemStorage::new(vec![0; 8192]));
+    file.write_at(FileOffset::new(0), &[1; 100]).unwrap();
+    let mut journal = Journal::create(&OneFile(log.clone()), "x").unwrap();
+    journal.record_len(file.len().unwrap()).unwrap();
+    journal.record(&file, at(0, 64)).unwrap();
+    journal
+        .record_late(&file, at(1 << 31, (1 << 31) + (8 << 20)))
+        .unwrap();
+    journal.watch(1 << 30..1 << 31).unwrap();
+    journal.frame(&file, 1 << 32).unwrap();
+    journal.seal(&OneFile(log.clone())).unwrap();
+    journal.complete(&file, None).unwrap();
+    let found = inspect(&*log, &file).unwrap();
+    assert!(found.untouched && found.frame_holds && found.as_left);
+    // Not a byte of the rest may be another, nor lie elsewhere.
+    for (place, was) in [(70, 1), (5000, 0), (4096, 0)] {
+        file.write_at(FileOffset::new(place), &[9]).unwrap();
+        let holds = inspect(&*log, &file).unwrap().frame_holds;
+        assert!(!holds, "a change at {place} goes unnoticed");
+        file.write_at(FileOffset::new(place), &[was]).unwrap();
+        assert!(inspect(&*log, &file).unwrap().frame_holds);
+    }
+    file.write_at(FileOffset::new(64), &[0; 36]).unwrap();
+    file.write_at(FileOffset::new(4096), &[1; 36]).unwrap();
+    assert!(!inspect(&*log, &file).unwrap().frame_holds, "moved");
+}

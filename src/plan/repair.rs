@@ -245,6 +245,16 @@ impl Report {
         bad.filter(|severity| *severity > Severity::Note).max()
     }
 
+    /// Why the image is not written to whatever state it is in.
+    fn read_only_kind(&self) -> Option<HeaderError> {
+        self.findings
+            .iter()
+            .find_map(|finding| match finding.trouble {
+                Trouble::ReadOnly(why) => Some(why),
+                _ => None,
+            })
+    }
+
     /// True where a repair would leave trouble behind.
     #[must_use]
     pub fn has_unmendable(&self) -> bool {
@@ -322,6 +332,11 @@ pub fn examine(facts: &Facts) -> Report {
     report.add(Corrupt, Trouble::PastDisk, table.past_disk, &nowhere);
     report.add(Corrupt, Trouble::StraySlots, table.stray_slots, &nowhere);
     examine_space(facts, &mut report);
+    if report.read_only_kind().is_some() {
+        // What is not written to is not mended either.
+        let bad = report.findings.iter_mut();
+        bad.for_each(|finding| finding.mendable = finding.severity == Note);
+    }
     report
         .findings
         .sort_by_key(|finding| std::cmp::Reverse(finding.severity));
@@ -480,16 +495,18 @@ pub enum Refusal {
     ForeignExtension,
     /// It has an extension that forbids to write to it.
     Extension,
+    /// It is of a kind that is not written to.
+    ReadOnlyKind(HeaderError),
     /// Only leaks may be mended, and what leaked may be what bad entries meant.
     LeaksOfCorrupt,
 }
 
-/// The steps that leave a clean image, in durable order; none for a clean one.
-pub fn fixes(facts: &Facts, policy: Policy) -> Result<Vec<Fix>, Refusal> {
-    let normal = facts.normal.as_ref().map_err(|e| Refusal::Header(*e))?;
-    let report = examine(facts);
-    if let Some(finding) = report.findings.iter().find(|f| !f.mendable) {
-        return Err(match finding.trouble {
+/// Why an image is left as it is whatever may be mended of it. Of a kind that is only read even a
+/// table that ends too early is no trouble, so that such an image may be clean.
+fn refusal(report: &Report) -> Option<Refusal> {
+    let hopeless = |f: &&Finding| f.severity > Severity::Note && f.trouble.is_hopeless();
+    if let Some(finding) = report.findings.iter().find(hopeless) {
+        return Some(match finding.trouble {
             Trouble::Header(error) => Refusal::Header(error),
             Trouble::BeforeFirst => Refusal::BeforeFirst,
             Trouble::PastDisk => Refusal::PastDisk,
@@ -497,8 +514,18 @@ pub fn fixes(facts: &Facts, policy: Policy) -> Result<Vec<Fix>, Refusal> {
             _ => Refusal::Implausible,
         });
     }
+    report.worst()?;
+    report.read_only_kind().map(Refusal::ReadOnlyKind)
+}
+
+/// The steps that leave a clean image, in durable order; none for a clean one.
+pub fn fixes(facts: &Facts, policy: Policy) -> Result<Vec<Fix>, Refusal> {
+    let normal = facts.normal.as_ref().map_err(|e| Refusal::Header(*e))?;
+    let report = examine(facts);
+    if let Some(refusal) = refusal(&report) {
+        return Err(refusal);
+    }
     if report.worst() < Some(Severity::Leak) {
-        // Of a kind that is only read even a table that ends too early is no trouble.
         return Ok(Vec::new());
     }
     let table = &facts.table;

@@ -147,6 +147,11 @@ impl Directory for HostDirectory {
         Ok(names)
     }
 
+    fn available(&self) -> Result<Option<u64>> {
+        let room = sys::available(self.fd.as_fd()).map_err(|e| self.failed("", e))?;
+        Ok(Some(room))
+    }
+
     fn sync(&self) -> Result<()> {
         sys::sync(self.fd.as_fd()).map_err(|e| self.failed("", e))
     }

@@ -4,6 +4,7 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
 use nix::sys::stat::{Mode, fchmod, fstat, fstatat, mkdirat};
+use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, unlinkat};
 use std::ffi::OsString;
 use std::fs::File;
@@ -117,6 +118,14 @@ pub fn entries(dir: BorrowedFd<'_>) -> io::Result<Vec<OsString>> {
         }
     }
     Ok(names)
+}
+
+/// Bytes that the file system has for files of this process.
+pub fn available(dir: BorrowedFd<'_>) -> io::Result<u64> {
+    let found = fstatvfs(dir)?;
+    Ok(found
+        .blocks_available()
+        .saturating_mul(found.fragment_size()))
 }
 
 /// Makes the names durable. File systems that cannot sync a directory keep its names in step by

@@ -109,7 +109,7 @@ fn a_top_that_is_another_snapshots_file_is_not_written_to() {
     std::fs::write(&path, descriptor).expect("there is room");
     corrupt::apply("t-past-eof", &top).expect("it can be broken");
     let words = ["has the same file"];
-    expect_refused(&["repair", "-qy", text(&bundle)], 1, &words, &bundle);
+    expect_refused(&["repair", "-qy", text(&bundle)], 2, &words, &bundle);
 }
 
 #[test]
@@ -132,4 +132,132 @@ fn an_undo_file_must_lie_beside_its_image() {
     let arguments = ["repair", "-qy", "--undo", text(&undo), text(&link)];
     assert_eq!(status(&arguments), 0);
     assert!(std::fs::read(&path).expect("it is there") == old);
+}
+
+#[test]
+fn what_contradicts_itself_is_not_repaired() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let word = |path: &Path, at: usize, value: u32| {
+        let mut bytes = std::fs::read(path).expect("it is there");
+        bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        std::fs::write(path, bytes).expect("there is room");
+    };
+    let descriptor = |bundle: &Path, from: &str, to: &str| {
+        let path = bundle.join("DiskDescriptor.xml");
+        let text = std::fs::read_to_string(&path).expect("it is there");
+        assert!(text.contains(from), "{from}: {text}");
+        std::fs::write(&path, text.replacen(from, to, 1)).expect("there is room");
+    };
+    type Spoil<'a> = &'a dyn Fn(&Path, &[PathBuf]);
+    let no_blocksize = |bundle: &Path| descriptor(bundle, "<Blocksize>64</Blocksize>", "");
+    let cases: [(&str, Spoil<'_>, &[&str]); 7] = [
+        (
+            "clusters",
+            &|_, images| word(&images[0], 28, 128),
+            &["clusters of 128 sectors", "of 64 in the descriptor"],
+        ),
+        (
+            "levels",
+            &|bundle, images| {
+                no_blocksize(bundle);
+                word(&images[1], 28, 128);
+            },
+            &["clusters of 128 sectors", "of 64 in another image"],
+        ),
+        (
+            "size",
+            &|_, images| word(&images[1], 36, 6336),
+            &["6336 sectors", "6400"],
+        ),
+        (
+            "disk-size",
+            &|bundle, _| descriptor(bundle, "<Disk_size>6400<", "<Disk_size>6464<"),
+            &["6400 of 6464"],
+        ),
+        (
+            "blocksize",
+            &|bundle, _| descriptor(bundle, "<Blocksize>64<", "<Blocksize>128<"),
+            &["clusters of 64 sectors", "of 128 in the descriptor"],
+        ),
+        (
+            "no-end",
+            &|bundle, _| descriptor(bundle, "</Virtuozzo_disk_image>", ""),
+            &["descriptor"],
+        ),
+        (
+            "no-top",
+            &|bundle, _| descriptor(bundle, "</TopGUID>", "0</TopGUID>"),
+            &["descriptor"],
+        ),
+    ];
+    for (name, spoil, words) in cases {
+        let bundle = bundle(dir.path(), &format!("{name}.hdd"), 2);
+        let images = images(&bundle);
+        corrupt::apply("t-past-eof", &images[1]).expect("it can be broken");
+        spoil(&bundle, &images);
+        for arguments in [&["repair", "-y"][..], &["repair", "-n"]] {
+            let arguments = [arguments, &[text(&bundle)]].concat();
+            expect_refused(&arguments, 2, words, &bundle);
+        }
+    }
+}
+
+#[test]
+fn kinds_that_are_only_read_are_not_repaired() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let odd = ImageSpec::new(2, 4, 240).mapping(Mapped::Percent(50));
+    let path = broken(dir.path(), &odd, &[]).expect("the image is made");
+    for arguments in [["check", text(&path)], ["repair", text(&path)]] {
+        assert_eq!(status(&arguments), 0, "{arguments:?}: nothing is wrong");
+    }
+    let path = broken(dir.path(), &odd, &["h-in-use"]).expect("the image is made");
+    for arguments in [&["repair", "-y"][..], &["repair", "-n"]] {
+        let arguments = [arguments, &[text(&path)]].concat();
+        expect_refused(&arguments, 2, &["only read", "new image"], dir.path());
+    }
+}
+
+#[test]
+fn a_check_tells_how_an_interrupted_repair_is_ended() {
+    use ploopfs::journal::{Journal, begin_undo};
+    use ploopfs::storage::directory::HostDirectory;
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = broken(dir.path(), &spec(2), &[]).expect("the image is made");
+    let link = dir.path().join("link.hds");
+    std::os::unix::fs::symlink(&path, &link).expect("it is made");
+    let directory = HostDirectory::open(dir.path()).expect("it is there");
+    let mut journal = Journal::create(&directory, "x.hds.repair").expect("there is room");
+    let expect = |words: &[&str]| {
+        for way in [&path, &link] {
+            expect_refused(&["check", text(way)], 2, words, dir.path());
+        }
+        let plan = ["repair", "-n", text(&link)];
+        expect_refused(&plan, 2, &["x.hds.repair"], dir.path());
+    };
+    expect(&["before it changed anything", "ploopfs repair "]);
+    journal.seal(&directory).expect("there is room");
+    expect(&["a repair was interrupted", "goes on", "--undo"]);
+    let saved = ploopfs::storage::Directory::open(&directory, "x.hds.repair", true);
+    begin_undo(&*saved.expect("it is there")).expect("there is room");
+    expect(&["the undo of a repair was interrupted", "--undo"]);
+    assert_eq!(status(&["repair", "-qy", text(&link)]), 0);
+    assert_eq!(status(&["check", text(&path)]), 0);
+}
+
+#[test]
+fn a_dry_run_tells_what_a_check_would() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for (names, code, words) in [
+        (&[][..], 0, &["clean"][..]),
+        (&["t-leak-tail"], 3, &["step: cut off"]),
+        (
+            &["t-duplicate"],
+            2,
+            &["step: copy", "up to 4096 bytes are copied"],
+        ),
+        (&["h-size-absurd"], 2, &["nothing is guessed"]),
+    ] {
+        let path = broken(dir.path(), &spec(2), names).expect("the image is made");
+        expect_refused(&["repair", "-n", text(&path)], code, words, dir.path());
+    }
 }

@@ -6,7 +6,7 @@ use crate::forge::bundle::BundleSpec;
 use crate::forge::image::ImageSpec;
 use crate::support::guards::{is_mounted, text};
 use crate::support::harness::{skip, trial};
-use crate::support::probe::Need::Root;
+use crate::support::probe::Need::{Root, Strace};
 use crate::support::{Outcome, PLOOPFS, command, scratch};
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
@@ -61,7 +61,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             links_lead_where_allowed,
         ),
         trial("names_paint_and_forge_nothing", &[], names_paint_nothing),
-        trial("nothing_else_is_opened", &[], nothing_else_is_opened),
+        trial("nothing_else_is_opened", &[Strace], nothing_else_is_opened),
     ]
 }
 
@@ -534,9 +534,6 @@ fn names_paint_nothing() -> Outcome {
 
 /// The proof from outside: no file is opened that is neither of the bundle nor of the host's own.
 fn nothing_else_is_opened() -> Outcome {
-    if command::run(command::new("strace").arg("-V")).is_err() {
-        return Err(crate::support::harness::skip_excused("no strace program"));
-    }
     let dir = room()?;
     let spec = chain(2);
     for name in ["../secret", "/etc/shadow", "link", "linked/secret"] {
@@ -560,9 +557,7 @@ fn nothing_else_is_opened() -> Outcome {
             }
             let done = command::run_within(&mut traced, LIMIT)?;
             if done.stderr.contains("ptrace") {
-                return Err(crate::support::harness::skip_excused(
-                    "strace may not trace here",
-                ));
+                return Err(skip("strace may not trace here"));
             }
             for line in fs::read_to_string(&log)?.lines() {
                 let is_open = !line.contains(" = -1 ");

@@ -3,7 +3,7 @@
 use crate::answer::expect_calm;
 use crate::forge::image::{ImageSpec, Mapped};
 use crate::support::guards::{Mounted, text};
-use crate::support::harness::{skip_excused, trial};
+use crate::support::harness::{skip, skip_excused, trial};
 use crate::support::probe::Need::{Fuse, Root};
 use crate::support::{Outcome, PLOOPFS, command, scratch};
 use anyhow::{Context, Result, ensure};
@@ -35,6 +35,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             &[Root],
             users_mount_where_they_may_write,
         ),
+        trial(
+            "users_mount_on_places_of_their_own",
+            &[Fuse, Root],
+            users_mount_on_places_of_their_own,
+        ),
     ]
 }
 
@@ -46,9 +51,8 @@ fn image(dir: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Options of a mount: those of the place, and those of the file system.
-fn options_of(at: &Path) -> Result<(Vec<String>, Vec<String>)> {
-    let table = fs::read_to_string("/proc/self/mountinfo")?;
+/// Options of a mount in a table: those of the place, and those of the file system.
+fn options_in(table: &str, at: &Path) -> Result<(Vec<String>, Vec<String>)> {
     let line = table
         .lines()
         .find(|line| line.split(' ').nth(4) == at.to_str())
@@ -67,7 +71,11 @@ fn options_of(at: &Path) -> Result<(Vec<String>, Vec<String>)> {
 }
 
 fn expect_safe(at: &Path, others: bool) -> Outcome {
-    let (place, system) = options_of(at)?;
+    expect_safe_in(&fs::read_to_string("/proc/self/mountinfo")?, at, others)
+}
+
+fn expect_safe_in(table: &str, at: &Path, others: bool) -> Outcome {
+    let (place, system) = options_in(table, at)?;
     for word in ["nosuid", "nodev"] {
         ensure!(
             place.iter().any(|option| option == word),
@@ -211,7 +219,7 @@ fn open_up(path: &Path) -> Outcome {
             "another user cannot look here: {}",
             done.stderr
         ))),
-        Err(error) => Err(skip_excused(format!("nobody else can be tried: {error}"))),
+        Err(error) => Err(skip(format!("nobody else can be tried: {error}"))),
     }
 }
 
@@ -254,26 +262,57 @@ fn users_mount_where_they_may_write() -> Outcome {
         let done = done.expect_code(1)?;
         done.expect_words(&["cannot use the mountpoint", "you may not write there"])?;
     }
-    // A place of his own passes; whether he can mount at all depends on the host.
-    for at in [
-        place("own", 0o755, true, false)?,
-        place("own-file", 0o644, true, true)?,
-    ] {
-        let done = as_nobody(text(&program), &["mount", text(&path), text(&at)])?;
-        expect_calm(&done)?;
-        ensure!(
-            !done.stderr.contains("you may not write there"),
-            "{}",
-            done.story()
-        );
-        if done.code() != 0 {
-            eprintln!("users cannot mount on this host: {}", done.stderr.trim());
-            continue;
+    Ok(())
+}
+
+/// The user of the test, with a device that is open to all, in a namespace of its own: hosts differ
+/// in whom they let have theirs.
+const AS_USER: &str = r#"
+    if ! mknod -m 666 "$4" c 10 229 || ! mount --bind "$4" /dev/fuse; then
+        echo "no device of one's own" >&2
+        exit 77
+    fi
+    as() { setpriv --reuid=65534 --regid=65534 --clear-groups -- "$@"; }
+    as "$1" mount "$2" "$3"
+    cat /proc/self/mountinfo
+    as "$1" umount "$3" || { umount -l "$3"; exit 1; }
+"#;
+
+fn users_mount_on_places_of_their_own() -> Outcome {
+    let dir = scratch()?;
+    open_up(dir.path())?;
+    let program = dir.path().join("ploopfs");
+    fs::copy(PLOOPFS, &program)?;
+    let path = image(dir.path())?;
+    chown(&path, Some(65534), Some(65534))?;
+    for (name, is_file) in [("own", false), ("own-file", true)] {
+        let at = dir.path().join(name);
+        if is_file {
+            fs::write(&at, "")?;
+        } else {
+            fs::create_dir(&at)?;
         }
-        let safe = expect_safe(&at, false);
-        let ended = as_nobody(text(&program), &["umount", text(&at)])?;
-        safe?;
-        ended.expect_code(0)?;
+        chown(&at, Some(65534), Some(65534))?;
+        let device = dir.path().join(format!("{name}.fuse"));
+        let mut apart = command::new("unshare");
+        apart
+            .args([
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-ec",
+                AS_USER,
+                "sh",
+            ])
+            .args([&program, &path, &at, &device]);
+        let done = command::run(&mut apart)?;
+        expect_calm(&done)?;
+        if done.code() == 77 || done.stderr.contains("unshare failed") {
+            return Err(skip(done.stderr));
+        }
+        let done = done.expect_code(0)?;
+        expect_safe_in(&done.text(), &at, false).with_context(|| done.story())?;
     }
     Ok(())
 }

@@ -249,7 +249,7 @@ impl Case {
                     media.take(event);
                 }
                 let mut dice = nth + 1;
-                for _ in 0..3 {
+                for _ in 0..2 {
                     found.states += 1;
                     let (files, _) = media.after_cut(&mut dice);
                     if let Err(why) = self.judge(files, &good) {

@@ -1,13 +1,19 @@
 //! The simulated files and names do what the host's do, and a power cut takes from them what it
 //! may.
 
+use crate::forge::corrupt;
+use crate::forge::image::{ImageSpec, Mapped};
 use crate::sim::directory::{Names, SimDirectory};
 use crate::sim::replay::Media;
-use crate::sim::storage::{Manners, World};
+use crate::sim::storage::{Event, Manners, World};
+use ploopfs::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain};
+use ploopfs::disk::{self, DiskOptions};
 use ploopfs::error::{ErrorKind, Result};
 use ploopfs::storage::directory::HostDirectory;
 use ploopfs::storage::{Directory, Keep, Storage};
-use ploopfs::units::FileOffset;
+use ploopfs::units::{FileOffset, SectorCount};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 const OLD: &[u8] = &[1; 700];
 const NEW: &[u8] = &[2; 1500];
@@ -181,4 +187,47 @@ fn a_dead_process_changes_nothing() {
     let next = world.open(0, true);
     next.write_at(FileOffset::ZERO, OLD)
         .expect("a new process writes");
+}
+
+/// An image of ten clusters, broken in these ways.
+fn broken(names: &[&str]) -> Vec<u8> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("image");
+    let spec = ImageSpec::new(2, 8, 80).mapping(Mapped::Percent(80));
+    spec.write(&path).expect("an image");
+    for name in names {
+        corrupt::apply(name, &path).expect("it can be broken");
+    }
+    std::fs::read(path).expect("its bytes")
+}
+
+/// The table of the second part is right in the host's cache only: a sync has failed. No part may
+/// be mended before that has come out.
+#[test]
+fn no_part_is_changed_for_what_another_has_in_the_cache_only() {
+    let (first, second) = (
+        broken(&["t-straddle", "h-in-use"]),
+        broken(&["t-duplicate", "h-in-use"]),
+    );
+    let world = World::new(vec![first.clone(), second], Manners::default(), true);
+    let table = &broken(&[])[64..64 + 4 * 10];
+    let written = world.open(1, true).write_at(at(64), table);
+    written.expect("memory");
+    world.note(Event::SyncFailed { file: 1 });
+    let part = |number: u64| OpenedPart {
+        start: SectorCount::new(80 * number),
+        end: Some(SectorCount::new(80 * (number + 1))),
+        blocksize: None,
+        files: vec![OpenedFile {
+            path: PathBuf::from("simulated"),
+            storage: world.open(usize::try_from(number).expect("small"), true),
+            plain: Plain::No,
+            guid: None,
+        }],
+    };
+    let images = OpenedImages::from_parts(PathBuf::from("simulated"), vec![part(0), part(1)]);
+    let opened = disk::open(Arc::new(images), &DiskOptions::default());
+    let refused = opened.expect_err("two entries share a cluster");
+    assert_eq!(refused.kind(), ErrorKind::InUse, "{refused}");
+    assert!(world.files()[0] == first, "the first part was mended");
 }

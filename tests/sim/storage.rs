@@ -105,6 +105,11 @@ impl World {
         self.state.lock().names = names;
     }
 
+    /// Names as others see them.
+    pub(crate) fn names(&self) -> Names {
+        self.state.lock().names.clone()
+    }
+
     /// Nothing fails any more.
     pub(crate) fn mend(&self) {
         let mut state = self.state.lock();

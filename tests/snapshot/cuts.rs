@@ -55,20 +55,68 @@ fn wide() -> BundleSpec {
     })
 }
 
-fn cases() -> Vec<Case> {
-    let three = || load(&chain(Style::Ploop, 2, 3));
-    let desktop = || {
-        let state = load(&chain(Style::Parallels, 1, 2));
-        with_file(&state, "DiskDescriptor.xml.Backup", b"what was before")
-    };
+/// The upper disk needs a table that takes the place of the lower image's first clusters.
+fn longer() -> BundleSpec {
+    BundleSpec::chain(Style::Ploop, &like(2), 2, |level, image| {
+        image.disk_sectors = if level == 0 { 237 } else { 8 * 1100 };
+        if level == 1 {
+            image.mapped = Mapped::Every { step: 30, phase: 3 };
+        }
+    })
+}
+
+fn three() -> State {
+    load(&chain(Style::Ploop, 2, 3))
+}
+
+/// A bundle of Parallels Desktop, which keeps the descriptor before.
+fn desktop(depth: usize) -> State {
+    let state = load(&chain(Style::Parallels, 1, depth));
+    with_file(&state, "DiskDescriptor.xml.Backup", b"what was before")
+}
+
+fn creations() -> Vec<Case> {
+    let guids = line(&three());
+    let keep = switch(guids[1], 1, Some(name(9)));
+    vec![
+        case("create", load(&chain(Style::Ploop, 2, 1)), create(1)),
+        case("create over three", three(), create(1)),
+        case("create with backup", desktop(2), create(1)),
+        case("create, split", load(&split(2)), create(1)),
+        case("create over plain", load(&over_plain(1)), create(1)),
+        case("switch", three(), switch(guids[0], 1, None)),
+        case("switch and keep", three(), keep),
+    ]
+}
+
+fn deletions() -> Vec<Case> {
     let guids = line(&three());
     let forked = after(&three(), &switch(guids[0], 1, Some(name(9))));
     let marked = after(&forked, &delete(guids[0]));
     let left = after(&marked, &delete(name(9)));
     let mut children = described(&left, "").snapshots;
     children.retain(|shot| shot.parent == Some(guids[0]) && shot.guid != Guid::TOP);
-    let last = children[0].guid;
+    let both = delete_both(children[0].guid, guids[0]);
+    let in_parts = load(&split(3));
+    let base = line(&in_parts)[0];
+    vec![
+        case("delete the base", three(), delete(guids[0])),
+        case("delete below the top", three(), delete(guids[1])),
+        case("delete a leaf", forked.clone(), delete(name(9))),
+        case("mark", forked, delete(guids[0])),
+        case("collapse", left, both),
+        case(
+            "delete with backup",
+            desktop(3),
+            delete(line(&desktop(3))[1]),
+        ),
+        case("delete, split", in_parts, delete(base)),
+    ]
+}
+
+fn merges() -> Vec<Case> {
     let plain = load(&over_plain(3));
+    let base = line(&plain)[0];
     let into_new = Upper {
         into_new: Some("merged.hds".to_owned()),
         ..Upper::default()
@@ -77,49 +125,20 @@ fn cases() -> Vec<Case> {
         all: true,
         ..Upper::default()
     };
+    let top = || merge(Upper::default());
     vec![
-        case("create", load(&chain(Style::Ploop, 2, 1)), create(1)),
-        case("create over three", three(), create(1)),
-        case("create with backup", desktop(), create(1)),
-        case("create, split", load(&split(2)), create(1)),
-        case("create over plain", load(&over_plain(1)), create(1)),
-        case("switch", three(), switch(guids[0], 1, None)),
-        case(
-            "switch and keep",
-            three(),
-            switch(guids[1], 1, Some(name(9))),
-        ),
-        case("delete the base", three(), delete(guids[0])),
-        case("delete below the top", three(), delete(guids[1])),
-        case("delete a leaf", forked.clone(), delete(name(9))),
-        case("mark", forked, delete(guids[0])),
-        case("collapse", left, delete_both(last, guids[0])),
-        case(
-            "delete with backup",
-            {
-                let state = load(&chain(Style::Parallels, 1, 3));
-                with_file(&state, "DiskDescriptor.xml.Backup", b"what was before")
-            },
-            {
-                let state = load(&chain(Style::Parallels, 1, 3));
-                delete(line(&state)[1])
-            },
-        ),
-        case(
-            "delete, split",
-            load(&split(3)),
-            delete(line(&load(&split(3)))[0]),
-        ),
-        case("merge into plain", plain.clone(), delete(line(&plain)[0])),
+        case("merge into plain", plain.clone(), delete(base)),
         case("merge all", three(), merge(all.clone())),
         case("merge all into plain", plain, merge(all)),
         case("merge into a new file", three(), merge(into_new)),
-        case(
-            "merge into a smaller one",
-            load(&wide()),
-            merge(Upper::default()),
-        ),
+        case("merge into a smaller one", load(&wide()), top()),
+        case("merge where the table grows", load(&longer()), top()),
     ]
+}
+
+fn cases() -> Vec<Case> {
+    let all = [creations(), deletions(), merges()];
+    all.into_iter().flatten().collect()
 }
 
 type Shown = BTreeMap<Guid, Vec<u8>>;

@@ -24,8 +24,10 @@ pub(crate) enum Need {
     Ploop,
     /// `mkfs.ext4`, `e2fsck`.
     E2fsprogs,
-    /// `mkfs.xfs` and the kernel's driver.
+    /// `mkfs.xfs`, `xfs_io`.
     Xfs,
+    /// `strace`.
+    Strace,
 }
 
 impl Need {
@@ -40,6 +42,7 @@ impl Need {
             Self::Ploop => "ploop",
             Self::E2fsprogs => "e2fsprogs",
             Self::Xfs => "xfs",
+            Self::Strace => "strace",
         }
     }
 
@@ -72,13 +75,14 @@ impl Need {
             Self::E2fsprogs => {
                 program("mkfs.ext4", "-V", "").or_else(|| program("e2fsck", "-V", ""))
             }
-            Self::Xfs => program("mkfs.xfs", "-V", ""),
+            Self::Xfs => program("mkfs.xfs", "-V", "").or_else(|| program("xfs_io", "-V", "")),
+            Self::Strace => program("strace", "-V", ""),
         }
     }
 }
 
 /// Every capability, in the order in which they are printed.
-pub(crate) const ALL: [Need; 8] = [
+pub(crate) const ALL: [Need; 9] = [
     Need::Fuse,
     Need::Root,
     Need::Loop,
@@ -87,6 +91,7 @@ pub(crate) const ALL: [Need; 8] = [
     Need::Ploop,
     Need::E2fsprogs,
     Need::Xfs,
+    Need::Strace,
 ];
 
 /// Why a program cannot be used: it does not run, or does not print a word.

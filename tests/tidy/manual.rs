@@ -84,6 +84,14 @@ fn help_options(help: &str) -> Names {
         .collect()
 }
 
+/// The help of a command, and of the commands within it.
+fn whole_help(command: &str) -> String {
+    let own = output(&[command, "--help"]);
+    let within = commands(&own).into_iter().filter(|name| name != "help");
+    let all = within.map(|name| output(&[command, &name, "--help"]));
+    std::iter::once(own.clone()).chain(all).collect()
+}
+
 /// Options that every command has: the overview page explains them.
 const COMMON: [&str; 3] = ["help", "json", "version"];
 
@@ -132,7 +140,7 @@ fn manual_pages_and_help_name_the_same_options() {
             complaints.push(format!("ploopfs.1 does not name the command {command}"));
         }
         if let Some(page) = page_of(command) {
-            complaints.extend(drift(command, &output(&[command, "--help"]), &read(&page)));
+            complaints.extend(drift(command, &whole_help(command), &read(&page)));
         }
     }
     for page in files_below("man", |name| name.ends_with(".1")) {
@@ -247,7 +255,7 @@ fn examples_use_commands_and_options_that_exist() {
                 complaints.push(format!("{}: no command {command}", page.name));
                 continue;
             }
-            for option in options.difference(&help_options(&output(&[&command, "--help"]))) {
+            for option in options.difference(&help_options(&whole_help(&command))) {
                 complaints.push(format!("{}: {command} has no --{option}", page.name));
             }
         }

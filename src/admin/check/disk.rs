@@ -1,17 +1,21 @@
 //! What is wrong with a whole disk: every image, how they fit together, and what lies beside them.
 
 use super::say::{self, Said};
-use super::{Checked, check_image};
+use super::{Checked, check_image_with};
+use crate::admin::bundle;
+use crate::admin::progress::Progress;
 use crate::admin::repair::{Saved, saved_names};
 use crate::chain;
 use crate::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain, Selection};
 use crate::delta::image::{header_error, version_of};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, Shown};
 use crate::format::descriptor::{Descriptor, ImageType, Shot};
 use crate::format::guid::Guid;
 use crate::format::header::HeaderError;
 use crate::format::oddities;
+use crate::journal::{self, RUNNING, is_journal};
 use crate::plan::repair::Severity;
+use crate::storage::beside::{self, Home};
 use crate::storage::directory::HostDirectory;
 use crate::storage::file::FileStorage;
 use crate::storage::host::Roots;
@@ -21,6 +25,7 @@ use crate::units::SectorCount;
 use serde::Serialize;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -104,6 +109,11 @@ struct Wanted {
 }
 
 struct Look<'a> {
+    /// As the user named it.
+    image: &'a Path,
+    progress: &'a Progress,
+    /// The image is no part of a bundle.
+    is_alone: bool,
     options: &'a Options,
     worst: Option<Severity>,
     findings: Vec<Finding>,
@@ -116,6 +126,11 @@ struct Look<'a> {
 /// Looks at a disk. Fails where IMAGE is not there, where the host fails, and where a file is
 /// locked by a program that writes to it.
 pub fn check(image: &Path, options: &Options) -> Result<DiskCheck> {
+    check_with(image, options, &Progress::default())
+}
+
+/// The same, telling how far it is.
+pub fn check_with(image: &Path, options: &Options, progress: &Progress) -> Result<DiskCheck> {
     let selection = Selection {
         allow_outside: options.allow_outside.clone(),
         no_lock: true,
@@ -123,6 +138,9 @@ pub fn check(image: &Path, options: &Options) -> Result<DiskCheck> {
     };
     let survey = OpenedImages::survey(image, &selection)?;
     let mut look = Look {
+        image,
+        progress,
+        is_alone: false,
         options,
         worst: None,
         findings: Vec::new(),
@@ -140,6 +158,7 @@ pub fn check(image: &Path, options: &Options) -> Result<DiskCheck> {
                 look.found(Severity::Note, "membership", warning);
             }
             for file in survey.parts.into_iter().flat_map(|part| part.files) {
+                look.is_alone = !survey.is_bundle;
                 look.image(Wanted {
                     part: 0,
                     guid: None,
@@ -147,9 +166,6 @@ pub fn check(image: &Path, options: &Options) -> Result<DiskCheck> {
                     path: file.path,
                     file: file.file?,
                 })?;
-            }
-            if !survey.is_bundle {
-                look.beside_image(image)?;
             }
         }
     }
@@ -238,12 +254,17 @@ impl Look<'_> {
                 Err(e) => return Err(e),
             }
         }
+        let home = beside::home(storage.file().as_fd(), &path);
+        if let Some(home) = home.map_err(|e| Error::from(e).in_file(&path))? {
+            self.beside_image(&home)?;
+        }
         let storage: SharedStorage = Arc::new(storage);
         let is_plain = kind == ImageType::Plain && version_of(&storage)?.is_none();
         let (format, checked) = if is_plain {
             ("plain", None)
         } else {
-            let checked = check_image(&*storage).map_err(|e| e.in_file(&path))?;
+            let checked = check_image_with(&*storage, self.progress);
+            let checked = checked.map_err(|e| e.in_file(&path))?;
             // Nobody says that it is an image: then it is none, rather than a bad one.
             let is_other = checked.facts.normal == Err(HeaderError::Magic);
             if guid.is_none() && is_other {
@@ -398,13 +419,22 @@ impl Look<'_> {
         }
     }
 
-    /// Left-overs beside an image that is no part of a bundle.
-    fn beside_image(&mut self, image: &Path) -> Result<()> {
-        let Some(name) = image.file_name().and_then(|name| name.to_str()) else {
+    /// What lies beside an image, whatever name it was found by.
+    fn beside_image(&mut self, home: &Home) -> Result<()> {
+        let Some(name) = home.name.to_str() else {
             return Ok(());
         };
-        let names = HostDirectory::open(parent_of(image))?.entries()?;
-        self.saved(name, &names);
+        let saved = home.with(RUNNING);
+        if saved.symlink_metadata().is_ok() {
+            let text = self.interrupted(home, &format!("{name}{RUNNING}"), &saved);
+            self.found(Severity::Corrupt, "left-over", text);
+        }
+        if !self.is_alone {
+            return Ok(());
+        }
+        let directory = HostDirectory::open(&home.directory)?;
+        let names = directory.entries()?;
+        self.saved(&directory, name, &names);
         for end in [".tmp", ".idx"] {
             if names.contains(&format!("{name}{end}")) {
                 let text = format!("{name}{end} is left over from an operation of ploop");
@@ -414,17 +444,43 @@ impl Look<'_> {
         Ok(())
     }
 
-    fn saved(&mut self, name: &str, names: &[String]) {
+    /// What was interrupted, and what ends it.
+    fn interrupted(&self, home: &Home, name: &str, path: &Path) -> String {
+        let (image, path) = (self.image.display().to_string(), path.display().to_string());
+        let (image, path) = (Shown(&image), Shown(&path));
+        let repair = format!("`ploopfs repair {image}`");
+        let undo = format!("`ploopfs repair --undo {path} {image}`");
+        let directory = HostDirectory::open(&home.directory);
+        let saved = directory.and_then(|directory| directory.open(name, false));
+        match saved.and_then(|saved| journal::is_undoing(&*saved)) {
+            Ok(true) => format!(
+                "{path}: the undo of a repair was interrupted: {undo} goes on with it, {repair} \
+                 mends the image instead"
+            ),
+            Ok(false) => format!(
+                "{path}: a repair was interrupted: {repair} goes on with it, {undo} takes it back"
+            ),
+            Err(e) if e.kind() == ErrorKind::NotAnImage => format!(
+                "{path}: a repair was interrupted before it changed anything: {repair} begins anew"
+            ),
+            Err(e) => {
+                format!("{path}: a repair or an undo was interrupted: {repair} ends it ({e})")
+            }
+        }
+    }
+
+    /// The undo files of repairs that were completed.
+    fn saved(&mut self, directory: &HostDirectory, name: &str, names: &[String]) {
         for (file, saved) in saved_names(name, names) {
-            match saved {
-                Saved::Interrupted => {
-                    let text = format!("{file}: a repair was interrupted; run it again");
-                    self.found(Severity::Corrupt, "left-over", text);
-                }
-                Saved::Complete => {
-                    let text = format!("{file}: the undo file of a repair, to be removed at will");
-                    self.found(Severity::Note, "undo-file", text);
-                }
+            // Nobody is told to remove what only has such a name.
+            let is_one = || {
+                directory
+                    .open(file, false)
+                    .is_ok_and(|file| is_journal(&*file))
+            };
+            if saved == Saved::Complete && is_one() {
+                let text = format!("{file}: the undo file of a repair, to be removed at will");
+                self.found(Severity::Note, "undo-file", text);
             }
         }
     }
@@ -443,9 +499,11 @@ impl Look<'_> {
             .filter_map(|image| Path::new(&image.file).file_name()?.to_str())
             .collect();
         for name in &known {
-            self.saved(name, &names);
+            self.saved(&directory, name, &names);
         }
         let own = path.file_name().and_then(|name| name.to_str());
+        let descriptor_name = own.unwrap_or_default();
+        let ends = [bundle::NEW, bundle::PENDING, ".Backup.new", ".names.new"];
         for name in names.iter().take(NAMES_MAX) {
             if known.contains(name.as_str()) || own == Some(name) {
                 continue;
@@ -453,6 +511,15 @@ impl Look<'_> {
             let is_left = [".tmp", ".idx"].iter().any(|end| name.ends_with(end));
             if is_left {
                 let text = format!("{name} is left over from an operation of ploop");
+                self.found(Severity::Leak, "left-over", text);
+            } else if ends
+                .iter()
+                .any(|end| *name == format!("{descriptor_name}{end}"))
+            {
+                let text = format!(
+                    "{name}: a change of the bundle was interrupted; the next snapshot that is \
+                     made or deleted clears that away"
+                );
                 self.found(Severity::Leak, "left-over", text);
             } else if is_image(&directory, name) {
                 let text = format!("{name} is an image that no snapshot names");

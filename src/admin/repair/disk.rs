@@ -1,13 +1,16 @@
 //! Repairs a whole disk: the top of each part. Frozen images are never touched, because other
 //! chains may stand on them.
 
-use super::{KeepOld, is_clean, plan_image, repair_image, saved_names, undo_image};
+use super::undo::{self, saved_names, undo_image};
+use super::{KeepOld, check_room, copied_bytes, is_clean, plan_image_with, repair_image_with};
 use crate::admin::check::disk::{Finding, Options, parent_of};
 use crate::admin::check::say::{self, Said};
 use crate::admin::check::{self, check_image};
+use crate::admin::progress::Progress;
 use crate::chain::bundle::{self, OpenedImages, Plain, Selection};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{HEADER_LEN, RawHeader, Version};
+use crate::journal::RUNNING;
 use crate::plan::repair::{Fix, Policy, Severity};
 use crate::storage::SharedStorage;
 use crate::storage::beside;
@@ -16,6 +19,7 @@ use crate::units::{FileOffset, SectorCount, len_u64};
 use serde::Serialize;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Version of the JSON document; grows when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -27,6 +31,7 @@ pub struct Session {
     image: PathBuf,
     images: OpenedImages,
     allow_outside: Vec<PathBuf>,
+    progress: Arc<Progress>,
 }
 
 /// What a repair will do, or has done.
@@ -62,6 +67,10 @@ pub struct FileRepair {
     pub phrases: Vec<&'static str>,
     /// Sound dirty bitmaps are dropped: the next backup must be a full one.
     pub drops_bitmaps: bool,
+    /// The most bytes that are copied: the host must have room for them.
+    pub copied_bytes: u64,
+    /// The undo file of a repair or an undo that was interrupted.
+    pub unfinished: Option<String>,
     /// Where the old bytes are.
     pub undo: Option<String>,
 }
@@ -79,12 +88,14 @@ pub fn open(image: &Path, allow_outside: &[PathBuf], write: bool) -> Result<Sess
         image: image.to_owned(),
         images,
         allow_outside: allow_outside.to_vec(),
+        progress: Arc::default(),
     })
 }
 
 struct Target<'a> {
     path: &'a Path,
     storage: &'a SharedStorage,
+    progress: &'a Progress,
 }
 
 impl Target<'_> {
@@ -130,7 +141,7 @@ impl Target<'_> {
             directory: &directory,
             image: &name,
         };
-        let done = repair_image(&**self.storage, keep, policy)?;
+        let done = repair_image_with(&**self.storage, keep, policy, self.progress)?;
         let undo = done.undo.map(|name| directory.path().join(name));
         Ok(FileRepair {
             path: self.path.display().to_string(),
@@ -140,12 +151,27 @@ impl Target<'_> {
             steps: words(&done.fixes),
             phrases: phrases(&done.fixes),
             drops_bitmaps: say::has_bitmaps(&done.before) && !say::has_bitmaps(&done.after),
+            copied_bytes: copied_bytes(&done.before.facts, &done.fixes),
+            unfinished: None,
             undo: undo.map(|path| path.display().to_string()),
         })
     }
 
     fn plan(&self, policy: &Policy) -> Result<FileRepair> {
-        let planned = plan_image(&**self.storage, policy)?;
+        let planned = plan_image_with(&**self.storage, policy, self.progress)?;
+        let copied_bytes = copied_bytes(&planned.checked.facts, &planned.fixes);
+        let (directory, name) = self.home()?;
+        let keep = KeepOld::In {
+            directory: &directory,
+            image: &name,
+        };
+        let unfinished = undo::is_begun(keep)?.then(|| {
+            let saved = directory.path().join(name.clone() + RUNNING);
+            saved.display().to_string()
+        });
+        if unfinished.is_none() {
+            check_room(keep, copied_bytes)?;
+        }
         if !planned.fixes.is_empty() {
             self.refuse_links()?;
         }
@@ -158,6 +184,8 @@ impl Target<'_> {
             steps: words(&planned.fixes),
             phrases: phrases(&planned.fixes),
             drops_bitmaps: marks && say::has_bitmaps(&planned.checked),
+            copied_bytes,
+            unfinished,
             undo: None,
         })
     }
@@ -186,6 +214,7 @@ impl Session {
         tops.filter(|top| top.plain == Plain::No).map(|top| Target {
             path: &top.path,
             storage: &top.storage,
+            progress: &self.progress,
         })
     }
 
@@ -281,11 +310,18 @@ impl Session {
                     steps: Vec::new(),
                     phrases: Vec::new(),
                     drops_bitmaps: false,
+                    copied_bytes: 0,
+                    unfinished: None,
                     undo: None,
                 });
             }
         }
         Ok(())
+    }
+
+    /// Where it is told from now on how far the work is.
+    pub fn show_on(&mut self, progress: &Arc<Progress>) {
+        self.progress = Arc::clone(progress);
     }
 
     /// What a repair would do. Nothing is changed.
@@ -321,8 +357,8 @@ impl Session {
     }
 }
 
-/// True where a file lies directly in a directory. An undo file elsewhere would not be seen by
-/// those who must not write while an undo runs.
+/// True where a file lies directly in a directory. An undo file elsewhere would not be seen by who
+/// must not write while an undo runs.
 fn is_in(file: &Path, directory: &HostDirectory) -> bool {
     let ids = |path: &Path| {
         let found = std::fs::metadata(path);

@@ -15,6 +15,8 @@ const C: usize = 4096;
 #[derive(Debug, Default)]
 struct MemDirectory {
     files: Mutex<BTreeMap<String, Arc<MemStorage>>>,
+    /// Bytes that are free.
+    room: Option<u64>,
 }
 
 impl Directory for MemDirectory {
@@ -50,6 +52,10 @@ impl Directory for MemDirectory {
 
     fn entries(&self) -> Result<Vec<String>> {
         Ok(self.files.lock().keys().cloned().collect())
+    }
+
+    fn available(&self) -> Result<Option<u64>> {
+        Ok(self.room)
     }
 
     fn sync(&self) -> Result<()> {
@@ -161,6 +167,52 @@ fn shared_clusters_are_copied_apart() {
         assert_eq!(content(&result, index), vec![3; C]);
     }
     assert_eq!(result.len(), 5 * C);
+}
+
+#[test]
+fn nothing_is_begun_without_room_for_the_copies() {
+    let bytes = image(&header(MAGIC_V2), 4, &[(0, 3), (1, 3), (5, 3), (8, 1)], 0);
+    let storage = MemStorage::new(bytes.clone());
+    let checked = check::check_image(&storage).unwrap();
+    let steps = fixes(&checked.facts, Policy::default()).unwrap();
+    let wanted = 2 * len_u64(C);
+    assert_eq!(copied_bytes(&checked.facts, &steps), wanted);
+    for room in [0, wanted - 1, wanted] {
+        let directory = MemDirectory {
+            room: Some(room),
+            ..MemDirectory::default()
+        };
+        let keep = KeepOld::In {
+            directory: &directory,
+            image: "x",
+        };
+        let done = repair_image(&storage, keep, &Policy::default());
+        assert_eq!(done.is_ok(), room >= wanted, "{room}: {done:?}");
+        if let Err(error) = done {
+            assert_eq!(error.kind(), ErrorKind::Io(libc::ENOSPC));
+            assert!(storage.to_vec() == bytes && directory.files.lock().is_empty());
+        }
+    }
+}
+
+#[test]
+fn a_wish_to_stop_is_heard_and_the_way_is_told() {
+    let bytes = image(&header(MAGIC_V2), 4, &[(0, 3), (1, 3), (5, 3), (8, 1)], 0);
+    let storage = MemStorage::new(bytes.clone());
+    let directory = MemDirectory::default();
+    let keep = KeepOld::In {
+        directory: &directory,
+        image: "x",
+    };
+    let progress = Progress::default();
+    progress.cancel();
+    let stopped = repair_image_with(&storage, keep, &Policy::default(), &progress);
+    assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Interrupted);
+    assert!(storage.to_vec() == bytes && directory.files.lock().is_empty());
+    let progress = Progress::default();
+    repair_image_with(&storage, keep, &Policy::default(), &progress).unwrap();
+    let seen = progress.seen();
+    assert!(seen.step > 3 && seen.done <= seen.total, "{seen:?}");
 }
 
 #[test]

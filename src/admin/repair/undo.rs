@@ -11,7 +11,8 @@ use crate::admin::check::check_image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{HEADER_LEN, IN_USE, RawHeader};
 use crate::journal::{self, Journal, RUNNING};
-use crate::storage::{Directory, Storage};
+use crate::planted::{Bug, planted};
+use crate::storage::{Directory, SharedStorage, Storage};
 use crate::units::{FileOffset, len_u64};
 use std::ops::Range;
 
@@ -53,6 +54,33 @@ pub(super) struct Begun {
     resumed: bool,
 }
 
+impl Begun {
+    pub(super) fn is_resumed(&self) -> bool {
+        self.resumed
+    }
+}
+
+/// True beside what an interrupted repair or undo has left.
+pub(super) fn is_begun(keep: KeepOld<'_>) -> Result<bool> {
+    match keep {
+        KeepOld::In { directory, image } => {
+            Ok(directory.entries()?.contains(&format!("{image}{RUNNING}")))
+        }
+        KeepOld::Nowhere => Ok(false),
+    }
+}
+
+/// Opens an undo file as the medium has it: after a failed sync the host's cache may hold more.
+fn open_saved(directory: &dyn Directory, name: &str) -> Result<SharedStorage> {
+    let file = directory.open(name, true)?;
+    if !planted(Bug::UndoCacheBelieved) {
+        if let Err(error) = file.drop_cache() {
+            log::debug!("the host's cache of {name} stays: {error}");
+        }
+    }
+    Ok(file)
+}
+
 /// Starts the undo file, or goes on with that of a repair that was interrupted. None where nothing
 /// will change and nothing was interrupted.
 pub(super) fn begin(storage: &dyn Storage, keep: KeepOld<'_>, needed: bool) -> Result<Begun> {
@@ -65,7 +93,7 @@ pub(super) fn begin(storage: &dyn Storage, keep: KeepOld<'_>, needed: bool) -> R
     };
     let name = format!("{image}{RUNNING}");
     if directory.entries()?.contains(&name) {
-        let file = directory.open(&name, true)?;
+        let file = open_saved(directory, &name)?;
         match Journal::resume(file.clone()) {
             Ok(journal) if belongs(storage, &*file, true)? => {
                 begun.journal = Some(journal);
@@ -150,9 +178,15 @@ pub(super) fn finish(written: bool, keep: KeepOld<'_>) -> Result<Option<String>>
     let mut candidates = std::iter::once(format!("{image}{DONE}"))
         .chain((2..DONE_MAX).map(|number| format!("{image}{DONE}.{number}")));
     let free = candidates.find(|name| !names.contains(name));
-    let name = free.ok_or_else(|| Error::errno(libc::EEXIST))?;
-    directory.rename(&format!("{image}{RUNNING}"), &name)?;
-    directory.sync()?;
+    let name = free.ok_or_else(|| {
+        let why = format!("the image is mended, and has {DONE_MAX} undo files already");
+        let error = Error::why(ErrorKind::Io(libc::EEXIST), why);
+        error.fix("remove those that are not wanted, and run the repair again, which then ends")
+    })?;
+    directory.rename_new(&format!("{image}{RUNNING}"), &name)?;
+    if !planted(Bug::LastNameNotSynced) {
+        directory.sync()?;
+    }
     Ok(Some(name))
 }
 
@@ -225,16 +259,21 @@ impl<'a> Recorder<'a> {
         }
         Ok(())
     }
+}
 
-    /// Makes it durable, with a note of the table's other bytes up to `end`.
-    pub(super) fn seal(&mut self, keep: KeepOld<'_>, end: u64) -> Result<()> {
-        match (&mut self.journal, keep) {
-            (Some(journal), KeepOld::In { directory, .. }) => {
-                journal.frame(self.storage, end)?;
-                journal.seal(directory)
-            }
-            _ => Ok(()),
+/// Makes the undo file durable, with a note of the table's other bytes up to `end`.
+pub(super) fn seal(
+    storage: &dyn Storage,
+    journal: Option<&mut Journal>,
+    keep: KeepOld<'_>,
+    end: u64,
+) -> Result<()> {
+    match (journal, keep) {
+        (Some(journal), KeepOld::In { directory, .. }) => {
+            journal.frame(storage, end)?;
+            journal.seal(directory)
         }
+        _ => Ok(()),
     }
 }
 
@@ -251,10 +290,10 @@ fn running_name(file: &str) -> String {
 /// passes for a closed one; the old bytes and the old length; the old header; the undo file goes.
 pub fn undo_image(storage: &dyn Storage, directory: &dyn Directory, file: &str) -> Result<()> {
     storage.sync_data()?;
-    let saved = directory.open(file, true)?;
+    let saved = open_saved(directory, file)?;
     let undo = journal::inspect(&*saved, storage)?;
     let running = running_name(file);
-    if !belongs(storage, &*saved, file == running)? {
+    if !planted(Bug::UndoUnverified) && !belongs(storage, &*saved, file == running)? {
         return Err(changed_since(storage));
     }
     if file != running {
@@ -265,7 +304,9 @@ pub fn undo_image(storage: &dyn Storage, directory: &dyn Directory, file: &str) 
             ));
         }
         directory.rename(file, &running)?;
-        directory.sync()?;
+        if !planted(Bug::UndoNameNotSynced) {
+            directory.sync()?;
+        }
     }
     let advise = |error: Error| {
         error.fix(format!(
@@ -281,7 +322,7 @@ pub fn undo_image(storage: &dyn Storage, directory: &dyn Directory, file: &str) 
 
 fn give_back(storage: &dyn Storage, saved: &dyn Storage, has_mark: bool) -> Result<()> {
     journal::begin_undo(saved)?;
-    if has_mark {
+    if has_mark && !planted(Bug::UndoNotMarked) {
         let mut now = [0; HEADER_LEN];
         storage.read_at(FileOffset::ZERO, &mut now)?;
         let mut raw = RawHeader::decode(&now);

@@ -1,30 +1,27 @@
 //! A new, empty image over another one.
 
 use super::Opened;
+use crate::delta::create::{self, Shape};
 use crate::delta::image::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::guid::Guid;
-use crate::format::header::{FLAG_EMPTY, RawHeader, TYPE, Version};
-use crate::format::layout::Layout;
+use crate::format::header::Version;
 use crate::storage::directory::take_after;
 use crate::storage::mem::MemStorage;
-use crate::storage::{Directory, Storage};
-use crate::units::{ClusterSize, FileOffset, SECTOR};
+use crate::storage::{Directory, SharedStorage, Storage};
+use crate::units::{ClusterSize, SECTOR, SectorCount};
 use std::path::Path;
 use std::sync::Arc;
 
 /// Cluster size where neither an image nor the descriptor gives one: 1 MiB.
 const CLUSTER_SECTORS: u32 = 2048;
-/// Bytes of an empty table that are written at a time.
-const STRIDE: u64 = 1 << 20;
 
 /// What it will be.
 #[derive(Clone, Debug)]
 pub(super) struct NewImage {
     /// Its name in the bundle's directory.
     pub name: String,
-    raw: RawHeader,
-    table_len: u64,
+    shape: Shape,
 }
 
 /// The name of a new file beside one of these names: ploop's end in a GUID, Parallels Desktop's
@@ -84,69 +81,29 @@ impl NewImage {
         cluster: ClusterSize,
         disk_len: u64,
     ) -> Result<Self> {
-        let impossible = || {
-            let why = "the disk is larger than an image of this version can be";
-            Error::why(ErrorKind::Unsupported, why).in_file(Path::new(&name))
+        let shape = Shape {
+            version,
+            cluster,
+            size: SectorCount::new(disk_len / SECTOR),
         };
-        let sectors = disk_len / SECTOR;
-        if version == Version::V1 && u32::try_from(sectors).is_err() {
-            return Err(impossible());
-        }
-        let entry_count = cluster.count_for(disk_len).get();
-        let entry_count = u32::try_from(entry_count).map_err(|_| impossible())?;
-        let size = u32::try_from(cluster.sectors().get()).map_err(|_| impossible())?;
-        let layout = Layout::new(version, cluster, entry_count, 0);
-        let table = cluster.count_for(layout.table_end().get()).get();
-        let first_block = table.saturating_mul(cluster.sectors().get());
-        let raw = RawHeader {
-            magic: version.magic(),
-            disk_type: TYPE,
-            heads: 16,
-            cylinders: u32::try_from(sectors / 512).unwrap_or(u32::MAX),
-            cluster_sectors: size,
-            entry_count,
-            size_in_sectors: sectors,
-            in_use: 0,
-            first_block: u32::try_from(first_block).map_err(|_| impossible())?,
-            flags: FLAG_EMPTY,
-            extension: 0,
-        };
-        Ok(Self {
-            name,
-            raw,
-            table_len: table.saturating_mul(cluster.bytes()),
-        })
+        let layout = shape.layout_of_any_cluster();
+        layout.map_err(|e| e.in_file(Path::new(&name)))?;
+        Ok(Self { name, shape })
     }
 
     /// The same in memory, for finding out what would become of it.
     pub(super) fn in_memory(&self) -> Result<Image> {
-        let len = usize::try_from(self.table_len).map_err(|_| Error::errno(libc::ENOMEM))?;
-        let mut bytes = Vec::new();
-        let full = |_| Error::errno(libc::ENOMEM);
-        bytes.try_reserve_exact(len).map_err(full)?;
-        bytes.extend_from_slice(&self.raw.encode());
-        bytes.resize(len, 0);
-        Image::expanding(Path::new(&self.name), Arc::new(MemStorage::new(bytes)))
+        let storage: SharedStorage = Arc::new(MemStorage::new(Vec::new()));
+        create::NewImage::over_others(Arc::clone(&storage), &self.shape)?.finish()?;
+        Image::expanding(Path::new(&self.name), storage)
     }
 
     /// Makes the file, durable but for its name, with the owner and the mode of the one below.
-    /// The clusters of the table are written whole: ploop takes a hole among them for damage.
     pub(super) fn make(&self, directory: &dyn Directory, like: &dyn Storage) -> Result<()> {
-        let storage = directory.create_new(&self.name)?;
         let fill = || -> Result<()> {
+            let storage = directory.create_new(&self.name)?;
             take_after(&*storage, like)?;
-            let mut at = 0;
-            while at < self.table_len {
-                let len = (self.table_len - at).min(STRIDE);
-                let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-                if at == 0 {
-                    let header = self.raw.encode();
-                    bytes[..header.len()].copy_from_slice(&header);
-                }
-                storage.write_at(FileOffset::new(at), &bytes)?;
-                at += len;
-            }
-            storage.sync_data()
+            create::NewImage::over_others(storage, &self.shape)?.finish()
         };
         fill().map_err(|e| e.in_file(Path::new(&self.name)))
     }
@@ -172,17 +129,5 @@ mod tests {
         ] {
             assert_eq!(name_beside(&old, file), expected);
         }
-    }
-
-    #[test]
-    fn an_empty_image_is_what_other_programs_make() {
-        let cluster = ClusterSize::from_sectors(64).expect("a cluster size");
-        let image = NewImage::empty("x".to_owned(), Version::V2, cluster, 10 << 20);
-        let image = image.expect("it can be");
-        assert_eq!(image.table_len, 32768);
-        let raw = image.raw;
-        assert_eq!((raw.entry_count, raw.first_block), (320, 64));
-        let huge = NewImage::empty("x".to_owned(), Version::V1, cluster, 1 << 42);
-        assert!(huge.is_err());
     }
 }

@@ -1,10 +1,12 @@
 //! A bundle that will be changed: locked against everybody else, its files one by one.
 
+use super::files::look_for_repair;
 use super::find::{self, Found};
-use super::{OpenedImages, Selection, told, with_hint};
+use super::{OpenedImages, Selection, select, told, with_hint};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::descriptor::Image;
+use crate::format::descriptor::{Descriptor, Image};
 use crate::format::guid::Guid;
+use crate::format::{names, xml};
 use crate::storage::directory::HostDirectory;
 use crate::storage::file::FileStorage;
 use crate::storage::host::Roots;
@@ -77,12 +79,27 @@ impl Changing {
     /// What people called the snapshots.
     #[must_use]
     pub fn names(&self) -> HashMap<Guid, String> {
-        find::snapshot_names(self.roots.path())
+        find::snapshot_names(self.roots.path(), &self.descriptor)
+    }
+
+    /// Those names that this program keeps.
+    #[must_use]
+    pub fn own_names(&self) -> HashMap<Guid, String> {
+        let name = format!("{}{}", self.descriptor, names::OWN_END);
+        let bytes = self.roots.read(&name, xml::BYTES_MAX);
+        bytes
+            .map(|bytes| names::parse_own(&bytes))
+            .unwrap_or_default()
+    }
+
+    /// The snapshot that a word means: GUID, name or `latest`.
+    pub fn select(&self, descriptor: &Descriptor, word: &str) -> Result<Guid> {
+        select(descriptor, &self.names(), Some(word))
     }
 
     /// What is odd about the bundle, for people.
     #[must_use]
-    pub fn told(&self, descriptor: &crate::format::descriptor::Descriptor) -> Vec<String> {
+    pub fn told(&self, descriptor: &Descriptor) -> Vec<String> {
         told(self.roots.path(), &self.descriptor, descriptor)
     }
 
@@ -109,6 +126,7 @@ impl Changing {
                 return Err(Error::why(ErrorKind::Host, why).in_file(&found.path));
             }
         }
+        look_for_repair(file.file(), &found.path, true)?;
         let storage: SharedStorage = Arc::new(file);
         opened.insert(image.file.clone(), Arc::clone(&storage));
         Ok(storage)

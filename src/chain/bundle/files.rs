@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -141,7 +141,8 @@ impl<'a> Opening<'a> {
         if !self.mending {
             for met in &self.met {
                 // Behind the locks: a repair that runs holds them.
-                warnings.extend(look_for_repair(met, write)?);
+                let found = look_for_repair(met.storage.file(), &met.path, write)?;
+                warnings.extend(found);
             }
         }
         let mut open = self.registry.open.lock();
@@ -200,10 +201,11 @@ impl<'a> Opening<'a> {
 /// Refuses to write beside the undo file of a repair, or of its undo, that was interrupted: the
 /// image is half of one state and half of another, and whatever were written to it, the end of the
 /// repair or undo might take it back. Who only reads is told.
-fn look_for_repair(met: &Met, write: bool) -> Result<Option<String>> {
-    let path = met.path.display();
-    let home = beside::home(met.storage.file().as_fd(), &met.path);
-    let Some(home) = home.map_err(|e| Error::from(e).in_file(&met.path))? else {
+pub(super) fn look_for_repair(file: &File, path: &Path, write: bool) -> Result<Option<String>> {
+    let home = beside::home(file.as_fd(), path);
+    let home = home.map_err(|e| Error::from(e).in_file(path))?;
+    let (at, path) = (path, path.display());
+    let Some(home) = home else {
         return Ok(write.then(|| {
             format!("{path}: where it lies cannot be told, nor whether a repair was interrupted")
         }));
@@ -214,7 +216,7 @@ fn look_for_repair(met: &Met, write: bool) -> Result<Option<String>> {
     }
     let why = format!("a repair or an undo was interrupted: {}", saved.display());
     if write {
-        let error = Error::why(ErrorKind::Corrupt, why).in_file(&met.path);
+        let error = Error::why(ErrorKind::Corrupt, why).in_file(at);
         return Err(error.fix("repeat `ploopfs repair`, or `ploopfs repair --undo` with that file"));
     }
     Ok(Some(format!("{path}: {why}; what is read may be wrong")))

@@ -223,7 +223,16 @@ pub(super) fn few(told: Vec<String>) -> Vec<String> {
 }
 
 /// What people called the snapshots, where the virtual machine's directory says so.
-pub(super) fn snapshot_names(directory: &Path) -> HashMap<Guid, String> {
+pub(super) fn snapshot_names(directory: &Path, descriptor: &str) -> HashMap<Guid, String> {
+    let mut found = names_of_machine(directory);
+    let own = format!("{descriptor}{}", names::OWN_END);
+    if let Some(bytes) = host::read_optional(directory, &own, xml::BYTES_MAX) {
+        found.extend(names::parse_own(&bytes));
+    }
+    found
+}
+
+fn names_of_machine(directory: &Path) -> HashMap<Guid, String> {
     // By way of the real path: a bundle may be named through a link, or as ".".
     let Ok(real) = fs::canonicalize(directory) else {
         return HashMap::new();
@@ -248,7 +257,7 @@ pub(super) fn check_membership(image: &Path, selection: &Selection) -> Result<Op
         return Ok(None);
     };
     let what = format!("the image is {} of the bundle around it", member.role);
-    if selection.write && member.entangled {
+    if (selection.write || selection.mending) && member.entangled {
         let why = format!("{what}, and writing to it alone would damage the disk");
         let error = Error::why(ErrorKind::ReadOnly, why).in_file(image);
         return Err(error.fix(if selection.mending {

@@ -130,7 +130,7 @@ fn survey_bundle(roots: &Roots, directory: &Path, name: &str, selection: &Select
             return survey;
         }
     };
-    let names: HashMap<Guid, String> = find::snapshot_names(directory);
+    let names: HashMap<Guid, String> = find::snapshot_names(directory, name);
     survey.snapshots = snapshot_infos(&descriptor, &names);
     survey.encryption = encryption_text(&descriptor);
     survey.warnings = told(directory, name, &descriptor);

@@ -33,6 +33,11 @@ fn image(entries: &[(usize, u32)]) -> Arc<MemStorage> {
 
 /// A disk of one part for each image.
 fn open_images(storages: &[&Arc<MemStorage>]) -> Result<Arc<Disk>> {
+    open_told(storages).map(|(disk, _)| disk)
+}
+
+/// The same, with what the user is told.
+fn open_told(storages: &[&Arc<MemStorage>]) -> Result<(Arc<Disk>, Vec<String>)> {
     let part = |(number, storage): (u64, &&Arc<MemStorage>)| OpenedPart {
         start: SectorCount::new(80 * number),
         end: None,
@@ -46,7 +51,7 @@ fn open_images(storages: &[&Arc<MemStorage>]) -> Result<Arc<Disk>> {
     };
     let parts = (0..).zip(storages).map(part).collect();
     let images = OpenedImages::from_parts(PathBuf::from("x.hds"), parts);
-    open(Arc::new(images), &DiskOptions::default()).map(|(disk, _)| disk)
+    open(Arc::new(images), &DiskOptions::default())
 }
 
 #[test]
@@ -83,4 +88,20 @@ fn a_part_is_mended_only_if_all_parts_can_be_opened() {
     );
     open_images(&[&mendable, &image(&[])]).unwrap();
     assert!(mendable.to_vec() != before);
+}
+
+#[test]
+fn no_more_is_missing_than_the_disk_has() {
+    for (sectors, told) in [
+        (80_u8, "bytes 37864 to 40959 of the disk are missing"),
+        // The disk ends inside the cluster, behind what is there of it or before that.
+        (75, "bytes 37864 to 38399 of the disk are missing"),
+        (73, "nothing of the disk is missing"),
+    ] {
+        let storage = image(&[(9, 3)]);
+        let size = crate::units::FileOffset::new(36);
+        crate::storage::Storage::write_at(&*storage, size, &[sectors]).unwrap();
+        let (_, notes) = open_told(&[&storage]).unwrap();
+        assert!(notes.iter().any(|note| note.contains(told)), "{notes:?}");
+    }
 }

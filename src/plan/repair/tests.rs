@@ -111,6 +111,23 @@ fn kinds_that_are_only_read_are_no_trouble() {
 }
 
 #[test]
+fn kinds_that_are_only_read_are_not_mended() {
+    let mut odd = raw();
+    (odd.cluster_sectors, odd.first_block, odd.in_use) = (9, 9, IN_USE);
+    let mut facts = facts(odd);
+    let refused = Refusal::ReadOnlyKind(HeaderError::ClusterSizeReadOnly(9));
+    for leaks_only in [false, true] {
+        assert_eq!(fixes(&facts, Policy { leaks_only }), Err(refused));
+    }
+    assert!(examine(&facts).has_unmendable());
+    if let Some(raw) = &mut facts.raw {
+        raw.in_use = 0;
+    }
+    facts.file_len += 512;
+    assert_eq!(fixes(&facts, Policy::default()), Err(refused), "a tail");
+}
+
+#[test]
 fn a_header_without_sense_is_refused() {
     let mut facts = facts(raw());
     facts.normal = Err(HeaderError::Magic);

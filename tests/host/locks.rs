@@ -1,24 +1,24 @@
 //! QEMU sees our locks and we see QEMU's.
-#![allow(clippy::unwrap_used)]
 
+use crate::support::harness::trial;
+use crate::support::probe::Need;
+use crate::support::{Outcome, scratch};
+use libtest_mimic::Trial;
 use ploopfs::chain::bundle::{Selection, open};
 use ploopfs::error::ErrorKind;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// False, with the reason printed, where QEMU's tools are missing; a failure in CI.
-fn has_qemu() -> bool {
-    let found = Command::new("qemu-io").arg("--version").output().is_ok()
-        && Command::new("qemu-img").arg("--version").output().is_ok();
-    if !found {
-        assert!(
-            std::env::var_os("CI").is_none(),
-            "qemu-io and qemu-img are missing"
-        );
-        eprintln!("skipped: no qemu-io or qemu-img");
-    }
-    found
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial("qemu_sees_our_locks", &[Need::Qemu], qemu_sees_our_locks),
+        trial(
+            "we_see_the_locks_of_qemu_and_name_it",
+            &[Need::Qemu],
+            we_see_the_locks_of_qemu_and_name_it,
+        ),
+    ]
 }
 
 fn image(dir: &Path) -> std::path::PathBuf {
@@ -28,7 +28,7 @@ fn image(dir: &Path) -> std::path::PathBuf {
         .arg(&path)
         .arg("10M")
         .status()
-        .unwrap();
+        .expect("QEMU runs");
     assert!(made.success());
     path
 }
@@ -44,7 +44,7 @@ fn qemu_can_open(path: &Path, read_only: bool) -> bool {
         .stderr(Stdio::null())
         .stdout(Stdio::null())
         .status()
-        .unwrap()
+        .expect("QEMU runs")
         .success()
 }
 
@@ -62,18 +62,18 @@ impl Qemu {
             .arg(path)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
-        let mut child = pipes.spawn().unwrap();
+        let mut child = pipes.spawn().expect("QEMU runs");
         // It answers only when the image is open.
         child
             .stdin
             .as_mut()
-            .unwrap()
+            .expect("QEMU runs")
             .write_all(b"length\n")
-            .unwrap();
+            .expect("QEMU runs");
         let mut answer = String::new();
-        BufReader::new(child.stdout.take().unwrap())
+        BufReader::new(child.stdout.take().expect("QEMU runs"))
             .read_line(&mut answer)
-            .unwrap();
+            .expect("QEMU runs");
         assert!(answer.contains("10 MiB"), "{answer}");
         Self(child)
     }
@@ -93,33 +93,26 @@ fn selection(write: bool) -> Selection {
     }
 }
 
-#[test]
-fn qemu_sees_our_locks() {
-    if !has_qemu() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
+fn qemu_sees_our_locks() -> Outcome {
+    let dir = scratch()?;
     let path = image(dir.path());
-    let writer = open(&path, &selection(true)).unwrap();
+    let writer = open(&path, &selection(true))?;
     assert!(!qemu_can_open(&path, false));
     assert!(!qemu_can_open(&path, true));
     drop(writer);
-    let reader = open(&path, &selection(false)).unwrap();
+    let reader = open(&path, &selection(false))?;
     assert!(!qemu_can_open(&path, false));
     assert!(qemu_can_open(&path, true));
     drop(reader);
     assert!(qemu_can_open(&path, false));
+    Ok(())
 }
 
-#[test]
-fn we_see_the_locks_of_qemu_and_name_it() {
-    if !has_qemu() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
+fn we_see_the_locks_of_qemu_and_name_it() -> Outcome {
+    let dir = scratch()?;
     let path = image(dir.path());
     let link = dir.path().join("link.hds");
-    std::fs::hard_link(&path, &link).unwrap();
+    std::fs::hard_link(&path, &link)?;
     for (qemu_reads, write, wanted) in [
         (false, true, false),
         (false, false, false),
@@ -136,5 +129,6 @@ fn we_see_the_locks_of_qemu_and_name_it() {
             }
         }
     }
-    assert!(open(&path, &selection(true)).is_ok());
+    open(&path, &selection(true))?;
+    Ok(())
 }

@@ -3,55 +3,77 @@
 use crate::caller::{flush, open, read, read_all, start_write, wait, write, zero};
 use crate::forge::image::ImageSpec;
 use crate::forge::reader;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use crate::support::guards::FsMount;
+use crate::support::harness::{skip, trial};
+use crate::support::probe::Need::Root;
+use crate::support::{Outcome, scratch};
+use libtest_mimic::Trial;
 use ploopfs::disk::{Disk, DiskOptions, EnospcPolicy};
 use ploopfs::error::{Error, Result};
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A small file system of its own; unmounted when dropped.
-struct Small(tempfile::TempDir);
+/// Names the image of the child of a test.
+const LIMITED: &str = "PLOOPFS_LIMITED";
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial(
+            "a_full_host_fails_writes_and_nothing_else",
+            &[Root],
+            a_full_host_fails_writes_and_nothing_else,
+        ),
+        trial(
+            "waiting_for_space_is_patient_and_ends_when_there_is_some",
+            &[Root],
+            waiting_for_space_is_patient_and_ends_when_there_is_some,
+        ),
+        trial(
+            "writers_that_wait_for_space_end_with_the_disk",
+            &[Root],
+            writers_that_wait_for_space_end_with_the_disk,
+        ),
+        trial(
+            "a_limit_on_the_file_size_is_used_up_and_then_an_error",
+            &[],
+            a_limit_on_the_file_size_is_used_up_and_then_an_error,
+        ),
+        trial(
+            "entries_find_space_in_a_sparse_table_on_a_full_host",
+            &[Root],
+            entries_find_space_in_a_sparse_table_on_a_full_host,
+        ),
+    ]
+}
+
+/// A file system in memory of its own; unmounted when dropped.
+struct Small {
+    mount: FsMount,
+    _dir: tempfile::TempDir,
+}
 
 impl Small {
-    /// `None` where the test may not mount.
-    fn mount(bytes: u64) -> Option<Self> {
-        let dir = tempfile::tempdir().expect("a directory");
+    fn mount(bytes: u64) -> anyhow::Result<Self> {
+        let dir = scratch()?;
         let size = format!("size={bytes}");
-        let flags = MsFlags::empty();
-        let mounted = mount(
-            Some("none"),
-            dir.path(),
-            Some("tmpfs"),
-            flags,
-            Some(size.as_str()),
-        );
-        match mounted {
-            Ok(()) => Some(Self(dir)),
-            Err(why) => {
-                assert!(
-                    std::env::var_os("CI").is_none(),
-                    "cannot mount a tmpfs: {why}"
-                );
-                println!("skipped: cannot mount a tmpfs: {why}");
-                None
-            }
-        }
+        let at = dir.path().join("small");
+        let mounted = FsMount::with(Path::new("none"), &at, &["-t", "tmpfs", "-o", &size]);
+        let mount = mounted.map_err(|why| skip(format!("cannot mount a tmpfs: {why:#}")))?;
+        Ok(Self { mount, _dir: dir })
+    }
+
+    fn place(&self, name: &str) -> PathBuf {
+        self.mount.path().join(name)
     }
 
     fn image(&self, sectors: u64) -> PathBuf {
-        let path = self.0.path().join("disk.hds");
+        let path = self.place("disk.hds");
         ImageSpec::new(2, 128, sectors)
             .write(&path)
             .expect("an image");
         path
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
     }
 }
 
@@ -84,11 +106,8 @@ fn check_filled(bytes: &[u8], count: u64) {
     }
 }
 
-#[test]
-fn a_full_host_fails_writes_and_nothing_else() {
-    let Some(small) = Small::mount(16 << 20) else {
-        return;
-    };
+fn a_full_host_fails_writes_and_nothing_else() -> Outcome {
+    let small = Small::mount(16 << 20)?;
     let path = small.image(64 << 11);
     let options = DiskOptions {
         enospc: EnospcPolicy::Fail,
@@ -116,14 +135,12 @@ fn a_full_host_fails_writes_and_nothing_else() {
         &flat.read(0, (count * CLUSTER) as usize).expect("reads"),
         count,
     );
+    Ok(())
 }
 
-#[test]
-fn waiting_for_space_is_patient_and_ends_when_there_is_some() {
-    let Some(small) = Small::mount(16 << 20) else {
-        return;
-    };
-    let ballast = small.0.path().join("ballast");
+fn waiting_for_space_is_patient_and_ends_when_there_is_some() -> Outcome {
+    let small = Small::mount(16 << 20)?;
+    let ballast = small.place("ballast");
     std::fs::write(&ballast, vec![1; 4 << 20]).expect("the ballast");
     let path = small.image(64 << 11);
     let options = DiskOptions {
@@ -156,13 +173,11 @@ fn waiting_for_space_is_patient_and_ends_when_there_is_some() {
     wait(&waiting, "the waiting write").expect("there is space now");
     disk.close().expect("the disk closes");
     assert_eq!(reader::check(&path).expect("runs"), Vec::<String>::new());
+    Ok(())
 }
 
-#[test]
-fn writers_that_wait_for_space_end_with_the_disk() {
-    let Some(small) = Small::mount(16 << 20) else {
-        return;
-    };
+fn writers_that_wait_for_space_end_with_the_disk() -> Outcome {
+    let small = Small::mount(16 << 20)?;
     let path = small.image(64 << 11);
     let options = DiskOptions {
         enospc: EnospcPolicy::Wait,
@@ -192,10 +207,10 @@ fn writers_that_wait_for_space_end_with_the_disk() {
     assert!(results.iter().all(|r| r.is_ok() || is_no_space(r)));
     assert!(good >= 240, "only {good} clusters of 16 MiB were used");
     assert_eq!(reader::check(&path).expect("runs"), Vec::<String>::new());
+    Ok(())
 }
 
-#[test]
-fn a_limit_on_the_file_size_is_used_up_and_then_an_error() {
+fn a_limit_on_the_file_size_is_used_up_and_then_an_error() -> Outcome {
     let me = std::env::current_exe().expect("a path");
     let home = tempfile::tempdir().expect("a directory");
     let path = home.path().join("disk.hds");
@@ -203,28 +218,25 @@ fn a_limit_on_the_file_size_is_used_up_and_then_an_error() {
         .write(&path)
         .expect("an image");
     let child = Command::new("bash")
-        .args([
-            "-c",
-            "trap '' XFSZ; ulimit -f 10240; exec \"$0\" --exact space::limited_child --ignored",
-        ])
+        .args(["-c", "trap '' XFSZ; ulimit -f 10240; exec \"$0\""])
         .arg(me)
-        .env("PLOOPFS_LIMITED", &path)
+        .env(LIMITED, &path)
         .output()
         .expect("bash runs");
     assert!(
         child.status.success(),
         "{}",
-        String::from_utf8_lossy(&child.stdout)
+        String::from_utf8_lossy(&child.stderr)
     );
     assert_eq!(reader::check(&path).expect("runs"), Vec::<String>::new());
     let flat = reader::Flat::open(&path).expect("the reader opens");
     check_filled(&flat.read(0, (150 * CLUSTER) as usize).expect("reads"), 150);
+    Ok(())
 }
 
-#[test]
-#[ignore = "the child of another test"]
-fn limited_child() {
-    let path = PathBuf::from(std::env::var_os("PLOOPFS_LIMITED").expect("a path"));
+/// The child of the test above, if this process is it.
+pub(crate) fn child() -> Option<ExitCode> {
+    let path = PathBuf::from(std::env::var_os(LIMITED)?);
     let disk = open(&path, &DiskOptions::default());
     let mut count = 0;
     let error = loop {
@@ -238,15 +250,13 @@ fn limited_child() {
     assert!(count >= 150, "only {count} clusters of 10 MiB were used");
     check_filled(&read_all(&disk), count);
     disk.close().expect("the disk closes");
+    Some(ExitCode::SUCCESS)
 }
 
-#[test]
-fn entries_find_space_in_a_sparse_table_on_a_full_host() {
-    let Some(small) = Small::mount(16 << 20) else {
-        return;
-    };
+fn entries_find_space_in_a_sparse_table_on_a_full_host() -> Outcome {
+    let small = Small::mount(16 << 20)?;
     // A table of many pages, of which the file has only the first.
-    let path = small.0.path().join("disk.hds");
+    let path = small.place("disk.hds");
     ImageSpec::new(2, 8, 128 << 11)
         .write(&path)
         .expect("an image");
@@ -259,7 +269,7 @@ fn entries_find_space_in_a_sparse_table_on_a_full_host() {
     let disk = open(&path, &options);
     let data = vec![7; 4096];
     write(&disk, 0, &data).expect("there is space");
-    let ballast = std::fs::write(small.0.path().join("ballast"), vec![1; 16 << 20]);
+    let ballast = std::fs::write(small.place("ballast"), vec![1; 16 << 20]);
     assert!(ballast.is_err(), "the host is full now");
     // Clusters that the file has already, entries in pages that it has not.
     for number in 1..20_u64 {
@@ -268,4 +278,5 @@ fn entries_find_space_in_a_sparse_table_on_a_full_host() {
     flush(&disk).expect("the table has its space");
     disk.close().expect("the disk closes");
     assert_eq!(reader::check(&path).expect("runs"), Vec::<String>::new());
+    Ok(())
 }

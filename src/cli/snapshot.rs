@@ -1,0 +1,259 @@
+//! `ploopfs snapshot`.
+//!
+//! Imports: `admin`, `error`.
+//! Never: drops what was written to a disk without a yes.
+
+use super::args::{SnapshotArgs, SnapshotVerb};
+use super::output::{Report, note, print};
+use super::progress::Shown as Progress;
+use super::repair::confirm;
+use super::size::show_size;
+use crate::admin::snapshot::list::{self, Listed, Row};
+use crate::admin::snapshot::session::Session;
+use crate::admin::snapshot::{Deleted, Merged};
+use crate::error::{Error, Shown};
+use crate::format::guid::Guid;
+use serde_json::{Value, json};
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+/// Version of the JSON documents of those that change something.
+const SCHEMA_VERSION: u32 = 1;
+
+/// Runs the command.
+pub fn run(args: &SnapshotArgs, json: bool) -> Result<(), Box<Report>> {
+    match &args.verb {
+        SnapshotVerb::List(args) => show(&args.image, &args.allow_outside, json, table),
+        SnapshotVerb::Tree(args) => show(&args.image, &args.allow_outside, json, tree),
+        SnapshotVerb::Create(args) => {
+            let what = format!("cannot make a snapshot of {}", args.image.display());
+            let guid = match args.uuid.as_deref().map(|text| (text, Guid::parse(text))) {
+                Some((text, None)) => {
+                    return Err(Report::usage(&what, format!("{text:?} is no GUID")));
+                }
+                Some((_, guid)) => guid,
+                None => None,
+            };
+            let session = open(&args.image, &args.allow_outside, &what)?;
+            let made = session.create(guid, args.name.as_deref());
+            let made = made.map_err(|e| Report::refused(&what, &e))?;
+            let guid = made.guid.to_string();
+            let document = json!({ "snapshot": guid, "files": made.files });
+            tell(&format!("{guid}\n"), "created", document, json, args.quiet);
+            Ok(())
+        }
+        SnapshotVerb::Rename(args) => {
+            let what = format!("cannot rename {}", Shown(&args.snapshot));
+            let session = open(&args.image, &args.allow_outside, &what)?;
+            let guid = session.rename(&args.snapshot, &args.name);
+            let guid = guid.map_err(|e| Report::refused(&what, &e))?.to_string();
+            let text = format!("{guid} is named {:?}\n", args.name);
+            let document = json!({ "snapshot": guid, "name": args.name });
+            tell(&text, "renamed", document, json, args.quiet);
+            Ok(())
+        }
+        SnapshotVerb::Switch(args) => switch(args, json),
+        SnapshotVerb::Delete(args) => delete(args, json),
+    }
+}
+
+fn open(image: &Path, outside: &[PathBuf], what: &str) -> Result<Session, Box<Report>> {
+    Session::open(image, outside).map_err(|e| Report::refused(what, &e))
+}
+
+/// Shows a result; the document says what was done in `action`.
+pub(super) fn tell(text: &str, action: &str, mut document: Value, json: bool, quiet: bool) {
+    if json {
+        document["schema_version"] = SCHEMA_VERSION.into();
+        document["action"] = action.into();
+        print(&format!("{document:#}\n"));
+    } else if !quiet {
+        print(text);
+    }
+}
+
+fn show(
+    image: &Path,
+    outside: &[PathBuf],
+    json: bool,
+    render: fn(&Listed) -> String,
+) -> Result<(), Box<Report>> {
+    let what = format!("cannot list the snapshots of {}", image.display());
+    let listed = list::list(image, outside).map_err(|e| Report::refused(&what, &e))?;
+    if json {
+        let text = serde_json::to_string_pretty(&listed)
+            .map_err(|e| Report::new(&what, &std::io::Error::from(e).into()))?;
+        print(&(text + "\n"));
+        return Ok(());
+    }
+    for warning in &listed.warnings {
+        note(&Shown(warning).to_string());
+    }
+    print(&render(&listed));
+    Ok(())
+}
+
+fn size(row: &Row) -> String {
+    row.allocated_bytes.map_or("missing".to_owned(), show_size)
+}
+
+/// What is said of a snapshot besides its name.
+fn remark(row: &Row) -> String {
+    let mut words = Vec::new();
+    if row.is_top {
+        words.push("top".to_owned());
+    }
+    if row.is_going {
+        words.push("going".to_owned());
+    }
+    words.extend(row.name.as_ref().map(|name| format!("{name:?}")));
+    Shown(&words.join(" ")).to_string()
+}
+
+fn table(listed: &Listed) -> String {
+    let mut out = String::new();
+    let _ = writeln!(
+        out,
+        "{:38}  {:38}  {:>9}  NAME",
+        "SNAPSHOT", "PARENT", "SIZE"
+    );
+    for row in &listed.snapshots {
+        let parent = row.parent.as_deref().unwrap_or("-");
+        let line = format!(
+            "{:38}  {parent:38}  {:>9}  {}",
+            row.guid,
+            size(row),
+            remark(row)
+        );
+        let _ = writeln!(out, "{}", line.trim_end());
+    }
+    out
+}
+
+fn tree(listed: &Listed) -> String {
+    list::draw(listed, |row| {
+        let line = format!("{}  {}  {}", row.guid, size(row), remark(row));
+        line.trim_end().to_owned()
+    })
+}
+
+fn switch(args: &super::args::SwitchArgs, json: bool) -> Result<(), Box<Report>> {
+    let what = format!("cannot switch {}", args.image.display());
+    let session = open(&args.image, &args.allow_outside, &what)?;
+    let refused = |e: &Error| Report::refused(&what, e);
+    let target = session.find(&args.snapshot).map_err(|e| refused(&e))?;
+    let fate = if args.keep {
+        "what was written since then becomes a snapshot"
+    } else {
+        "what was written since then is lost"
+    };
+    let plan = format!("the disk becomes what it was in {target}; {fate}");
+    if args.dry_run {
+        tell(&format!("{plan}\n"), "none", json!({}), json, args.quiet);
+        return Ok(());
+    }
+    if !args.yes && !args.keep {
+        note(&plan);
+        confirm("Switch now?", &what)?;
+    }
+    let shown = Progress::start(args.quiet || json);
+    let kept = session.switch(&args.snapshot, args.keep, shown.progress());
+    drop(shown);
+    let kept = kept.map_err(|e| refused(&e))?.map(|guid| guid.to_string());
+    let text = match &kept {
+        Some(kept) => format!("the disk is that of {target}; what it was is {kept}\n"),
+        None => format!("the disk is that of {target}\n"),
+    };
+    let document = json!({ "snapshot": target.to_string(), "kept": kept });
+    tell(&text, "switched", document, json, args.quiet);
+    Ok(())
+}
+
+fn delete(args: &super::args::DeleteArgs, json: bool) -> Result<(), Box<Report>> {
+    let what = format!("cannot delete {}", Shown(&args.snapshot));
+    let session = open(&args.image, &args.allow_outside, &what)?;
+    let refused = |e: &Error| Report::refused(&what, e);
+    let target = session.find(&args.snapshot).map_err(|e| refused(&e))?;
+    let plan = session.plan_delete(target, args.drop_bitmaps);
+    let plan = plan.map_err(|e| refused(&e))?;
+    let (text, document) = deletion(target, &plan);
+    if args.dry_run {
+        tell(&text, "none", document, json, args.quiet);
+        return Ok(());
+    }
+    if !args.yes {
+        for line in text.lines() {
+            note(line);
+        }
+        confirm("Delete now?", &what)?;
+    }
+    let shown = Progress::start(args.quiet || json);
+    let done = session.delete(target, args.drop_bitmaps, shown.progress());
+    drop(shown);
+    done.map_err(|e| half_way(&what, &e))?;
+    let word = match plan {
+        Deleted::Marked { .. } => "marked",
+        _ => "deleted",
+    };
+    tell(&text, word, document, json, args.quiet);
+    Ok(())
+}
+
+/// A report of what has begun, since all that could be refused was tried before.
+pub(super) fn half_way(what: &str, error: &Error) -> Box<Report> {
+    let mut report = Report::new(what, error);
+    report.data = Some("the disk and all other snapshots show what they did".into());
+    report
+}
+
+fn deletion(target: Guid, plan: &Deleted) -> (String, Value) {
+    let guid = target.to_string();
+    match plan {
+        Deleted::Dropped { files } => {
+            let text = format!("{guid} goes, with what only it shows\n");
+            (text, json!({ "snapshot": guid, "files": files }))
+        }
+        Deleted::Merged(merged) => {
+            let mut document = merged_document(merged);
+            document["snapshot"] = guid.into();
+            (merged_text(merged), document)
+        }
+        Deleted::Marked { children } => {
+            let text = format!(
+                "{guid} has {children} children, which need it; it is marked, and goes when one \
+                 is left\n"
+            );
+            (text, json!({ "snapshot": guid, "children": children }))
+        }
+    }
+}
+
+pub(super) fn merged_document(merged: &Merged) -> Value {
+    let gone: Vec<String> = merged.gone.iter().map(Guid::to_string).collect();
+    json!({
+        "gone": gone,
+        "survivor": merged.survivor.to_string(),
+        "clusters": merged.amount.clusters,
+        "bytes": merged.amount.bytes,
+        "files": merged.files,
+        "disk_size_bytes": merged.disk_size.map(|sectors| sectors * 512),
+    })
+}
+
+pub(super) fn merged_text(merged: &Merged) -> String {
+    let mut out = String::new();
+    for guid in &merged.gone {
+        let _ = writeln!(out, "{guid} goes");
+    }
+    let (clusters, bytes) = (merged.amount.clusters, show_size(merged.amount.bytes));
+    let survivor = merged.survivor;
+    let _ = writeln!(
+        out,
+        "{survivor} stays; {clusters} clusters ({bytes}) move for that"
+    );
+    if let Some(sectors) = merged.disk_size {
+        let size = show_size(sectors * 512);
+        let _ = writeln!(out, "the disk gets the size of the lower image: {size}");
+    }
+    out
+}

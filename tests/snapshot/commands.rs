@@ -1,0 +1,408 @@
+//! The commands on real files, and what other programs make of the result.
+
+use crate::forge::bundle::{BundleSpec, Style};
+use crate::forge::image::{ImageSpec, Mapped};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+const TOP: &str = "{5fbaabe3-6958-40ff-92a7-860e329aab41}";
+
+fn run(program: &str, args: &[&str]) -> std::io::Result<Output> {
+    Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+}
+
+fn ploopfs(args: &[&str]) -> Output {
+    run(env!("CARGO_BIN_EXE_ploopfs"), args).expect("the program was built for this test")
+}
+
+fn story(output: &Output) -> String {
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    format!("{}{}", text(&output.stdout), text(&output.stderr))
+}
+
+/// What a command says that must work.
+fn does(args: &[&str]) -> String {
+    let output = ploopfs(args);
+    assert_eq!(
+        output.status.code(),
+        Some(0),
+        "{args:?}: {}",
+        story(&output)
+    );
+    String::from_utf8(output.stdout).expect("output is UTF-8")
+}
+
+fn fails(args: &[&str]) -> String {
+    let output = ploopfs(args);
+    assert_eq!(
+        output.status.code(),
+        Some(1),
+        "{args:?}: {}",
+        story(&output)
+    );
+    story(&output)
+}
+
+fn has(program: &str) -> bool {
+    let found = run(program, &["--version"]).is_ok();
+    assert!(
+        found || std::env::var_os("CI").is_none(),
+        "{program} is missing"
+    );
+    if !found {
+        eprintln!("skipped: {program} is missing");
+    }
+    found
+}
+
+/// A directory on a file system that calls no hole of a file sparse: ploop 1.15 minds on ext4.
+fn directory() -> tempfile::TempDir {
+    let dir = tempfile::Builder::new()
+        .prefix("snapshot")
+        .tempdir_in("/dev/shm");
+    dir.or_else(|_| tempfile::tempdir())
+        .expect("a temporary directory")
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("temporary names are UTF-8")
+}
+
+/// What every program here can read: clusters of 32 KiB, whole.
+fn common(version: u8) -> ImageSpec {
+    ImageSpec::new(version, 64, 6400).mapping(Mapped::Percent(40))
+}
+
+fn made(dir: &Path, name: &str, spec: &BundleSpec) -> PathBuf {
+    let path = dir.join(name);
+    spec.write(&path).expect("the bundle is made");
+    path
+}
+
+fn listed(path: &str) -> Value {
+    let text = does(&["snapshot", "list", "--json", path]);
+    serde_json::from_str(&text).expect("one JSON document")
+}
+
+fn rows(path: &str) -> Vec<Value> {
+    listed(path)["snapshots"]
+        .as_array()
+        .expect("a list of snapshots")
+        .clone()
+}
+
+/// The bytes that each snapshot shows, read by this program; the top under its own name.
+fn shows(path: &str) -> BTreeMap<String, Vec<u8>> {
+    use ploopfs::chain::bundle::Selection;
+    use ploopfs::disk::{self, DiskOptions};
+    use ploopfs::units::DiskOffset;
+    let mut shown = BTreeMap::new();
+    for row in rows(path) {
+        let guid = row["guid"].as_str().expect("a GUID").to_owned();
+        if row["is_going"] == true {
+            continue;
+        }
+        let selection = Selection {
+            snapshot: Some(guid.clone()).filter(|guid| guid != TOP),
+            ..Selection::default()
+        };
+        let images = ploopfs::chain::bundle::open(Path::new(path), &selection);
+        let options = DiskOptions {
+            read_only: true,
+            ..DiskOptions::default()
+        };
+        let opened = disk::open(images.expect("it opens").into(), &options);
+        let (disk, _) = opened.expect("it opens");
+        let mut bytes = vec![0; usize::try_from(disk.size_bytes()).expect("small")];
+        disk.read_at(DiskOffset::new(0), &mut bytes)
+            .expect("it reads");
+        disk.close().expect("it closes");
+        shown.insert(guid, bytes);
+    }
+    shown
+}
+
+/// Names, bytes and times of all files.
+fn traces(path: &Path) -> Vec<(String, Vec<u8>, i64, i64)> {
+    let mut found: Vec<_> = fs::read_dir(path)
+        .expect("a directory")
+        .flatten()
+        .map(|entry| {
+            let meta = entry.metadata().expect("a file");
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let bytes = fs::read(entry.path()).expect("a file");
+            (name, bytes, meta.mtime(), meta.mtime_nsec())
+        })
+        // ploop's lock file, which whoever may write to a bundle makes.
+        .filter(|(name, ..)| !name.ends_with(".lck"))
+        .collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn a_life_of_a_disk_with_snapshots() {
+    let dir = directory();
+    let spec = BundleSpec::chain(Style::Parallels, &common(1), 1, |_, _| {});
+    let bundle = made(dir.path(), "a.hdd", &spec);
+    let path = text(&bundle);
+    let now = shows(path)[TOP].clone();
+    let first = does(&["snapshot", "create", "--name", "first one", path]);
+    let first = first.trim().to_owned();
+    let second = does(&["snapshot", "create", "-q", path]);
+    assert!(second.is_empty());
+    let tree = does(&["snapshot", "tree", path]);
+    assert_eq!(tree.lines().count(), 3, "{tree}");
+    assert!(tree.contains(&format!("   `- {TOP}")), "{tree}");
+    let list = does(&["snapshot", "list", path]);
+    assert!(
+        list.contains("\"first one\"") && list.contains("top"),
+        "{list}"
+    );
+    for bytes in shows(path).values() {
+        assert!(*bytes == now);
+    }
+    does(&["snapshot", "rename", path, "latest", "second"]);
+    assert!(fails(&["snapshot", "rename", path, "second", "first one"]).contains("another"));
+    assert!(fails(&["snapshot", "rename", path, "second", "latest"]).contains("name"));
+    let info = does(&["info", path]);
+    assert!(info.contains("second"), "{info}");
+    // Nobody says yes.
+    let before = traces(&bundle);
+    fails(&["snapshot", "switch", path, "first one"]);
+    fails(&["snapshot", "delete", path, "second"]);
+    fails(&["merge", path]);
+    does(&["snapshot", "switch", "-n", path, "first one"]);
+    does(&["snapshot", "delete", "-n", path, "second"]);
+    does(&["merge", "-n", "--all", path]);
+    assert!(traces(&bundle) == before, "something was changed");
+    let kept = does(&["snapshot", "switch", "--json", "--keep", path, "first one"]);
+    let kept: Value = serde_json::from_str(&kept).expect("one JSON document");
+    assert!(kept["kept"].is_string());
+    assert_eq!(rows(path).len(), 4);
+    does(&["snapshot", "delete", "-y", path, &first]);
+    assert_eq!(rows(path)[0]["is_going"], true, "it has two children");
+    let mountpoint = dir.path().join("mountpoint");
+    fs::create_dir(&mountpoint).expect("there is room");
+    let gone = fails(&["mount", "--snapshot", "first one", path, text(&mountpoint)]);
+    assert!(gone.contains("being deleted"), "{gone}");
+    let kept = kept["kept"].as_str().expect("a GUID").to_owned();
+    does(&["snapshot", "delete", "-y", path, &kept]);
+    does(&["snapshot", "delete", "-y", path, "second"]);
+    let left = rows(path);
+    assert_eq!(left.len(), 1, "{left:?}");
+    assert!(shows(path)[TOP] == now);
+    let names: Vec<String> = traces(&bundle).into_iter().map(|found| found.0).collect();
+    assert_eq!(names.len(), 3, "{names:?}");
+    does(&["check", path]);
+}
+
+#[test]
+fn owner_and_mode_stay_and_the_backup_follows() {
+    let dir = directory();
+    let spec = BundleSpec::chain(Style::Parallels, &common(1), 1, |_, _| {});
+    let bundle = made(dir.path(), "a.hdd", &spec);
+    let descriptor = bundle.join("DiskDescriptor.xml");
+    let backup = bundle.join("DiskDescriptor.xml.Backup");
+    let image = fs::read_dir(&bundle).expect("a directory").flatten();
+    let image = image
+        .map(|entry| entry.path())
+        .find(|path| text(path).ends_with(".hds"));
+    for (path, mode) in [(&descriptor, 0o640), (&image.expect("an image"), 0o604)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it is ours");
+    }
+    fs::write(&backup, "older").expect("there is room");
+    let is_root = std::os::unix::fs::chown(&descriptor, Some(12), Some(34)).is_ok();
+    let old = fs::read(&descriptor).expect("the descriptor");
+    does(&["snapshot", "create", text(&bundle)]);
+    let meta = fs::metadata(&descriptor).expect("the descriptor");
+    assert_eq!(meta.mode() & 0o777, 0o640);
+    if is_root {
+        assert_eq!((meta.uid(), meta.gid()), (12, 34));
+    } else {
+        assert!(std::env::var_os("CI").is_none(), "not root");
+        eprintln!("skipped: only root can give files away");
+    }
+    assert!(fs::read(&backup).expect("the backup") == old);
+    let images = fs::read_dir(&bundle).expect("a directory").flatten();
+    let images = images.filter(|entry| text(&entry.path()).ends_with(".hds"));
+    for entry in images {
+        assert_eq!(entry.metadata().expect("a file").mode() & 0o777, 0o604);
+    }
+}
+
+#[test]
+fn a_disk_in_use_is_left_alone() {
+    use ploopfs::storage::lock::{self, Locked, Purpose};
+    let dir = directory();
+    let spec = BundleSpec::chain(Style::Ploop, &common(2), 3, |_, _| {});
+    let bundle = made(dir.path(), "a.hdd", &spec);
+    let path = text(&bundle);
+    let latest = rows(path)[1]["guid"].as_str().expect("a GUID").to_owned();
+    let before = traces(&bundle);
+    for image in spec.files(&bundle, 0).iter().skip(1) {
+        let file = fs::OpenOptions::new().read(true).write(true).open(image);
+        let file = file.expect("the image is there");
+        let locked = lock::image(&file, image, Purpose::Read, std::time::Instant::now());
+        assert!(matches!(locked, Ok(Locked::Yes)));
+        let refused = fails(&["snapshot", "delete", "-y", path, &latest]);
+        assert!(refused.contains("locked"), "{refused}");
+        assert!(refused.contains("nothing was changed"), "{refused}");
+        fails(&["merge", "-y", path]);
+        does(&["snapshot", "list", path]);
+    }
+    assert!(traces(&bundle) == before);
+    fails(&["snapshot", "create", text(&spec.files(&bundle, 0)[0])]);
+    does(&["snapshot", "delete", "-y", path, &latest]);
+}
+
+fn ploop_list(path: &Path) -> Vec<String> {
+    let descriptor = path.join("DiskDescriptor.xml");
+    let args = [
+        "snapshot-list",
+        "-H",
+        "-o",
+        "parent_uuid,uuid,fname",
+        text(&descriptor),
+    ];
+    let output = run("ploop", &args).expect("it runs");
+    assert_eq!(output.status.code(), Some(0), "{}", story(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut lines: Vec<String> = text
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+        .filter(|line| !line.is_empty())
+        .collect();
+    lines.sort();
+    lines
+}
+
+/// The same list as this program has it.
+fn own_list(path: &Path) -> Vec<String> {
+    let none = "{00000000-0000-0000-0000-000000000000}";
+    let real = fs::canonicalize(path).expect("it is there");
+    let mut lines: Vec<String> = rows(text(path))
+        .iter()
+        .map(|row| {
+            let parent = row["parent"].as_str().unwrap_or(none);
+            let guid = row["guid"].as_str().expect("a GUID");
+            let file = row["files"][0].as_str().expect("a file");
+            format!("{parent} {guid} {}", text(&real.join(file)))
+        })
+        .collect();
+    lines.sort();
+    lines
+}
+
+fn expect_agreement(bundle: &Path, qemu: bool, ploop: bool, what: &str) {
+    does(&["check", text(bundle)]);
+    if ploop {
+        assert_eq!(ploop_list(bundle), own_list(bundle), "{what}");
+    }
+    for row in rows(text(bundle)) {
+        let image = bundle.join(row["files"][0].as_str().expect("a file"));
+        let is_plain = !fs::read(&image).expect("there").starts_with(b"Witho");
+        if is_plain {
+            continue;
+        }
+        if qemu {
+            let said = run("qemu-img", &["check", "-f", "parallels", text(&image)]);
+            let said = said.expect("it runs");
+            assert_eq!(said.status.code(), Some(0), "{what}: {}", story(&said));
+        }
+        if ploop {
+            let copy = bundle.join("..").join("copy.hds");
+            fs::copy(&image, &copy).expect("there is room");
+            let said = run("ploop", &["check", "-f", "-c", "-r", text(&copy)]);
+            let said = said.expect("it runs");
+            assert_eq!(said.status.code(), Some(0), "{what}: {}", story(&said));
+            let same = fs::read(&image).ok() == fs::read(&copy).ok();
+            assert!(same, "{what}: ploop had something to mend");
+        }
+    }
+}
+
+#[test]
+fn other_programs_agree_after_every_change() {
+    let dir = directory();
+    let (qemu, ploop) = (has("qemu-img"), has("ploop"));
+    for version in [1, 2] {
+        let what = format!("version {version}");
+        let spec = BundleSpec::chain(Style::Ploop, &common(version), 3, |_, _| {});
+        let bundle = made(dir.path(), &format!("v{version}.hdd"), &spec);
+        let path = text(&bundle);
+        let shown = shows(path);
+        let steps: [&[&str]; 5] = [
+            &[
+                "snapshot",
+                "create",
+                "--uuid",
+                "0c2f3f0e-71c4-4a55-8f2e-6a1f3d0b9c11",
+                path,
+            ],
+            &["snapshot", "delete", "-y", path, "latest"],
+            &["snapshot", "switch", "-y", "--keep", path, "latest"],
+            &["merge", "-y", path],
+            &["merge", "-y", "--into-new", "new.hds", path],
+        ];
+        for step in steps {
+            let output = ploopfs(step);
+            // After going back, what is below the top has two children.
+            let branched = step[0] == "merge" && story(&output).contains("children");
+            assert!(branched || output.status.success(), "{}", story(&output));
+            expect_agreement(&bundle, qemu, ploop, &format!("{what}, {step:?}"));
+            let now = shows(path);
+            for (guid, bytes) in shown.iter().filter(|(guid, _)| *guid != TOP) {
+                assert!(now.get(guid).is_none_or(|b| b == bytes), "{what}, {step:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_ploop_makes_is_gone_on_with_and_the_other_way_round() {
+    if !has("ploop") {
+        return;
+    }
+    let dir = directory();
+    let (qemu, ploop) = (has("qemu-img"), true);
+    for version in [1, 2] {
+        let what = format!("version {version}");
+        let spec = BundleSpec::chain(Style::Ploop, &common(version), 1, |_, _| {});
+        let bundle = made(dir.path(), &format!("p{version}.hdd"), &spec);
+        let path = text(&bundle);
+        let descriptor = bundle.join("DiskDescriptor.xml");
+        let now = shows(path)[TOP].clone();
+        let other = |args: &[&str]| {
+            let said = run("ploop", args).expect("it runs");
+            assert_eq!(said.status.code(), Some(0), "{args:?}: {}", story(&said));
+        };
+        let guid = "{0c2f3f0e-71c4-4a55-8f2e-6a1f3d0b9c11}";
+        if version == 1 {
+            other(&["snapshot", "-u", guid, text(&descriptor)]);
+        } else {
+            // Without its kernel module ploop makes no images of version 2.
+            does(&["snapshot", "create", "--uuid", guid, path]);
+        }
+        expect_agreement(&bundle, qemu, ploop, &what);
+        let ours = does(&["snapshot", "create", path]).trim().to_owned();
+        expect_agreement(&bundle, qemu, ploop, &what);
+        other(&["snapshot-delete", "-u", guid, text(&descriptor)]);
+        expect_agreement(&bundle, qemu, ploop, &what);
+        let twice = does(&["snapshot", "create", path]).trim().to_owned();
+        other(&["snapshot-merge", "-u", &twice, text(&descriptor)]);
+        expect_agreement(&bundle, qemu, ploop, &what);
+        assert!(!rows(path).iter().any(|row| row["guid"] == ours.as_str()));
+        does(&["snapshot", "delete", "-y", path, &twice]);
+        expect_agreement(&bundle, qemu, ploop, &what);
+        assert_eq!(rows(path).len(), 1);
+        assert!(shows(path)[TOP] == now, "{what}");
+    }
+}
