@@ -10,13 +10,19 @@
 pub mod args;
 pub mod attach;
 pub mod check;
+pub mod checksum;
 mod child;
 pub mod compact;
+pub mod compare;
+pub mod convert;
+pub mod copy;
 pub mod create;
 pub mod exit;
 mod filesystem;
 pub mod helper;
 pub mod list;
+pub mod map;
+pub mod measure;
 pub mod merge;
 pub mod mount;
 pub mod options;
@@ -27,6 +33,7 @@ pub mod resize;
 pub mod serve;
 pub mod size;
 pub mod snapshot;
+pub mod source;
 pub mod umount;
 
 use crate::admin;
@@ -83,10 +90,14 @@ fn usage(error: &clap::Error, args: &[OsString]) -> u8 {
             let _ = error.print();
         }
     }
-    exit::FAILED
+    let judges = ["compare", "checksum"];
+    match args.iter().skip(1).find(|word| *word != "--json") {
+        Some(verb) if judges.iter().any(|judge| verb == judge) => exit::TROUBLE,
+        _ => exit::FAILED,
+    }
 }
 
-/// The status of a command that was carried out; only `check` and `repair` have another than 0.
+/// The status of a command that was carried out; those that judge a disk have others than 0.
 fn run(cli: &Cli) -> Result<u8, Box<Report>> {
     match &cli.verb {
         Verb::Check(args) => return check::run(args, cli.json),
@@ -94,6 +105,12 @@ fn run(cli: &Cli) -> Result<u8, Box<Report>> {
         Verb::Resize(args) => resize::run(args, cli.json),
         Verb::Compact(args) => compact::run(args, cli.json),
         Verb::Create(args) => create::run(args, cli.json),
+        Verb::Convert(args) => convert::run(args, cli.json),
+        Verb::Copy(args) => copy::run(args, cli.json),
+        Verb::Compare(args) => return compare::run(args, cli.json),
+        Verb::Checksum(args) => return checksum::run(args, cli.json),
+        Verb::Map(args) => map::run(args, cli.json),
+        Verb::Measure(args) => measure::run(args, cli.json),
         Verb::Mount(args) => mount::run(args, cli.json),
         Verb::Umount(args) => umount::run(args),
         Verb::Attach(args) => attach::attach(args, cli.json),

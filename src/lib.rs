@@ -60,7 +60,10 @@
 //!   [`storage::lock`].
 //! * How are threads and clocks kept out of the way of tests? [`sync`]; which bugs do they plant?
 //!   [`planted`].
+//! * How is a bundle changed, and what may a power cut leave of that? [`admin::bundle`],
+//!   [`admin::merge`], [`admin::snapshot`].
 //! * What happens at open? [`disk::open`](mod@disk::open).
+//! * How is a disk of any kind read, ours or another program's? [`admin::source`].
 //! * How does a mount start and end? [`fuse::daemon`], [`fuse::signals`], [`cli`].
 //! * What does the mount show? [`fuse`].
 

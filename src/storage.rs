@@ -86,6 +86,17 @@ pub trait Storage: Send + Sync + Debug {
         from: Range<FileOffset>,
     ) -> Result<bool>;
 
+    /// Shares the blocks of a range of another file, without copying any. `false` where the host
+    /// cannot; then nothing was done.
+    fn share_from(
+        &self,
+        _at: FileOffset,
+        _source: &dyn Storage,
+        _from: Range<FileOffset>,
+    ) -> Result<bool> {
+        Ok(false)
+    }
+
     /// The next range at or after `from` that the host has blocks for, or `None` up to the end.
     fn next_data(&self, from: FileOffset) -> Result<Option<Range<FileOffset>>>;
 

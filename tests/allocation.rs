@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use support::harness;
 
 #[global_allocator]
-static HEAP: heap::Heap = heap::Heap;
+static HEAP: support::heap::Heap<heap::Counting> = heap::HEAP;
 
 fn main() -> ExitCode {
     if let Some(status) = count::child().or_else(busy::child) {

@@ -1,6 +1,10 @@
 //! New disks: what other programs say of them, power cuts at every operation, refusals that leave
 //! nothing.
 
+#[path = "create/convert.rs"]
+mod convert;
+#[path = "create/copy.rs"]
+mod copy;
 #[path = "create/cuts.rs"]
 mod cuts;
 #[path = "create/ends.rs"]
@@ -23,5 +27,7 @@ fn main() {
     trials.extend(interop::trials());
     trials.extend(systems::trials());
     trials.extend(ends::trials());
+    trials.extend(convert::trials());
+    trials.extend(copy::trials());
     harness::main(trials)
 }

@@ -1,5 +1,5 @@
 //! What the host does to an image beside ploopfs: full file systems, shared blocks, other
-//! programs' locks. Without a mount of our own.
+//! programs' locks and checks. Without a mount of our own.
 
 #[allow(dead_code)]
 #[path = "hazards/caller.rs"]
@@ -10,6 +10,8 @@ mod support;
 
 #[path = "host/locks.rs"]
 mod locks;
+#[path = "host/repaired.rs"]
+mod repaired;
 #[path = "host/shared.rs"]
 mod shared;
 #[path = "host/space.rs"]
@@ -25,5 +27,6 @@ fn main() -> ExitCode {
     let mut trials = space::trials();
     trials.extend(shared::trials());
     trials.extend(locks::trials());
+    trials.extend(repaired::trials());
     harness::main(trials)
 }

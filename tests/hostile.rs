@@ -38,7 +38,7 @@ use support::harness::{self, trial};
 const ROWS: [std::ops::RangeInclusive<u8>; 3] = [1..=27, 30..=40, 50..=78];
 
 #[global_allocator]
-static HEAP: heap::Heap = heap::Heap;
+static HEAP: support::heap::Heap<heap::Counting> = heap::HEAP;
 
 fn rows() -> Vec<Row> {
     let rooms = [headers::ROWS, tables::ROWS, descriptors::ROWS, chains::ROWS];

@@ -53,7 +53,8 @@ fn wrong_usage_is_status_1_and_help_is_0() {
 fn help_fits_lines_of_a_terminal() {
     let verbs = [
         "mount", "umount", "attach", "detach", "list", "info", "check", "repair", "create",
-        "resize", "compact", "snapshot", "merge",
+        "resize", "compact", "snapshot", "merge", "convert", "copy", "map", "compare", "measure",
+        "checksum",
     ];
     for verb in verbs {
         let output = ploopfs(&[verb, "--help"]);

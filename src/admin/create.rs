@@ -12,7 +12,7 @@
 //! What fails or is stopped removes what it has made. Of what is killed the temporary name is left,
 //! which is in nobody's way: the next attempt takes another.
 
-mod content;
+pub(super) mod content;
 pub mod mkfs;
 
 pub use content::NewFile;
@@ -31,11 +31,12 @@ use crate::sys::random;
 use crate::units::{ClusterSize, FileOffset, SECTOR, SectorCount};
 use mkfs::FileSystem;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Bytes of a cluster where none are asked for.
 pub const CLUSTER_BYTES: u64 = 1 << 20;
 /// What a temporary name has behind the disk's.
-const CREATING: &str = ".creating.";
+pub(super) const CREATING: &str = ".creating.";
 
 /// How the disk's bytes are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -131,6 +132,11 @@ pub fn plan(path: &Path, request: &Request) -> Result<Plan> {
             return Err(usage("the name ends neither in .hdd nor in .hds").fix(fix));
         }
     };
+    plan_as(is_bundle, request, true)
+}
+
+/// The same, whatever the name; rounded up only if asked for.
+pub(super) fn plan_as(is_bundle: bool, request: &Request, rounds: bool) -> Result<Plan> {
     let bytes = request.cluster.unwrap_or(CLUSTER_BYTES);
     let sectors = u32::try_from(bytes / SECTOR).ok();
     let cluster = sectors.and_then(ClusterSize::from_sectors);
@@ -148,17 +154,24 @@ pub fn plan(path: &Path, request: &Request) -> Result<Plan> {
     if is_desktop && cluster.bytes() != CLUSTER_BYTES {
         return Err(usage("Parallels Desktop opens clusters of 1 MiB only"));
     }
-    let size = cluster
-        .count_for(request.size)
-        .get()
-        .checked_mul(cluster.sectors().get());
-    let size = size.ok_or_else(|| usage("a disk of so many bytes cannot be"))?;
+    let unit = if rounds { cluster.bytes() } else { SECTOR };
+    let size = request.size.checked_next_multiple_of(unit);
+    let size = size
+        .map(|bytes| bytes / SECTOR)
+        .ok_or_else(|| usage("a disk of so many bytes cannot be"))?;
     let shape = Shape {
         version,
         cluster,
         size: SectorCount::new(size),
     };
-    shape.layout()?;
+    if request.kind == Kind::Plain {
+        // Only the disk's own size counts.
+        if i64::try_from(request.size).is_err() || size == 0 {
+            return Err(usage(format!("a disk of {} bytes cannot be", request.size)));
+        }
+    } else {
+        shape.layout()?;
+    }
     Ok(Plan {
         shape,
         kind: request.kind,
@@ -191,14 +204,7 @@ impl Ids {
 /// Makes the disk that a request asks for.
 pub fn create(path: &Path, request: &Request, progress: &Progress) -> Result<Plan> {
     let plan = plan(path, request)?;
-    let name = path.file_name().and_then(|name| name.to_str());
-    let name = name.ok_or_else(|| usage("the name must be UTF-8, as descriptors are"))?;
-    let parent = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    let parent = HostDirectory::open(parent)?;
-    refuse_existing(&parent, name)?;
+    let (parent, name) = place_for(path)?;
     let ids = Ids::new()?;
     match &request.file_system {
         None => create_in(&parent, name, &plan, &ids, progress, |_| Ok(()))?,
@@ -213,7 +219,20 @@ pub fn create(path: &Path, request: &Request, progress: &Progress) -> Result<Pla
     Ok(plan)
 }
 
-fn exists(name: &str) -> Error {
+/// The directory that a new disk is to be in, and its name there, which nothing has yet.
+pub(super) fn place_for(path: &Path) -> Result<(HostDirectory, &str)> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.ok_or_else(|| usage("it needs a name, in UTF-8 as descriptors are"))?;
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let parent = HostDirectory::open(parent)?;
+    refuse_existing(&parent, name)?;
+    Ok((parent, name))
+}
+
+pub(super) fn exists(name: &str) -> Error {
     usage(format!("{name} is there already, and is left as it is"))
         .fix("choose another name, or remove it first")
 }
@@ -234,24 +253,51 @@ pub fn create_in(
     progress: &Progress,
     fill: impl Fn(&NewFile) -> Result<()>,
 ) -> Result<()> {
+    make_in(
+        parent,
+        name,
+        plan.is_bundle,
+        ids,
+        progress,
+        |place| match place {
+            Place::Bundle(inner) => make_bundle(&**inner, name, plan, ids, &fill),
+            Place::Image(file) => make_image(Arc::clone(file), plan, &fill),
+        },
+    )
+}
+
+/// Where a disk is made.
+pub(super) enum Place {
+    /// The directory of a bundle.
+    Bundle(Arc<dyn Directory>),
+    /// The file of an image.
+    Image(SharedStorage),
+}
+
+/// Makes a disk under a temporary name and then gives it its own; `make` leaves all that it makes
+/// durable, the names in a bundle too.
+pub(super) fn make_in(
+    parent: &dyn Directory,
+    name: &str,
+    is_bundle: bool,
+    ids: &Ids,
+    progress: &Progress,
+    make: impl FnOnce(&Place) -> Result<()>,
+) -> Result<()> {
     refuse_existing(parent, name)?;
     let temporary = format!("{name}{CREATING}{}", ids.temporary);
     // Nothing of that name is ours yet, so what fails here has nothing to remove.
-    let made = if plan.is_bundle {
-        let inner = parent.create_directory(&temporary)?;
-        let made = make_bundle(&*inner, name, plan, ids, &fill);
-        (made, Some(inner))
+    let place = if is_bundle {
+        Place::Bundle(parent.create_directory(&temporary)?)
     } else {
-        let file = parent.create_new(&temporary)?;
-        (make_image(file, plan, &fill), None)
+        Place::Image(parent.create_new(&temporary)?)
     };
-    let (made, inner) = made;
-    let named = made.and_then(|()| {
+    let named = make(&place).and_then(|()| {
         progress.check()?;
         parent.rename_new(&temporary, name)
     });
     if let Err(e) = named {
-        let left = remove(parent, &temporary, inner.as_deref());
+        let left = remove(parent, &temporary, &place);
         return Err(match (left, e.kind()) {
             (Err(_), _) => e.fix(format!("remove what was left: {temporary}")),
             (Ok(()), ErrorKind::Io(libc::EEXIST)) => exists(name),
@@ -259,14 +305,14 @@ pub fn create_in(
         });
     }
     parent.sync().inspect_err(|_| {
-        let left = remove(parent, name, inner.as_deref());
+        let left = remove(parent, name, &place);
         log::debug!("the disk that may not last was removed: {left:?}");
     })
 }
 
 /// Takes back what was made.
-fn remove(parent: &dyn Directory, name: &str, inner: Option<&dyn Directory>) -> Result<()> {
-    let Some(inner) = inner else {
+fn remove(parent: &dyn Directory, name: &str, place: &Place) -> Result<()> {
+    let Place::Bundle(inner) = place else {
         return parent.remove(name);
     };
     for file in inner.entries()? {

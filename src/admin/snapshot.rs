@@ -69,7 +69,13 @@ fn descriptor_error(error: descriptor::DescriptorError) -> Error {
 }
 
 /// Refuses a disk that may only be read.
-fn changeable(descriptor: &Descriptor) -> Result<()> {
+fn changeable(bundle: &Bundle<'_>) -> Result<()> {
+    let descriptor = bundle.descriptor();
+    if bundle.is_being_exchanged() {
+        let why = "an operation of ploop that exchanges the base and the top was interrupted";
+        return Err(Error::why(ErrorKind::Unsupported, why)
+            .fix("let ploop end it: it does so when it mounts the disk"));
+    }
     let mut oddities = descriptor.oddities.iter();
     if let Some(oddity) = oddities.find(|oddity| oddity.forbids_writing()) {
         return Err(Error::why(ErrorKind::Unsupported, oddity.to_string()));
@@ -285,7 +291,7 @@ fn with_new(
 /// The state of the disk becomes a snapshot.
 pub fn create(bundle: &mut Bundle<'_>, names: Names) -> Result<Created> {
     let descriptor = bundle.descriptor();
-    changeable(descriptor)?;
+    changeable(bundle)?;
     check_name(descriptor, names.snapshot)?;
     let (old, top) = (descriptor.top, top_name(descriptor));
     let chain = descriptor.chain(old).map_err(descriptor_error)?;
@@ -339,7 +345,7 @@ pub fn switch(
     progress: &Progress,
 ) -> Result<Created> {
     let descriptor = bundle.descriptor();
-    changeable(descriptor)?;
+    changeable(bundle)?;
     let left = parent(descriptor, descriptor.top);
     let (old, top) = (descriptor.top, top_name(descriptor));
     if target == old {

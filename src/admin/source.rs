@@ -14,6 +14,7 @@ mod foreign;
 mod magic;
 mod ours;
 mod raw;
+pub mod work;
 
 pub use magic::Format;
 pub use ours::OurDisk;
@@ -21,6 +22,7 @@ pub use raw::RawDisk;
 
 use crate::admin::progress::Progress;
 use crate::chain::bundle::Selection;
+use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::SharedStorage;
 use crate::units::{DiskOffset, FileOffset};
@@ -71,6 +73,11 @@ pub trait Source: Send + Sync + Debug {
 
     /// The size of its allocation units, where it has such.
     fn cluster_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// The disk, where it is one of ours.
+    fn disk(&self) -> Option<&Disk> {
         None
     }
 }

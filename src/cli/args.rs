@@ -10,8 +10,15 @@ pub use snapshot::{
     SnapshotVerb, SwitchArgs,
 };
 
+use super::checksum::ChecksumArgs;
+use super::compare::CompareArgs;
+use super::convert::ConvertArgs;
+use super::copy::CopyArgs;
+use super::create::CreateArgs;
+use super::map::MapArgs;
+use super::measure::MeasureArgs;
 use super::options::{Settings, parse_enospc, parse_order, parse_step, parse_threads};
-use super::size::{parse_change, parse_disk_size, parse_millis, parse_size};
+use super::size::{parse_change, parse_millis, parse_size};
 use crate::admin::resize::disk::Change;
 use crate::disk::EnospcPolicy;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
@@ -74,6 +81,18 @@ pub enum Verb {
     Snapshot(SnapshotArgs),
     /// Merge images of a chain
     Merge(MergeArgs),
+    /// Make a disk from one of any kind
+    Convert(ConvertArgs),
+    /// Copy a disk with its snapshots
+    Copy(CopyArgs),
+    /// Show where the bytes of a disk are
+    Map(MapArgs),
+    /// Tell whether two disks of any kind are equal
+    Compare(CompareArgs),
+    /// Tell what a conversion will need
+    Measure(MeasureArgs),
+    /// Sum up a disk, or hold it against its sums
+    Checksum(ChecksumArgs),
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completions {
@@ -389,86 +408,6 @@ pub struct ResizeArgs {
     /// The size, or with + or - before it the difference
     #[arg(value_parser = parse_change, allow_hyphen_values = true)]
     pub size: Change,
-}
-
-/// How a new disk's bytes are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum NewKind {
-    /// The image grows with what is written.
-    #[value(alias = "expanded")]
-    Expanding,
-    /// Every cluster has its place, and the host's blocks, from the start.
-    Preallocated,
-    /// The disk byte for byte, with holes.
-    #[value(alias = "raw")]
-    Plain,
-}
-
-/// Whose programs must be able to open a new disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum For {
-    /// Parallels Desktop.
-    ParallelsDesktop,
-    /// Virtuozzo and OpenVZ: ploop.
-    Virtuozzo,
-}
-
-/// A file system that a new disk can have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum NewFs {
-    /// ext4.
-    Ext4,
-    /// XFS.
-    Xfs,
-}
-
-/// `ploopfs create`.
-#[derive(Args, Clone, Debug)]
-#[command(after_help = "\
-Examples:
-  ploopfs create -s 64G disk.hdd                          a bundle
-  ploopfs create -s 64G disk.hds                          a single image
-  ploopfs create -s 10G --mkfs ext4 --label data disk.hdd
-  ploopfs create -s 64G --for parallels-desktop disk.hdd")]
-pub struct CreateArgs {
-    /// Size of the disk: 64G, 1.5T, 20480s (sectors)
-    #[arg(short, long, value_name = "SIZE", value_parser = parse_disk_size)]
-    pub size: u64,
-    /// How its bytes are kept: expanding, preallocated or plain [default: expanding]
-    #[arg(
-        short,
-        long,
-        value_enum,
-        value_name = "FORMAT",
-        hide_possible_values = true
-    )]
-    pub format: Option<NewKind>,
-    /// Version of the image, 1 or 2 [default: 2]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=2))]
-    pub image_version: Option<u8>,
-    /// Bytes of a cluster, a power of two from 32K to 64M [default: 1M]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub cluster_size: Option<u64>,
-    /// Write what this product opens: parallels-desktop or virtuozzo
-    #[arg(
-        long = "for",
-        value_enum,
-        value_name = "PRODUCT",
-        hide_possible_values = true
-    )]
-    pub product: Option<For>,
-    /// Make a partition with a file system on it: ext4 or xfs
-    #[arg(long, value_enum, value_name = "FS", hide_possible_values = true)]
-    pub mkfs: Option<NewFs>,
-    /// Label of the file system
-    #[arg(long, value_name = "LABEL", requires = "mkfs")]
-    pub label: Option<String>,
-    /// Say nothing when it worked
-    #[arg(short, long)]
-    pub quiet: bool,
-    /// NAME.hdd for a bundle, NAME.hds for a single image
-    #[arg(value_hint = ValueHint::AnyPath)]
-    pub path: PathBuf,
 }
 
 /// `ploopfs compact`.

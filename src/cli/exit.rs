@@ -12,6 +12,8 @@ pub const FAILED: u8 = 1;
 pub const CORRUPT: u8 = 2;
 /// `check`, `repair --dry-run`: space is wasted, the data is safe.
 pub const LEAKS: u8 = 3;
+/// `compare`, `checksum`: could not tell, where 1 says that disks differ.
+pub const TROUBLE: u8 = 2;
 /// mount(8): the helper could not mount.
 pub const MOUNT_FAILED: u8 = 32;
 

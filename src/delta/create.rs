@@ -166,7 +166,8 @@ impl NewImage {
     }
 
     /// Where the file ends, as far as places have been given.
-    fn end(&self) -> FileOffset {
+    #[must_use]
+    pub fn end(&self) -> FileOffset {
         let end = match &*self.table.lock() {
             Table::Given { next, .. } => *next,
             Table::All => self.layout.first_cluster().get() + u64::from(self.layout.entry_count()),

@@ -256,13 +256,15 @@ pub fn prepare_process() {
             level,
             "not marked as an I/O flusher (needs CAP_SYS_RESOURCE): {e}"
         );
-        if memory::waits_for_write_back() {
-            // Not marked, this process waits for memory that only it can write back.
-            log::warn!(
-                "this memory control group must not hold those who write to the disk through a \
-                 loop device as well: both would come to a standstill"
-            );
-        }
+    }
+    if memory::waits_for_write_back() {
+        // Such a group may be full of what only this process can write back. Marked, it gets no
+        // memory then and is killed; not marked, it waits for memory for ever.
+        log::warn!(
+            "this memory control group (version 1) must not hold those who write to the disk \
+             through a loop device as well: both would come to a standstill, or this process be \
+             killed"
+        );
     }
     let wanted = match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((soft, hard)) if soft < hard => setrlimit(Resource::RLIMIT_NOFILE, hard, hard),

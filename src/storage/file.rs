@@ -166,6 +166,20 @@ impl Storage for FileStorage {
         }
     }
 
+    fn share_from(
+        &self,
+        at: FileOffset,
+        source: &dyn Storage,
+        from: Range<FileOffset>,
+    ) -> Result<bool> {
+        let Some(source_fd) = source.as_host_fd() else {
+            return Ok(false);
+        };
+        let (start, end) = (from.start.get(), from.end.get());
+        sys::clone_range(source_fd, start, end, self.file.as_fd(), at.get())
+            .map_err(|e| Error::from(e).at_offset(at))
+    }
+
     fn next_data(&self, from: FileOffset) -> Result<Option<Range<FileOffset>>> {
         let found = sys::next_data(self.file.as_fd(), from.get())?;
         Ok(found.map(|range| FileOffset::new(range.start)..FileOffset::new(range.end)))

@@ -57,6 +57,58 @@ pub fn zero_range(fd: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
     )
 }
 
+/// `FICLONERANGE` of linux/fs.h.
+const CLONE_RANGE: libc::c_ulong = 0x4020_940d;
+
+/// `struct file_clone_range` of linux/fs.h.
+#[repr(C)]
+struct CloneRange {
+    source: i64,
+    from: u64,
+    len: u64,
+    to: u64,
+}
+
+/// Lets a target share the blocks of `start..end` of another file, from its own `at` on, where the
+/// host can. `Ok(false)` where it cannot; then nothing was done.
+pub fn clone_range(
+    source: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+    target: BorrowedFd<'_>,
+    at: u64,
+) -> io::Result<bool> {
+    let range = CloneRange {
+        source: source.as_raw_fd().into(),
+        from: start,
+        len: end.saturating_sub(start),
+        to: at,
+    };
+    // SAFETY: both descriptors are borrowed and open for the whole call, and the kernel only reads
+    // the structure, which is live and laid out as it expects.
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::ioctl(target.as_raw_fd(), CLONE_RANGE, &raw const range) };
+    if result == 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        e if e.kind() == io::ErrorKind::Interrupted => Ok(false),
+        e => match e.raw_os_error() {
+            Some(
+                libc::EXDEV
+                | libc::EOPNOTSUPP
+                | libc::ENOTTY
+                | libc::ENOSYS
+                | libc::EINVAL
+                | libc::EPERM
+                | libc::EBADF
+                | libc::ETXTBSY,
+            ) => Ok(false),
+            _ => Err(e),
+        },
+    }
+}
+
 /// Copies `start..end` of one file to another's `at`, all of it.
 ///
 /// `Ok(false)` when the host cannot copy between these two files; part of the range may have been

@@ -1,10 +1,9 @@
-//! An allocator that counts, and that fails everything over 4 KiB once it is armed.
+//! A heap that counts, and that fails everything over 4 KiB once it is armed.
 //!
-//! Imports: std.
+//! Imports: `support` (heap).
 //! Never: allocates on its own, except to tell where a refusal came from when asked for that.
-#![allow(unsafe_code)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
+use crate::support::heap::{Heap, Watcher};
 use std::backtrace::Backtrace;
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,7 +15,11 @@ pub(crate) const MOST: usize = 4096;
 pub(crate) const TELL: &str = "PLOOPFS_TELL_REFUSALS";
 
 /// The heap of this program.
-pub(crate) struct Heap;
+pub(crate) const HEAP: Heap<Counting> = Heap(Counting);
+
+/// Counts, and refuses once it is armed.
+#[derive(Debug)]
+pub(crate) struct Counting;
 
 static ARMED: AtomicBool = AtomicBool::new(false);
 static TELLING: AtomicBool = AtomicBool::new(false);
@@ -68,51 +71,19 @@ pub(crate) fn refused() -> u64 {
     REFUSED.load(Ordering::SeqCst)
 }
 
-/// Counts an allocation; true when it must fail.
-fn refuses(size: usize) -> bool {
-    COUNT.fetch_add(1, Ordering::SeqCst);
-    COUNT_HERE.set(COUNT_HERE.get() + 1);
-    if size <= MOST || !ARMED.load(Ordering::Relaxed) || EXEMPT.get() {
-        return false;
-    }
-    REFUSED.fetch_add(1, Ordering::SeqCst);
-    if TELLING.load(Ordering::Relaxed) {
-        EXEMPT.set(true);
-        eprintln!("refused {size} bytes:\n{}", Backtrace::force_capture());
-        EXEMPT.set(false);
-    }
-    true
-}
-
-// SAFETY: every call goes to the system's allocator unchanged, or fails by a null pointer, which
-// the contract of each method allows.
-unsafe impl GlobalAlloc for Heap {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if refuses(layout.size()) {
-            return std::ptr::null_mut();
+impl Watcher for Counting {
+    fn gives(&self, size: usize, _zeroed: bool) -> bool {
+        COUNT.fetch_add(1, Ordering::SeqCst);
+        COUNT_HERE.set(COUNT_HERE.get() + 1);
+        if size <= MOST || !ARMED.load(Ordering::Relaxed) || EXEMPT.get() {
+            return true;
         }
-        // SAFETY: the caller keeps the contract of this method, which is the same.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        if refuses(layout.size()) {
-            return std::ptr::null_mut();
+        REFUSED.fetch_add(1, Ordering::SeqCst);
+        if TELLING.load(Ordering::Relaxed) {
+            EXEMPT.set(true);
+            eprintln!("refused {size} bytes:\n{}", Backtrace::force_capture());
+            EXEMPT.set(false);
         }
-        // SAFETY: as above.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        if refuses(size) {
-            return std::ptr::null_mut();
-        }
-        // SAFETY: as above; all memory that this heap gives is the system's.
-        unsafe { System.realloc(memory, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(memory, layout) }
+        false
     }
 }

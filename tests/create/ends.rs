@@ -89,10 +89,10 @@ fn refusals() -> Outcome {
 }
 
 /// A small file system in memory, unmounted when dropped.
-struct Small(PathBuf);
+pub(crate) struct Small(pub(crate) PathBuf);
 
 impl Small {
-    fn new(at: &Path, size: &str) -> Result<Self> {
+    pub(crate) fn new(at: &Path, size: &str) -> Result<Self> {
         fs::create_dir(at)?;
         let options = format!("size={size}");
         let mut mount = command::new("mount");
@@ -117,7 +117,7 @@ fn full() -> Outcome {
         &["x.hds", "-s", "4T"],
         &["x.hdd", "-s", "4T"],
         &["x.hdd", "-s", "200M", "--mkfs", "ext4"],
-        &["x.hds", "-s", "1G", "-f", "plain", "--mkfs", "ext4"],
+        &["x.hds", "-s", "200G", "-f", "plain", "--mkfs", "ext4"],
     ] {
         let mut create = command::ploopfs(&["create"]);
         let done = command::run(create.args(&line[1..]).arg(small.0.join(line[0])))?;

@@ -108,21 +108,27 @@ fn no_root() -> Outcome {
 }
 
 fn examples() -> Outcome {
-    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("man/ploopfs-create.1");
-    let page = fs::read_to_string(page)?;
     let dir = scratch()?;
+    let ran = run_examples("ploopfs-create.1", dir.path())?;
+    ensure!(
+        ran >= 3 && names(dir.path())?.len() == ran,
+        "{ran} examples"
+    );
+    Ok(())
+}
+
+/// Runs what a page of the manual shows, in a directory.
+pub(crate) fn run_examples(page: &str, dir: &Path) -> Result<usize> {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("man").join(page);
+    let page = fs::read_to_string(page)?;
     let program = Path::new(support::PLOOPFS)
         .parent()
         .context("a directory")?;
     let mut ran = 0;
     for line in page.lines().filter_map(|line| line.strip_prefix("$ ")) {
         let script = format!("PATH={}:$PATH; cd \"$1\"; {line}", text(program));
-        command::ok(&mut command::sh(&script, &[text(dir.path())]))?;
+        command::ok(&mut command::sh(&script, &[text(dir)]))?;
         ran += 1;
     }
-    ensure!(
-        ran >= 3 && names(dir.path())?.len() == ran,
-        "{ran} examples"
-    );
-    Ok(())
+    Ok(ran)
 }

@@ -1,14 +1,18 @@
-//! What a thread has used: memory, by an allocator that counts, and time.
+//! What a thread has used: memory, by a heap that counts, and time.
 //!
-//! Imports: std, `libc`.
+//! Imports: `support` (heap); std, `libc`.
 //! Never: allocates on its own.
 #![allow(unsafe_code)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
+use crate::support::heap::{Heap, Watcher};
 use std::cell::Cell;
 
 /// The heap of this program.
-pub(crate) struct Heap;
+pub(crate) const HEAP: Heap<Counting> = Heap(Counting);
+
+/// Counts bytes by thread.
+#[derive(Debug)]
+pub(crate) struct Counting;
 
 thread_local! {
     /// Bytes taken less bytes given back; another thread's may be among the latter.
@@ -45,30 +49,13 @@ pub(crate) fn cpu_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Heap {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size(), 1);
-        // SAFETY: the caller keeps the contract of this method, which is the same.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(layout.size(), 1);
-        // SAFETY: as above.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+impl Watcher for Counting {
+    fn gives(&self, size: usize, _zeroed: bool) -> bool {
         count(size, 1);
-        count(layout.size(), -1);
-        // SAFETY: as above; all memory that this heap gives is the system's.
-        unsafe { System.realloc(memory, layout, size) }
+        true
     }
 
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        count(layout.size(), -1);
-        // SAFETY: as above.
-        unsafe { System.dealloc(memory, layout) }
+    fn takes_back(&self, size: usize) {
+        count(size, -1);
     }
 }

@@ -138,11 +138,16 @@ impl Run {
                 .with_context(|| told(self.subject.name))?;
             ensure!(!STOP.load(Ordering::Relaxed), "stopped by a signal");
         }
+        if self.fio.is_some() && self.tally.fio == 0 {
+            self.cycle(Moment::Load).context("once more, for fio")?;
+        }
         let end = self.cycle(Moment::Never);
         end.and_then(|()| self.made.expect_approved())
             .with_context(|| format!("{}: the last close", self.subject.name))?;
         let is_small = self.subject.host == Place::Full;
         ensure!(!is_small || self.tally.full > 0, "the host was never full");
+        let has_fio = self.fio.is_some();
+        ensure!(!has_fio || self.tally.fio > 0, "fio has verified nothing");
         self.report();
         Ok(())
     }
@@ -187,8 +192,9 @@ impl Run {
         };
         let seed = splitmix(&mut self.dice);
         let writer = Writer::start(&stage.path, &self.ledger, &load, seed);
-        if let (Some(job), 0) = (&fio, self.below(2)) {
-            // Half of the time fio gets to its end: then all of it must survive.
+        let gets_through = self.below(2) == 0 || self.tally.fio == 0;
+        if let Some(job) = fio.as_ref().filter(|_| gets_through) {
+            // The first time, and then half of the time, fio gets to its end: all must survive.
             job.wait()?;
         }
         let pause = match moment {

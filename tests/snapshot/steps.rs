@@ -56,7 +56,10 @@ pub(crate) fn line(state: &State) -> Vec<Guid> {
 }
 
 fn bundles(depth: usize) -> Vec<(&'static str, BundleSpec)> {
+    let mut own = chain(Style::Ploop, 2, depth);
+    own.top_predefined = false;
     vec![
+        ("a top of another name", own),
         ("ploop, version 2", chain(Style::Ploop, 2, depth)),
         ("ploop, version 1", chain(Style::Ploop, 1, depth)),
         ("Parallels", chain(Style::Parallels, 1, depth)),
@@ -359,6 +362,38 @@ fn what_is_not_sure_is_refused_and_left_alone() {
     };
     let new = after(&load(&with_bitmap), &merge(drop));
     expect_sound(&new, true, "bitmap");
+}
+
+#[test]
+fn an_exchange_that_ploop_has_begun_is_left_alone() {
+    let old = load(&chain(Style::Ploop, 2, 3));
+    let host = Host::new(old.clone());
+    let text = String::from_utf8(old.bytes(DESCRIPTOR).expect("there").to_vec()).expect("XML");
+    let marked = text.replacen("</Shot>", "<TemporaryZero/></Shot>", 1);
+    overwrite(&host, DESCRIPTOR, marked.as_bytes());
+    let state = host.state();
+    let base = line(&state)[0];
+    for step in [
+        &create(1) as crate::world::Step<'_>,
+        &switch(base, 1, None),
+        &delete(base),
+        &merge(Upper::default()),
+    ] {
+        assert_eq!(refusal_of(&state, step), ErrorKind::Unsupported);
+    }
+}
+
+#[test]
+fn a_top_that_was_guessed_is_named() {
+    let mut spec = chain(Style::Ploop, 2, 2);
+    (spec.top_guid, spec.top_predefined) = (false, false);
+    let old = load(&spec);
+    let before = shows(&old, "guessed");
+    let new = after(&old, &switch(line(&old)[0], 1, Some(name(9))));
+    assert_eq!(described(&new, "named").top, Guid::TOP);
+    let now = shows(&new, "named");
+    assert!(now[&name(9)] == before[&Guid::NONE]);
+    assert!(now[&Guid::NONE] == before[&line(&old)[0]]);
 }
 
 #[test]

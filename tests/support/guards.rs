@@ -341,9 +341,11 @@ impl FsMount {
         &self.at
     }
 
-    /// Unmounts.
+    /// Unmounts. A program that another test starts holds all that is open here for a moment.
     pub(crate) fn umount(mut self) -> Outcome {
-        command::ok(command::new("umount").arg(&self.at))?;
+        command::eventually(Duration::from_secs(5), || {
+            command::ok(command::new("umount").arg(&self.at))
+        })?;
         self.mounted = false;
         Ok(())
     }

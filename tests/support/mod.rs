@@ -12,6 +12,7 @@
 pub(crate) mod command;
 pub(crate) mod guards;
 pub(crate) mod harness;
+pub(crate) mod heap;
 pub(crate) mod probe;
 pub(crate) mod samples;
 

@@ -4,9 +4,12 @@ use crate::admin::progress::Progress;
 use crate::delta::create::NewImage;
 use crate::error::Result;
 use crate::storage::SharedStorage;
-use crate::units::{ClusterSize, DiskCluster, DiskOffset, FileOffset, len_usize};
+use crate::units::{ClusterSize, DiskCluster, DiskOffset, FileOffset, len_u64, len_usize};
 use std::collections::BTreeSet;
 use std::ops::Range;
+
+/// Holes of a plain file are whole ones of these.
+const GRAIN: usize = 64 << 10;
 
 /// The file of a disk that is being made.
 #[derive(Debug)]
@@ -18,16 +21,63 @@ pub enum NewFile {
 }
 
 impl NewFile {
-    /// Writes a whole cluster of the disk.
-    pub fn put(&self, size: ClusterSize, cluster: DiskCluster, bytes: &[u8]) -> Result<()> {
+    /// The file itself.
+    #[must_use]
+    pub fn storage(&self) -> &SharedStorage {
         match self {
-            Self::Plain(file) => {
-                let at = FileOffset::new(size.disk_start(cluster).get());
-                file.write_at(at, bytes)
-            }
-            Self::Image(image) => image.storage().write_at(image.place(cluster)?, bytes),
+            Self::Plain(file) => file,
+            Self::Image(image) => image.storage(),
         }
     }
+
+    /// Where a cluster of the disk is, or is to be, in the file.
+    pub fn place(&self, size: ClusterSize, cluster: DiskCluster) -> Result<FileOffset> {
+        match self {
+            Self::Plain(_) => Ok(FileOffset::new(size.disk_start(cluster).get())),
+            Self::Image(image) => image.place(cluster),
+        }
+    }
+
+    /// Writes a whole cluster of the disk, which is all zeros until then.
+    pub fn put(&self, size: ClusterSize, cluster: DiskCluster, bytes: &[u8]) -> Result<()> {
+        let at = self.place(size, cluster)?;
+        match self {
+            Self::Plain(file) => write_data(file, at, bytes),
+            Self::Image(image) => image.storage().write_at(at, bytes),
+        }
+    }
+}
+
+/// Writes a range that is a hole, and leaves holes in it where there are only zeros.
+fn write_data(file: &SharedStorage, at: FileOffset, bytes: &[u8]) -> Result<()> {
+    let is_zero = |start: usize| {
+        let end = bytes.len().min(start + GRAIN);
+        is_zero(&bytes[start..end])
+    };
+    let mut start = 0;
+    while start < bytes.len() {
+        let mut end = start + GRAIN;
+        if !is_zero(start) {
+            while end < bytes.len() && !is_zero(end) {
+                end += GRAIN;
+            }
+            end = end.min(bytes.len());
+            file.write_at(at.saturating_add(len_u64(start)), &bytes[start..end])?;
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+/// True where all bytes are 0.
+pub(in crate::admin) fn is_zero(bytes: &[u8]) -> bool {
+    // Whole words are compared where the memory allows it.
+    let (start, rest) = bytes.split_at(bytes.len() % 16);
+    start.iter().all(|byte| *byte == 0)
+        && rest.chunks_exact(16).all(|word| {
+            word.first_chunk::<16>()
+                .is_some_and(|w| u128::from_le_bytes(*w) == 0)
+        })
 }
 
 /// A file whose bytes are those of the disk from a position on.
@@ -65,7 +115,7 @@ impl Content {
         for cluster in clusters {
             progress.check()?;
             self.read(size.disk_start(cluster).get(), &mut bytes)?;
-            if bytes.iter().any(|byte| *byte != 0) {
+            if !is_zero(&bytes) {
                 file.put(size, cluster, &bytes)?;
             }
             progress.add(size.bytes());

@@ -9,19 +9,19 @@
 //! that does it after the first mount would write all of them, and the image would grow.
 
 use super::content::{Content, Piece};
+use crate::admin::program;
 use crate::admin::progress::Progress;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::mem::MemStorage;
 use crate::storage::{Directory, SharedStorage};
-use crate::sys::process::{find_program, with_plain_signals};
+use crate::sys::process::find_program;
 use crate::units::{DiskOffset, FileOffset, SECTOR, len_u64, len_usize};
 use gpt::mbr::ProtectiveMBR;
 use gpt::{GptConfig, disk, partition_types};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Where the partition starts: on the border of any usual cluster, stripe or erase block.
 const PARTITION_START: u64 = 1 << 20;
@@ -29,10 +29,6 @@ const PARTITION_START: u64 = 1 << 20;
 const TAIL: u64 = 33 * SECTOR;
 /// The partition ends on a border of this, which blocks of file systems divide.
 const END_BORDER: u64 = 4096;
-/// Between two looks whether the program has ended.
-const LOOK: Duration = Duration::from_millis(20);
-/// Words of the program that are passed on.
-const SAID_MAX: usize = 500;
 
 /// Which file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,12 +135,7 @@ fn partition_len(size: u64) -> Option<u64> {
     end.checked_sub(PARTITION_START).filter(|len| *len > 0)
 }
 
-fn run(
-    command: &mut Command,
-    program: &str,
-    flat: &SharedStorage,
-    progress: &Progress,
-) -> Result<()> {
+fn run(command: &mut Command, name: &str, flat: &SharedStorage, progress: &Progress) -> Result<()> {
     let Some(fd) = flat.as_host_fd() else {
         return Err(Error::errno(libc::EOPNOTSUPP));
     };
@@ -154,40 +145,8 @@ fn run(
             std::process::id(),
             fd.as_raw_fd()
         ))
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    let failed = |e: io::Error| Error::from(e).in_file(program.as_ref());
-    let mut child = with_plain_signals(command).spawn().map_err(failed)?;
-    let ended = wait(&mut child, progress);
-    if ended.is_err() {
-        let _ = child.kill();
-        let _ = child.wait();
-    }
-    let status = ended?;
-    if status.success() {
-        return Ok(());
-    }
-    let mut said = Vec::new();
-    if let Some(stderr) = child.stderr.take() {
-        let _ = stderr.take(len_u64(SAID_MAX)).read_to_end(&mut said);
-    }
-    let said = String::from_utf8_lossy(&said);
-    let said: Vec<&str> = said.lines().map(str::trim).collect();
-    let why = format!("{program} failed ({status}): {}", said.join("; "));
-    Err(Error::why(ErrorKind::Host, why))
-}
-
-/// Waits for the end of the program, unless the user wants to stop.
-fn wait(child: &mut Child, progress: &Progress) -> Result<std::process::ExitStatus> {
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status);
-        }
-        progress.check()?;
-        std::thread::sleep(LOOK);
-    }
+        .stdout(Stdio::null());
+    program::run(command, name, |_| progress.check())
 }
 
 /// The first and the last bytes of a disk with one partition.

@@ -92,7 +92,7 @@ pub(super) fn file_of(bundle: &Bundle<'_>, part: usize, guid: Guid) -> Result<Op
 /// What a deletion would do. Changes nothing.
 pub fn plan_delete(bundle: &Bundle<'_>, target: Guid, drop_bitmaps: bool) -> Result<Deleted> {
     let descriptor = bundle.descriptor();
-    changeable(descriptor)?;
+    changeable(bundle)?;
     if target == descriptor.top {
         let why = "the top is the disk itself, and no snapshot";
         return Err(Error::why(ErrorKind::Usage, why)
@@ -222,7 +222,7 @@ fn unbranched(descriptor: &Descriptor, chain: &[Guid]) -> Result<()> {
 impl Job {
     fn of(bundle: &Bundle<'_>, upper: &Upper) -> Result<Self> {
         let descriptor = bundle.descriptor();
-        changeable(descriptor)?;
+        changeable(bundle)?;
         let last = upper.snapshot.unwrap_or(descriptor.top);
         let mut chain = descriptor.chain(last).map_err(descriptor_error)?;
         if !upper.all {

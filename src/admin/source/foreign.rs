@@ -116,6 +116,9 @@ impl ForeignDisk {
             progress.check()
         })
         .map_err(|e| {
+            if e.kind() == ErrorKind::Interrupted {
+                return e;
+            }
             let fix = format!(
                 "it needs room for the disk's data in {}; TMPDIR names another place",
                 place.display()

@@ -236,4 +236,8 @@ impl Source for OurDisk {
     fn cluster_bytes(&self) -> Option<u64> {
         Some(self.disk.cluster_bytes())
     }
+
+    fn disk(&self) -> Option<&Disk> {
+        Some(&self.disk)
+    }
 }

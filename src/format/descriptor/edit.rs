@@ -12,7 +12,7 @@
     clippy::indexing_slicing
 )]
 
-use super::{DEPTH_MAX, Descriptor, DescriptorError, Image, ImageType, Shot, sectors};
+use super::{DEPTH_MAX, Descriptor, DescriptorError, Image, ImageType, Oddity, Shot, sectors};
 use crate::format::guid::Guid;
 use crate::format::xml::{self, child, children};
 use crate::units::SectorCount;
@@ -99,7 +99,23 @@ impl Descriptor {
         for edit in edits {
             edit.add(&mut new);
         }
+        new.guess_top();
         new
+    }
+
+    /// Where no element names the top, the tree does.
+    fn guess_top(&mut self) {
+        let guessed = |odd: &Oddity| matches!(odd, Oddity::TopGuessed(_) | Oddity::NoSnapshots);
+        if !self.oddities.iter().any(guessed) {
+            return;
+        }
+        let shots = self.snapshots.iter();
+        let is_parent = |guid: Guid| self.snapshots.iter().any(|shot| shot.parent == Some(guid));
+        let predefined = shots.clone().find(|shot| shot.guid == Guid::TOP);
+        let mut leaves = shots.filter(|shot| !is_parent(shot.guid));
+        if let Some(top) = predefined.or_else(|| leaves.next()) {
+            self.top = top.guid;
+        }
     }
 
     fn means_the_same(&self, other: &Self) -> bool {

@@ -9,9 +9,10 @@
     clippy::indexing_slicing
 )]
 
-use super::ImageType;
+use super::{DEPTH_MAX, ImageType};
 use crate::format::chs::Chs;
 use crate::format::guid::Guid;
+use crate::format::xml;
 use crate::units::SectorCount;
 use std::fmt::Write;
 
@@ -45,6 +46,22 @@ pub struct NewDescriptor<'a> {
     pub uid: Guid,
     /// The disk's name, which Parallels Desktop writes.
     pub name: &'a str,
+}
+
+/// The same descriptor with another GUID of the disk itself, where it has one.
+#[must_use]
+pub fn with_uid(text: &str, uid: Guid) -> String {
+    let found = xml::parse(text, DEPTH_MAX).ok().and_then(|document| {
+        let parameters = xml::child(document.root_element(), "Disk_Parameters")?;
+        let node = xml::child(parameters, "UID")?;
+        Guid::parse(xml::text(node).trim())?;
+        node.first_child().map(|inner| inner.range())
+    });
+    let mut text = text.to_owned();
+    if let Some(range) = found {
+        text.replace_range(range, &uid.to_string());
+    }
+    text
 }
 
 /// Writes elements at their depth.
@@ -238,6 +255,19 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_disk_gets_another_guid_and_nothing_else_changes() {
+        let old = text(&new(Style::Desktop, "x.hds"));
+        let uid = Guid::random([9; 16]);
+        let now = with_uid(&old, uid);
+        assert_eq!(
+            now,
+            old.replace(&Guid::random([7; 16]).to_string(), &uid.to_string())
+        );
+        let none = text(&new(Style::Common, "x.hds"));
+        assert_eq!(with_uid(&none, uid), none);
     }
 
     /// The order of Parallels Desktop 17's own elements.

@@ -252,6 +252,38 @@ fn what_is_not_there_is_not_changed() {
     }
 }
 
+/// Whatever a descriptor looks like, an edit gives one that means what it should, or none.
+#[test]
+fn no_descriptor_makes_an_edit_panic() {
+    let good = odd();
+    let mut seed = 1_u64;
+    let mut random = move |below: usize| {
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize % below
+    };
+    let pieces = [
+        "<", "/>", "<GUID>", "</Shot>", "<!--", "-->", "&", "<Image/>", "\u{e9}", " ",
+    ];
+    let mut made = 0;
+    for _ in 0..3000 {
+        let mut text = good.clone();
+        for _ in 0..1 + random(2) {
+            let at = random(text.len());
+            let end = at + random(12);
+            if text.is_char_boundary(at) && text.is_char_boundary(end.min(text.len())) {
+                let piece = pieces[random(pieces.len())];
+                text.replace_range(at..end.min(text.len()), piece);
+            }
+        }
+        for edits in [create(0, "n"), vec![Edit::DiskSize(SectorCount::new(80))]] {
+            made += usize::from(edit(text.as_bytes(), &edits).is_ok());
+        }
+    }
+    assert!(made > 100, "{made}");
+}
+
 #[test]
 fn odd_ways_to_write_a_text_are_changed_or_refused_but_never_mixed_up() {
     for (guid_text, number) in [

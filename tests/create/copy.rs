@@ -1,0 +1,213 @@
+//! Copies of whole disks: every byte, every snapshot, every hole.
+
+use crate::convert::{convert, disks, expect};
+use crate::ends::Small;
+use crate::forge::bundle::{BundleSpec, Style, TOP};
+use crate::forge::corrupt;
+use crate::forge::image::{ImageSpec, Mapped};
+use crate::support::guards::text;
+use crate::support::harness::trial;
+use crate::support::probe::Need;
+use crate::support::{self, Outcome, command, scratch};
+use crate::systems::{names, run_examples};
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial("copies_are_the_same_in_every_byte", &[], every_byte),
+        trial("holes_stay_holes", &[], holes),
+        trial("new_guids_are_new_and_fit_together", &[], new_guids),
+        trial("refused_copies_touch_nothing", &[], refusals),
+        trial("failed_copies_leave_nothing", &[Need::Root], failures),
+        trial("examples_of_copy_run", &[], examples),
+    ]
+}
+
+fn copy(source: &Path, target: &Path, args: &[&str]) -> Outcome {
+    let mut line = command::ploopfs(&["copy", "-q"]);
+    command::ok(line.args(args).arg(source).arg(target)).map(|_| ())
+}
+
+/// The names in a bundle with their bytes; the empty file of its own name has a common one.
+fn content(disk: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+    if disk.is_file() {
+        return Ok(vec![(String::new(), fs::read(disk)?)]);
+    }
+    let own = disk
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned());
+    let mut found = Vec::new();
+    for name in names(disk)? {
+        let bytes = fs::read(disk.join(&name))?;
+        let is_own = Some(&name) == own.as_ref();
+        found.push((if is_own { "own".to_owned() } else { name }, bytes));
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn every_byte() -> Outcome {
+    let dir = scratch()?;
+    let made = disks(dir.path())?;
+    let before = support::fingerprint(dir.path())?;
+    let out = scratch()?;
+    let elsewhere = scratch()?;
+    for (source, model) in &made {
+        let name = source.file_name().context("a name")?;
+        let target = out.path().join(format!("copy-{}", name.to_string_lossy()));
+        copy(source, &target, &[])?;
+        ensure!(
+            content(source)? == content(&target)?,
+            "{}",
+            target.display()
+        );
+        expect(&target, model)?;
+        let mut line = command::ploopfs(&["copy", "--to"]);
+        command::ok(line.arg(elsewhere.path()).arg(source))?;
+        let target = elsewhere.path().join(name);
+        ensure!(
+            content(source)? == content(&target)?,
+            "{}",
+            target.display()
+        );
+    }
+    ensure!(names(out.path())?.len() == made.len());
+    ensure!(
+        support::fingerprint(dir.path())? == before,
+        "a source was changed"
+    );
+    Ok(())
+}
+
+fn holes() -> Outcome {
+    let dir = scratch()?;
+    let disk = |name: &str| dir.path().join(name);
+    let mut create = command::ploopfs(&["create", "-q", "-s", "20G", "-f", "plain"]);
+    command::ok(create.args(["--mkfs", "ext4"]).arg(disk("a.hdd")))?;
+    copy(&disk("a.hdd"), &disk("b.hdd"), &[])?;
+    let of = |name: &str| support::host_bytes(&disk(name).join("root.hds"));
+    let (old, new) = (of("a.hdd")?, of("b.hdd")?);
+    ensure!(new <= old + (1 << 20), "{new} bytes of {old}");
+    let mut line = command::ploopfs(&["compare", "-q"]);
+    command::ok(line.arg(disk("a.hdd")).arg(disk("b.hdd"))).map(|_| ())
+}
+
+/// The GUIDs of the frozen snapshots, oldest first.
+fn guids(disk: &Path) -> Result<Vec<String>> {
+    let said = command::ok(command::ploopfs(&["info", "--json"]).arg(disk))?;
+    let said: serde_json::Value = serde_json::from_str(&said)?;
+    let snapshots = said["snapshots"].as_array().context("snapshots")?;
+    let guid = |one: &serde_json::Value| one["guid"].as_str().map(str::to_owned);
+    Ok(snapshots.iter().filter_map(guid).collect())
+}
+
+fn new_guids() -> Outcome {
+    let dir = scratch()?;
+    let like = ImageSpec::new(2, 64, 64 * 200).mapping(Mapped::Percent(40));
+    for style in [Style::Ploop, Style::Parallels] {
+        let bundle = BundleSpec::chain(style, &like, 3, |_, _| {});
+        let at = |name: &str| dir.path().join(format!("{name}{}.hdd", style as u8));
+        let (source, target) = (at("old"), at("new"));
+        bundle.write(&source)?;
+        copy(&source, &target, &["--new-guids"])?;
+        let (old, new) = (guids(&source)?, guids(&target)?);
+        ensure!(old.len() == new.len() && new.len() >= 2, "{new:?}");
+        let frozen = old.iter().zip(&new).filter(|(old, _)| *old != TOP);
+        ensure!(frozen.clone().all(|(old, new)| old != new), "{new:?}");
+        for (level, (_, guid)) in frozen.take(2).enumerate() {
+            let flat = at(&format!("flat{level}")).with_extension("raw");
+            convert(&target, &flat, &["--snapshot", guid])?;
+            expect(&flat, &bundle.model().frozen(level + 1)).with_context(|| guid.clone())?;
+        }
+        expect(&target, &bundle.model())?;
+    }
+    let (source, target) = (dir.path().join("d.hdd"), dir.path().join("e.hdd"));
+    let mut create = command::ploopfs(&["create", "-q", "-s", "10M"]);
+    command::ok(create.args(["--for", "parallels-desktop"]).arg(&source))?;
+    copy(&source, &target, &["--new-guids"])?;
+    let read = |disk: &PathBuf| fs::read_to_string(disk.join("DiskDescriptor.xml"));
+    let (old, new) = (read(&source)?, read(&target)?);
+    let different: Vec<_> = old
+        .lines()
+        .zip(new.lines())
+        .filter(|(a, b)| a != b)
+        .collect();
+    ensure!(
+        different.len() == 1 && different[0].1.contains("<UID>"),
+        "{different:?}"
+    );
+    ensure!(target.join("e.hdd").exists() && !target.join("d.hdd").exists());
+    Ok(())
+}
+
+fn refusals() -> Outcome {
+    let dir = scratch()?;
+    let at = |name: &str| text(&dir.path().join(name)).to_owned();
+    let like = ImageSpec::new(2, 64, 6400).mapping(Mapped::Percent(50));
+    let bundle = BundleSpec::chain(Style::Ploop, &like, 2, |_, _| {});
+    for name in [
+        "a.hdd",
+        "x-left-tmp",
+        "x-file-missing",
+        "x-file-dotdot",
+        "x-empty",
+    ] {
+        bundle.write(Path::new(&at(name)))?;
+        if name.starts_with("x-") {
+            corrupt::apply(name, Path::new(&at(name)))?;
+        }
+    }
+    like.write(Path::new(&at("a.hds")))?;
+    fs::write(at("there"), "somebody's")?;
+    let before = (names(dir.path())?, support::fingerprint(dir.path())?);
+    for (line, word) in [
+        ("a.hdd there", "there already"),
+        ("a.hdd a.hdd", "there already"),
+        ("a.hdd a.hdd/in", "in the disk itself"),
+        ("a.hdd none/x.hdd", "No such file"),
+        ("none.hdd x.hdd", "cannot copy"),
+        ("x-left-tmp x.hdd", "interrupted"),
+        ("x-file-missing x.hdd", "missing"),
+        ("x-file-dotdot x.hdd", "bundle"),
+        ("x-empty x.hdd", "descriptor"),
+        ("a.hds x.hds --new-guids", "no GUIDs"),
+    ] {
+        let mut words = line.split(' ');
+        let paths = words.by_ref().take(2).map(at).collect::<Vec<_>>();
+        let mut refused = command::ploopfs(&["copy"]);
+        let done = command::run(refused.args(words).args(paths))?.expect_code(1)?;
+        ensure!(done.stderr.contains(word), "{line}: {}", done.story());
+        let now = (names(dir.path())?, support::fingerprint(dir.path())?);
+        ensure!(now == before, "{line}: {:?}", now.0);
+    }
+    Ok(())
+}
+
+fn failures() -> Outcome {
+    let dir = scratch()?;
+    let source = dir.path().join("a.hdd");
+    let like = ImageSpec::new(2, 2048, 2048 * 15).mapping(Mapped::All);
+    BundleSpec::chain(Style::Ploop, &like, 2, |_, _| {}).write(&source)?;
+    let small = Small::new(&dir.path().join("small"), "20M")?;
+    let mut line = command::ploopfs(&["copy"]);
+    let done = command::run(line.arg(&source).arg(small.0.join("x.hdd")))?.expect_code(1)?;
+    ensure!(names(&small.0)?.is_empty(), "{}", done.story());
+    ensure!(done.stderr.contains("nothing was left"), "{}", done.story());
+    Ok(())
+}
+
+fn examples() -> Outcome {
+    let dir = scratch()?;
+    let like = ImageSpec::new(2, 64, 6400).mapping(Mapped::Percent(50));
+    let bundle = BundleSpec::chain(Style::Ploop, &like, 2, |_, _| {});
+    bundle.write(&dir.path().join("disk.hdd"))?;
+    let ran = run_examples("ploopfs-copy.1", dir.path())?;
+    ensure!(
+        ran >= 2 && names(dir.path())?.len() == ran + 1,
+        "{ran} examples"
+    );
+    Ok(())
+}
