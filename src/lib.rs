@@ -62,6 +62,8 @@
 //!   [`planted`].
 //! * How is a bundle changed, and what may a power cut leave of that? [`admin::bundle`],
 //!   [`admin::merge`], [`admin::snapshot`].
+//! * How is a disk changed while nobody has it open? [`admin`]; its steps are numbered where they
+//!   are made: [`admin::repair`], [`admin::resize`], [`admin::merge`], [`admin::bundle`].
 //! * What happens at open? [`disk::open`](mod@disk::open).
 //! * How is a disk of any kind read, ours or another program's? [`admin::source`].
 //! * How does a mount start and end? [`fuse::daemon`], [`fuse::signals`], [`cli`].

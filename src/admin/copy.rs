@@ -2,8 +2,8 @@
 //!
 //! The copy is made as [`create`] makes a new disk. Its files have the same names and bytes; holes
 //! stay holes, and where the file system can, blocks are shared. Only what the descriptor names
-//! goes with it, and what belongs to the descriptor: images that nothing names, undo files and lock
-//! files stay behind.
+//! goes with it, and what belongs to the descriptor, as the names of snapshots: images that nothing
+//! names, undo files and lock files stay behind.
 
 use crate::admin::bundle::{BACKUP, NEW, PENDING, read_small};
 use crate::admin::create::{self, Ids, Place, make_in};
@@ -13,12 +13,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::edit::{Edit, edit};
 use crate::format::descriptor::{Descriptor, write};
 use crate::format::guid::Guid;
-use crate::format::xml;
+use crate::format::{names, xml};
 use crate::storage::directory::HostDirectory;
 use crate::storage::{Directory, SharedStorage, Storage};
 use crate::sys::random;
 use crate::units::{FileOffset, len_usize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 /// Bytes that the host copies at a time.
@@ -74,10 +74,10 @@ pub fn copy(source: &Path, target: &Path, new_guids: bool, progress: &Progress) 
         let why = "the copy would lie in the disk itself";
         return Err(Error::why(ErrorKind::Usage, why).in_file(source));
     }
-    let text = if new_guids {
+    let (text, new) = if new_guids {
         renamed(&found.text, &ids)?
     } else {
-        found.text.clone()
+        (found.text.clone(), HashMap::new())
     };
     let mut files = Vec::new();
     let mut bytes = 0_u64;
@@ -95,6 +95,7 @@ pub fn copy(source: &Path, target: &Path, new_guids: bool, progress: &Progress) 
             copy_file(file, &inner.create_new(image)?, progress)?;
         }
         found.small_files(&**inner, name, new_guids)?;
+        found.people_names(&**inner, &new)?;
         if read_small(&*found.directory.open(DESCRIPTOR, false)?, xml::BYTES_MAX)? != found.text {
             let why = "its descriptor was changed while it was copied";
             return Err(Error::why(ErrorKind::Locked, why).in_file(source));
@@ -172,27 +173,43 @@ impl Found {
     }
 }
 
+impl Found {
+    /// What people called the snapshots, by the GUIDs that they have in the copy.
+    fn people_names(&self, inner: &dyn Directory, new: &HashMap<Guid, Guid>) -> Result<()> {
+        let own = format!("{DESCRIPTOR}{}", names::OWN_END);
+        if !self.names.contains(&own) {
+            return Ok(());
+        }
+        let old = read_small(&*self.directory.open(&own, false)?, xml::BYTES_MAX)?;
+        let in_copy = |(guid, name)| (new.get(&guid).copied().unwrap_or(guid), name);
+        let kept = names::parse_own(&old).into_iter().map(in_copy).collect();
+        put(inner, &own, &names::encode_own(&kept))
+    }
+}
+
 fn put(inner: &dyn Directory, name: &str, bytes: &[u8]) -> Result<()> {
     let file = inner.create_new(name)?;
     file.write_at(FileOffset::ZERO, bytes)?;
     file.sync_data()
 }
 
-/// The descriptor with other GUIDs for its frozen snapshots and the disk itself. The top keeps its
-/// own, which is the same in most bundles.
-fn renamed(text: &[u8], ids: &Ids) -> Result<Vec<u8>> {
+/// The descriptor with other GUIDs for its frozen snapshots and the disk itself, and which they are.
+/// The top keeps its own, which is the same in most bundles.
+fn renamed(text: &[u8], ids: &Ids) -> Result<(Vec<u8>, HashMap<Guid, Guid>)> {
     let failed =
         |e: Box<dyn std::error::Error + Send + Sync>| Error::new(ErrorKind::Descriptor).because(e);
     let descriptor = Descriptor::parse(text).map_err(|e| failed(e.into()))?;
     let mut edits = Vec::new();
+    let mut new = HashMap::new();
     for shot in descriptor.frozen() {
         let (from, to) = (shot.guid, Guid::random(random::sixteen()?));
         edits.push(Edit::RenameImages { from, to });
         edits.push(Edit::RenameShot { from, to });
+        new.insert(from, to);
     }
     let text = edit(text, &edits).map_err(|e| failed(e.into()))?;
     let text = String::from_utf8(text).map_err(|e| failed(e.into()))?;
-    Ok(write::with_uid(&text, ids.uid).into_bytes())
+    Ok((write::with_uid(&text, ids.uid).into_bytes(), new))
 }
 
 /// Copies a file's bytes and holes, and syncs the copy.

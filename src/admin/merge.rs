@@ -144,9 +144,8 @@ impl Merge<'_> {
             }
             Ok(())
         })?;
-        match used {
-            Some(used) => self.has_room(used, amount.fresh)?,
-            None => {}
+        if let Some(used) = used {
+            self.has_room(used, amount.fresh)?;
         }
         Ok(amount)
     }
@@ -320,15 +319,15 @@ impl Merge<'_> {
                     lower: &lower,
                     ..*self
                 }
-                .into_table(lower.header().unwrap_or(header), progress),
-                None => self.into_table(header, progress),
+                .fill_table(lower.header().unwrap_or(header), progress),
+                None => self.fill_table(header, progress),
             },
-            None => self.into_plain(progress),
+            None => self.fill_plain(progress),
         }
     }
 
     /// A plain file has every cluster in its place, and no table.
-    fn into_plain(&self, progress: &Progress) -> Result<()> {
+    fn fill_plain(&self, progress: &Progress) -> Result<()> {
         let storage = &**self.lower.storage();
         if storage.len()?.get() < self.disk_len() {
             storage.set_len(FileOffset::new(self.disk_len()))?;
@@ -381,7 +380,7 @@ impl Merge<'_> {
         runs.par_iter().try_for_each(one)
     }
 
-    fn into_table(&self, header: &Header, progress: &Progress) -> Result<()> {
+    fn fill_table(&self, header: &Header, progress: &Progress) -> Result<()> {
         let storage = &**self.lower.storage();
         let here = |e: Error| e.in_file(self.lower.path());
         let mut mark = InUseMark::new(*header.raw());

@@ -104,6 +104,22 @@ fn guids(disk: &Path) -> Result<Vec<String>> {
     Ok(snapshots.iter().filter_map(guid).collect())
 }
 
+/// Snapshots keep the names that people gave them.
+fn called_as_before() -> Outcome {
+    let dir = scratch()?;
+    let disk = |name: &str| dir.path().join(name);
+    let mut create = command::ploopfs(&["create", "-q", "-s", "10M"]);
+    command::ok(create.arg(disk("a.hdd")))?;
+    let mut snapshot = command::ploopfs(&["snapshot", "create", "--name", "before"]);
+    command::ok(snapshot.arg(disk("a.hdd")))?;
+    for (name, args) in [("b.hdd", &[][..]), ("c.hdd", &["--new-guids"][..])] {
+        copy(&disk("a.hdd"), &disk(name), args)?;
+        let mut back = command::ploopfs(&["snapshot", "switch", "--yes"]);
+        command::ok(back.arg(disk(name)).arg("before")).context(name)?;
+    }
+    Ok(())
+}
+
 fn new_guids() -> Outcome {
     let dir = scratch()?;
     let like = ImageSpec::new(2, 64, 64 * 200).mapping(Mapped::Percent(40));
@@ -124,6 +140,7 @@ fn new_guids() -> Outcome {
         }
         expect(&target, &bundle.model())?;
     }
+    called_as_before()?;
     let (source, target) = (dir.path().join("d.hdd"), dir.path().join("e.hdd"));
     let mut create = command::ploopfs(&["create", "-q", "-s", "10M"]);
     command::ok(create.args(["--for", "parallels-desktop"]).arg(&source))?;

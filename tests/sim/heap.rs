@@ -5,6 +5,8 @@
 //! disk may count. A test program that wants this makes [`HEAP`] its global allocator; in others a
 //! ration has no effect.
 
+// Programs that mount have it among their helpers as well.
+#[allow(clippy::duplicate_mod)]
 #[path = "../support/heap.rs"]
 mod watched;
 

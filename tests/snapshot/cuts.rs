@@ -25,11 +25,13 @@ use ploopfs::units::ClusterSize;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+type Change = Box<dyn Fn(&mut Bundle<'_>) -> Result<()>>;
+
 /// A change, and how it is begun.
 struct Case {
     what: String,
     old: State,
-    step: Box<dyn Fn(&mut Bundle<'_>) -> Result<()>>,
+    step: Change,
 }
 
 fn case(what: &str, old: State, step: impl Fn(&mut Bundle<'_>) -> Result<()> + 'static) -> Case {

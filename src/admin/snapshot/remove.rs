@@ -151,7 +151,7 @@ pub fn delete(
         Deleted::Merged(merged) => {
             let chain = vec![target, merged.survivor];
             let job = Job::new(bundle, chain, None, drop_bitmaps)?;
-            carry_out(bundle, job, progress)?;
+            carry_out(bundle, &job, progress)?;
         }
         Deleted::Marked { .. } if is_marked(bundle.descriptor(), target) => {}
         Deleted::Marked { .. } => {
@@ -189,7 +189,7 @@ pub fn plan_merge(bundle: &Bundle<'_>, upper: &Upper) -> Result<Merged> {
 pub fn merge(bundle: &mut Bundle<'_>, upper: &Upper, progress: &Progress) -> Result<Merged> {
     let job = Job::of(bundle, upper)?;
     let told = job.told();
-    carry_out(bundle, job, progress)?;
+    carry_out(bundle, &job, progress)?;
     Ok(told)
 }
 
@@ -449,7 +449,7 @@ fn bitmaps(image: &Image, may_drop: bool) -> Result<()> {
 }
 
 /// Steps 2 to 6.
-fn carry_out(bundle: &mut Bundle<'_>, job: Job, progress: &Progress) -> Result<()> {
+fn carry_out(bundle: &mut Bundle<'_>, job: &Job, progress: &Progress) -> Result<()> {
     let edits = job.edits(bundle.descriptor());
     bundle.settle()?;
     let mut names = job.files.clone();

@@ -229,7 +229,7 @@ fn with_snapshots(text: &str, old: &Descriptor, edits: &[Edit]) -> Result<String
     if child(root, "Snapshots").is_some() || edits.iter().all(about_size) {
         return Ok(text.to_owned());
     }
-    let last = root.children().filter(Node::is_element).last();
+    let last = root.children().rfind(Node::is_element);
     let last = last.ok_or(EditError::Layout)?;
     let gap = gap_before(text, last.range().start);
     let mut tree = String::from("<Snapshots>");
@@ -390,7 +390,7 @@ impl<'a, 'i> Work<'a, 'i> {
         if MARKS.iter().any(|mark| child(shot, mark).is_some()) {
             return Ok(());
         }
-        let last = shot.children().filter(Node::is_element).last();
+        let last = shot.children().rfind(Node::is_element);
         let last = last.ok_or(EditError::Layout)?.range();
         let gap = gap_before(self.text, last.start);
         let mark = format!("{gap}<Temporary/>");

@@ -261,7 +261,7 @@ fn no_descriptor_makes_an_edit_panic() {
         seed = seed
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        (seed >> 33) as usize % below
+        usize::try_from(seed >> 33).expect("31 bits fit") % below
     };
     let pieces = [
         "<", "/>", "<GUID>", "</Shot>", "<!--", "-->", "&", "<Image/>", "\u{e9}", " ",
