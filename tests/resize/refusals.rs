@@ -19,23 +19,25 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("bitmaps_are_dropped_on_request_only", &[], bitmaps),
         trial("a_relative_size_needs_a_closed_image", &[], relative),
         trial("frozen_data_does_not_come_up_again", &[], hidden),
+        trial("other_snapshots_keep_their_ends", &[], others),
         trial("two_sizes_are_made_one", &[], contradiction),
     ]
 }
 
+/// All files but ploop's lock file, which whoever may write makes, and which stays.
+fn traces(path: &Path) -> Result<Vec<(std::path::PathBuf, String, i64, i64)>> {
+    let mut found = fingerprint(path)?;
+    found.retain(|(name, ..)| !text(name).ends_with(".lck"));
+    Ok(found)
+}
+
 fn refused(path: &Path, args: &[&str], words: &[&str]) -> Outcome {
-    let before = fingerprint(path)?;
+    let before = traces(path)?;
     let mut all = vec!["resize", text(path)];
     all.extend(args);
     let done = command::run(&mut command::ploopfs(&all))?.expect_code(1)?;
     done.expect_words(words)?;
-    // Writing takes ploop's lock, by a file of its own that stays.
-    let after = fingerprint(path)?;
-    let after: Vec<_> = after
-        .into_iter()
-        .filter(|(name, ..)| !text(name).ends_with(".lck"))
-        .collect();
-    ensure!(after == before, "{args:?}: something was changed");
+    ensure!(traces(path)? == before, "{args:?}: something was changed");
     Ok(())
 }
 
@@ -158,6 +160,31 @@ fn hidden() -> Outcome {
     });
     levels.write(&path)?;
     refused(&path, &["1G"], &["level below"])
+}
+
+fn others() -> Outcome {
+    let dir = scratch()?;
+    let path = dir.path().join("x.hdd");
+    let levels = BundleSpec::chain(Style::Ploop, &spec(2), 2, |level, spec| {
+        spec.mapped = Mapped::List(if level == 0 { vec![0, 1] } else { vec![0, 90] });
+    });
+    levels.write(&path)?;
+    let ploopfs = |args: &[&str]| command::ok(&mut command::ploopfs(args));
+    let args = ["snapshot", "switch", "--json", "--keep"];
+    let said = ploopfs(&[&args[..], &[text(&path), "latest"]].concat())?;
+    let said: serde_json::Value = serde_json::from_str(&said)?;
+    let kept = said["kept"].as_str().unwrap_or_default();
+    ensure!(!kept.is_empty(), "{said}");
+    for more in [&["-n"][..], &["-y"], &["-y", "--force-discard"]] {
+        let args = [&["--shrink", "1M"], more].concat();
+        refused(&path, &args, &[kept, "at byte 2949120", "delete such"])?;
+    }
+    // What it does not need may go, and so may all once it is gone.
+    resize(&path, &["-y", "--shrink", "5824s"])?;
+    ploopfs(&["snapshot", "delete", "-y", text(&path), kept])?;
+    resize(&path, &["-y", "--shrink", "1M"])?;
+    ploopfs(&["check", "-q", text(&path)])?;
+    Ok(())
 }
 
 fn contradiction() -> Outcome {

@@ -243,6 +243,38 @@ impl Session {
         }
     }
 
+    /// Refuses to cut off what snapshots show that the top does not stand on: nobody gives that up
+    /// with the end of the disk, not even who gives up the data there.
+    fn spare_others(&self, sizes: Sizes, request: &Request) -> Result<()> {
+        let (new, old) = (request.size.get(), sizes.own - sizes.start);
+        let Some(descriptor) = self.images.descriptor().filter(|_| new < old) else {
+            return Ok(());
+        };
+        let cut = new.saturating_mul(SECTOR)..old.saturating_mul(SECTOR);
+        let own: Vec<_> = last(&self.images)?.files.iter().map(|f| &f.guid).collect();
+        for shot in &descriptor.snapshots {
+            let name = shot.guid.to_string();
+            if shot.temporary || own.iter().any(|guid| guid.as_ref() == Some(&name)) {
+                continue;
+            }
+            let images = self.images.open_snapshot(&name)?;
+            let part = last(&images)?;
+            let levels = chain(part, false, &mut Vec::new())?;
+            for (file, image) in part.files.iter().zip(levels.levels()) {
+                if own.contains(&&file.guid) {
+                    continue;
+                }
+                let found = room::data_in(&**image.storage(), image.header(), cut.clone())
+                    .map_err(|e| e.in_file(image.path()))?;
+                if let Some(byte) = found {
+                    let byte = byte.saturating_add(sizes.start.saturating_mul(SECTOR));
+                    return Err(room::needed_by(&name, byte).in_file(image.path()));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// What resizing would do. Nothing is changed.
     pub fn plan(&self) -> Result<DiskResize> {
         let sizes = self.sizes()?;
@@ -253,6 +285,7 @@ impl Session {
             Kind::Plain => plan_plain(storage, self.place(sizes)?, &request),
         };
         let planned = planned.map_err(|e| e.in_file(self.top().path()))?;
+        self.spare_others(sizes, &request)?;
         Ok(self.told(sizes, planned))
     }
 
@@ -268,6 +301,7 @@ impl Session {
         let sizes = self.sizes()?;
         let request = self.request(sizes)?;
         let storage = &**self.top().storage();
+        self.spare_others(sizes, &request)?;
         self.try_to_describe(sizes, request.size)?;
         let mut describe = |part: SectorCount| self.describe(sizes, part);
         let planned = match self.top().kind() {
