@@ -86,6 +86,11 @@ pub fn convert(
         let why = "a version, a cluster size or a product is for targets of ours only";
         return Err(Error::why(ErrorKind::Usage, why).fix("-O hds or -O hdd"));
     }
+    if wanted.output.is_ours() && source.is_encrypted() {
+        let why = "the disk is encrypted, and a new disk would lack what its key is made from";
+        let fix = "`ploopfs copy` keeps it; -O raw gives the ciphertext";
+        return Err(Error::why(ErrorKind::Unsupported, why).fix(fix));
+    }
     let mut notes = Vec::new();
     let plan = plan(source.size(), wanted)?;
     let unaligned = plan.size_bytes() % plan.shape.cluster.bytes() != 0;
