@@ -17,10 +17,11 @@ use libfuzzer_sys::fuzz_target;
 use ploopfs::disk::{self, Disk, DiskOptions, EnospcPolicy};
 use ploopfs::error::ErrorKind;
 use ploopfs::units::DiskOffset;
+use sim::faults::Fault;
 use sim::kinds::{self, DiskKind};
 use sim::model::{Model, SECTOR, Stamp};
 use sim::replay::{Cuts, after_cut, replay};
-use sim::storage::{Event, Fault, Kind, Manners, World};
+use sim::storage::{Event, Kind, Manners, World};
 use std::sync::Arc;
 
 /// Steps of one sequence.
@@ -113,11 +114,11 @@ struct Run<'a> {
 impl Run<'_> {
     /// Nothing fails but what the world made fail.
     fn may_fail(&self, process: u64) -> bool {
-        self.world.has_fired() || self.world.is_dead(process)
+        self.world.failures().count > 0 || self.world.is_dead(process)
     }
 
     fn open(&mut self) {
-        if self.world.has_fired() {
+        if self.world.failures().count > 0 {
             self.world.mend();
         }
         let process = self.world.process();
@@ -232,7 +233,7 @@ impl Run<'_> {
         let Some(life) = &self.life else {
             return;
         };
-        let must_fail = self.world.has_sync_failed();
+        let must_fail = self.world.failures().lost_sync;
         self.world.note(Event::FlushBegan { flush });
         let result = life.disk.flush_now();
         if result.is_ok() {
