@@ -2,7 +2,7 @@
 //!
 //! What is made is made as [`create`] does it: under a temporary name, synced, renamed. The source
 //! is only read. Clusters of zeros, stored or not, get no place in the target; where source and
-//! target share a file system that can, blocks are shared instead of copied ([`copy`]).
+//! target share a file system that can, blocks are shared instead of copied (`copy`).
 //!
 //! qcow2 is written by `qemu-img`, from a flat file without a name that keeps the holes: no library
 //! for it can be built by the compiler that this program promises.
