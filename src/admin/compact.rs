@@ -10,9 +10,9 @@
 //!    is punched and stays, so that it goes on hiding what is below. Either shows the zeros that
 //!    were there, so these need no order among each other; but until they are durable, the freed
 //!    places are still named, and nothing may be moved there.
-//! 4. Clusters are moved: into disk order where that is wanted ([`order`]), else only those behind
+//! 4. Clusters are moved: into disk order where that is wanted (`order`), else only those behind
 //!    the end that the file will have, into the places that are free before it
-//!    ([`crate::admin::relocate`]).
+//!    (`relocate`).
 //! 5. What nothing names is given back. Before step 4 was durable, the old places were still named.
 //! 6. Holes are written full where that is wanted.
 //! 7. The in-use mark goes.

@@ -2,7 +2,7 @@
 //!
 //! What is made is made as [`create`] does it: under a temporary name, synced, renamed. The source
 //! is only read. Clusters of zeros, stored or not, get no place in the target; where source and
-//! target share a file system that can, blocks are shared instead of copied ([`copy`]).
+//! target share a file system that can, blocks are shared instead of copied (`copy`).
 //!
 //! qcow2 is written by `qemu-img`, from a flat file without a name that keeps the holes: no library
 //! for it can be built by the compiler that this program promises.
@@ -85,6 +85,11 @@ pub fn convert(
     if !wanted.output.is_ours() && (given || wanted.product != Product::Any) {
         let why = "a version, a cluster size or a product is for targets of ours only";
         return Err(Error::why(ErrorKind::Usage, why).fix("-O hds or -O hdd"));
+    }
+    if wanted.output.is_ours() && source.is_encrypted() {
+        let why = "the disk is encrypted, and a new disk would lack what its key is made from";
+        let fix = "`ploopfs copy` keeps it; -O raw gives the ciphertext";
+        return Err(Error::why(ErrorKind::Unsupported, why).fix(fix));
     }
     let mut notes = Vec::new();
     let plan = plan(source.size(), wanted)?;

@@ -8,12 +8,14 @@
 use crate::admin::bundle::{BACKUP, NEW, PENDING, read_small};
 use crate::admin::create::{self, Ids, Place, make_in};
 use crate::admin::progress::Progress;
-use crate::chain::bundle::{self, DESCRIPTOR, Selection};
+use crate::chain::bundle::{self, DESCRIPTOR, OpenedFile, Selection};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::edit::{Edit, edit};
 use crate::format::descriptor::{Descriptor, write};
 use crate::format::guid::Guid;
 use crate::format::{names, xml};
+use crate::journal;
+use crate::storage::beside;
 use crate::storage::directory::HostDirectory;
 use crate::storage::{Directory, SharedStorage, Storage};
 use crate::sys::random;
@@ -59,7 +61,9 @@ pub fn copy(source: &Path, target: &Path, new_guids: bool, progress: &Progress) 
             return Err(Error::why(ErrorKind::Usage, why).in_file(source));
         }
         let only = opened.parts.first().and_then(|part| part.files.last());
-        let only = &only.ok_or_else(|| Error::errno(libc::EIO))?.storage;
+        let only = only.ok_or_else(|| Error::errno(libc::EIO))?;
+        refuse_half_mended(only)?;
+        let only = &only.storage;
         let bytes = only.len()?.get();
         progress.step("copying", bytes);
         make_in(&parent, name, false, &ids, progress, |place| match place {
@@ -105,6 +109,28 @@ pub fn copy(source: &Path, target: &Path, new_guids: bool, progress: &Progress) 
     })?;
     let images = files.len();
     Ok(Copied { images, bytes })
+}
+
+/// The copy of an image whose repair was interrupted would be half mended, without its way back.
+fn refuse_half_mended(image: &OpenedFile) -> Result<()> {
+    let Some(file) = image.storage.as_host_fd() else {
+        return Ok(());
+    };
+    let home = beside::home(file, &image.path).map_err(|e| Error::from(e).in_file(&image.path))?;
+    let left = home.map(|home| home.with(journal::RUNNING));
+    match left.filter(|left| left.symlink_metadata().is_ok()) {
+        None => Ok(()),
+        Some(left) => {
+            let why = format!(
+                "{} is left of a repair that was interrupted",
+                left.display()
+            );
+            let fix = "`ploopfs check` tells what is to be done first";
+            Err(Error::why(ErrorKind::InUse, why)
+                .in_file(&image.path)
+                .fix(fix))
+        }
+    }
 }
 
 /// Looks at a bundle, and refuses one that cannot be copied file by file.

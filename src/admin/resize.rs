@@ -8,7 +8,7 @@
 //! 2. The in-use mark. Were it set later, an image in the middle of this could pass for a closed
 //!    one, and its descriptor for a right one.
 //! 3. Growing: the file is lengthened, and clusters that the longer table needs the place of are
-//!    moved ([`crate::admin::relocate`]). The old header still holds, and nothing is missing.
+//!    moved (`relocate`). The old header still holds, and nothing is missing.
 //! 4. All slots after those that both tables have become 0: growing, they are the new entries, in
 //!    places that data has left; shrinking, they are the old entries of what is cut off. Before
 //!    step 3 was durable, data would go with them. What the disk's last cluster holds behind the

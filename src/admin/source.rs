@@ -80,6 +80,11 @@ pub trait Source: Send + Sync + Debug {
     fn disk(&self) -> Option<&Disk> {
         None
     }
+
+    /// True where the bytes are encrypted, by what stands elsewhere about them.
+    fn is_encrypted(&self) -> bool {
+        false
+    }
 }
 
 /// Bytes of a disk that lie together in a file.
@@ -154,6 +159,8 @@ pub struct Asked {
     pub format: Option<Format>,
     /// Which disk, where it is one of ours.
     pub selection: Selection,
+    /// Refuse a disk of ours that somebody is writing to, instead of telling so.
+    pub at_rest: bool,
 }
 
 /// A disk that has been opened.
@@ -177,7 +184,7 @@ pub fn open(path: &Path, asked: &Asked) -> Result<Opened> {
         (!asked.selection.lower.is_empty(), "--lower"),
     ];
     let source: Arc<dyn Source> = match format {
-        Format::Ours => Arc::new(OurDisk::open(path, &asked.selection, &mut notes)?),
+        Format::Ours => Arc::new(OurDisk::open(path, asked, &mut notes)?),
         _ if for_ours_only.iter().any(|(given, _)| *given) => {
             let given = for_ours_only.into_iter().find(|(given, _)| *given);
             let option = given.map_or("", |(_, option)| option);

@@ -3,7 +3,7 @@
 //! Imports: `admin`.
 //! Never: ends with 1 but for a disk that is not as its manifest says; trouble is 2.
 
-use super::output::{Report, print};
+use super::output::{Report, print_verdict};
 use super::progress::Shown as Progress;
 use super::size::{parse_size, show_size};
 use super::source::{self, ReadArgs, trouble};
@@ -19,6 +19,8 @@ use std::path::{Path, PathBuf};
 
 /// The disk is not as the manifest says.
 const DIFFERS: u8 = 1;
+/// The status of a program whose reader has gone, as shells tell it.
+const READER_GONE: u8 = 141;
 /// Characters that are written at a time.
 const PIECE: usize = 1 << 16;
 /// Ranges that are shown.
@@ -80,14 +82,14 @@ fn make(args: &ChecksumArgs, json: bool) -> Result<u8, Box<Report>> {
     sum_up(source.as_ref(), cluster, shown.progress(), |sum| {
         writer.push(sum, &mut text);
         if text.len() >= PIECE {
-            print(&text);
+            print_verdict(&text, READER_GONE);
             text.clear();
         }
         Ok(())
     })
     .map_err(refused)?;
     drop(shown);
-    print(&(text + &writer.end()));
+    print_verdict(&(text + &writer.end()), READER_GONE);
     Ok(0)
 }
 
@@ -121,9 +123,9 @@ fn hold_against(args: &ChecksumArgs, manifest: &Path, json: bool) -> Result<u8, 
             schema_version: 1,
             verified,
         };
-        print(&source::document(&document, &what)?);
+        print_verdict(&source::document(&document, &what)?, status);
     } else if !args.quiet {
-        print(&text(&verified));
+        print_verdict(&text(&verified), status);
     }
     Ok(status)
 }

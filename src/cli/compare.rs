@@ -3,7 +3,7 @@
 //! Imports: `admin`, `fuse`, `units`.
 //! Never: ends with 1 but for disks that differ; trouble is 2, as for cmp(1).
 
-use super::output::{Report, print};
+use super::output::{Report, print_verdict};
 use super::progress::Shown as Progress;
 use super::size::show_size;
 use super::source::{self, Kind, ReadArgs, trouble};
@@ -97,9 +97,9 @@ fn compare_both(args: &CompareArgs, json: bool) -> Result<u8, Box<Report>> {
             sector: at.map(|at| at / SECTOR),
             partition: partition.map(|(number, _)| number),
         };
-        print(&source::document(&document, &what)?);
+        print_verdict(&source::document(&document, &what)?, status);
     } else if !args.quiet {
-        print(&text(args, &compared, partition));
+        print_verdict(&text(args, &compared, partition), status);
     }
     Ok(status)
 }

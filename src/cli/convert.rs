@@ -10,7 +10,7 @@ use super::size::{parse_size, show_size};
 use super::source::ReadArgs;
 use crate::admin::convert::{self, Output, Wanted};
 use crate::admin::progress::Progress;
-use crate::admin::source::{self, Opened};
+use crate::admin::source::{self, Asked, Opened};
 use crate::error::{Error, ErrorKind, Result};
 use clap::{Args, ValueEnum, ValueHint};
 use std::io::{self, IsTerminal};
@@ -100,10 +100,9 @@ pub fn run(args: &ConvertArgs, json: bool) -> Result<(), Box<Report>> {
         report.data.get_or_insert(left.into());
         report
     })?;
-    if !args.quiet {
-        for told in &done.notes {
-            note(&crate::error::Shown(told).to_string());
-        }
+    // What the new disk is like is told also to those who want to hear nothing else.
+    for told in &done.notes {
+        note(&crate::error::Shown(told).to_string());
     }
     if to_stdout {
         return Ok(());
@@ -148,7 +147,12 @@ fn word(output: Output) -> &'static str {
 }
 
 fn open(args: &ConvertArgs) -> Result<Opened> {
-    source::open(&args.source, &args.read.asked())
+    // What is read at different moments makes a disk that never was.
+    let asked = Asked {
+        at_rest: true,
+        ..args.read.asked()
+    };
+    source::open(&args.source, &asked)
 }
 
 fn to_file(args: &ConvertArgs, progress: &Progress) -> Result<Done> {

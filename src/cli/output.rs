@@ -127,14 +127,24 @@ fn place_text(place: &Place, what: &str) -> Option<String> {
 
 /// Writes to stdout. A reader that has gone ends the program quietly.
 pub fn print(text: &str) {
+    print_or_end(text, 0, exit::FAILED);
+}
+
+/// Writes a verdict to stdout, which the status gives as well: also where the reader has gone, and
+/// where it cannot be written nothing passes for a verdict.
+pub fn print_verdict(text: &str, status: u8) {
+    print_or_end(text, status, exit::TROUBLE);
+}
+
+fn print_or_end(text: &str, gone: u8, failed: u8) {
     let mut out = io::stdout().lock();
     let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
     match written {
         Ok(()) => {}
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => std::process::exit(i32::from(gone)),
         Err(e) => {
             let _ = writeln!(io::stderr(), "ploopfs: cannot write the output: {e}");
-            std::process::exit(i32::from(exit::FAILED));
+            std::process::exit(i32::from(failed));
         }
     }
 }

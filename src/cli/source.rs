@@ -91,6 +91,7 @@ impl ReadArgs {
                 allow_outside: self.allow_outside.clone(),
                 ..Selection::default()
             },
+            at_rest: false,
         }
     }
 }

@@ -55,6 +55,8 @@ impl Scheduler for Alone {
         }
     }
 
+    fn tell_one(&self, _event: usize) {}
+
     fn tell(&self, _event: usize) {}
 
     fn spawn(&self, _name: &str, ended: usize, body: Body) -> io::Result<()> {

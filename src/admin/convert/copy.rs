@@ -242,7 +242,7 @@ fn stream_all(
         let (written, bytes) = rayon::join(
             || match &ready {
                 Some((range, bytes)) => {
-                    write_zeros(out, range.start - at)?;
+                    write_zeros(out, range.start - at, progress)?;
                     out.write_all(bytes).map_err(Error::from)
                 }
                 None => Ok(()),
@@ -259,14 +259,15 @@ fn stream_all(
             None => break,
         }
     }
-    write_zeros(out, source.size() - at)?;
+    write_zeros(out, source.size() - at, progress)?;
     progress.add(source.size() - at);
     Ok(out.flush()?)
 }
 
-fn write_zeros(out: &mut dyn Write, len: u64) -> Result<()> {
+fn write_zeros(out: &mut dyn Write, len: u64, progress: &Progress) -> Result<()> {
     let mut left = len;
     while left > 0 {
+        progress.check()?;
         let step = left.min(len_u64(ZEROS.len()));
         out.write_all(&ZEROS[..len_usize(step).unwrap_or(0)])?;
         left -= step;

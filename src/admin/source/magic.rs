@@ -99,16 +99,26 @@ pub(super) fn recognise(path: &Path, selection: &Selection) -> Result<Format> {
     if Version::of(&start).is_some() {
         return Ok(Format::Ours);
     }
-    for (format, at, magic) in MAGICS {
-        let at = usize::try_from(at).unwrap_or(usize::MAX);
-        if start.get(at..).is_some_and(|rest| rest.starts_with(magic)) {
-            return Ok(format);
+    let is_here = |(_, at, magic): &&(Format, u64, &[u8])| {
+        let at = usize::try_from(*at).unwrap_or(usize::MAX);
+        start.get(at..).is_some_and(|rest| rest.starts_with(magic))
+    };
+    if let Some((format, ..)) = MAGICS.iter().find(is_here) {
+        if !["img", "raw", "dd"].into_iter().any(has_extension) {
+            return Ok(*format);
         }
+        // Who uses a raw disk writes what they like to it, also the name of a file of the host.
+        let why = format!("by its name it is a raw disk, by its first bytes {format}");
+        return Err(Error::why(ErrorKind::NotAnImage, why)
+            .in_file(path)
+            .fix(format!("say which: --format raw, or --format {format}")));
     }
-    // A fixed VHD is a raw disk with this behind it.
-    let footer = head(&file, meta.len().saturating_sub(512), 8).map_err(|e| e.in_file(path))?;
-    if footer == b"conectix" {
-        return Ok(Format::Vpc);
+    // A fixed VHD is a raw disk with this behind it; in any other file these are a disk's bytes.
+    if has_extension("vhd") || has_extension("vpc") {
+        let footer = head(&file, meta.len().saturating_sub(512), 8).map_err(|e| e.in_file(path))?;
+        if footer == b"conectix" {
+            return Ok(Format::Vpc);
+        }
     }
     if has_extension("hds") || has_extension("hdd") || is_named_by_ploop(path) {
         let why = "by its name it is a ploop or Parallels image, but it lacks the magic of one";

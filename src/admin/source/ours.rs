@@ -1,6 +1,6 @@
 //! A ploop or Parallels disk as a source.
 
-use super::{Extent, HostPlace, Source, What, next_data_of};
+use super::{Asked, Extent, HostPlace, Source, What, next_data_of};
 use crate::chain::bundle::{self, OpenedImages, Selection};
 use crate::disk::extents::{self, Content};
 use crate::disk::{self, Disk, DiskOptions, Resources, pool};
@@ -29,13 +29,14 @@ pub struct OurDisk {
 impl OurDisk {
     /// Opens and locks it, so that nobody changes it meanwhile; without locks where somebody is
     /// changing it already, which is then told in the notes.
-    pub fn open(path: &Path, selection: &Selection, notes: &mut Vec<String>) -> Result<Self> {
+    pub fn open(path: &Path, asked: &Asked, notes: &mut Vec<String>) -> Result<Self> {
         let mut selection = Selection {
             write: false,
-            ..selection.clone()
+            ..asked.selection.clone()
         };
+        let may_differ = !selection.no_lock && !asked.at_rest;
         let images = match bundle::open(path, &selection) {
-            Err(e) if e.kind() == ErrorKind::Locked && !selection.no_lock => {
+            Err(e) if e.kind() == ErrorKind::Locked && may_differ => {
                 selection.no_lock = true;
                 let images = bundle::open(path, &selection)?;
                 let why = e.why_text().unwrap_or_default();
@@ -239,5 +240,10 @@ impl Source for OurDisk {
 
     fn disk(&self) -> Option<&Disk> {
         Some(&self.disk)
+    }
+
+    fn is_encrypted(&self) -> bool {
+        let descriptor = self.images.descriptor();
+        descriptor.is_some_and(|descriptor| descriptor.encryption.is_some())
     }
 }
