@@ -20,6 +20,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("a_relative_size_needs_a_closed_image", &[], relative),
         trial("frozen_data_does_not_come_up_again", &[], hidden),
         trial("other_snapshots_keep_their_ends", &[], others),
+        trial("what_cannot_be_cleared_away_refuses", &[], unsettled),
         trial("two_sizes_are_made_one", &[], contradiction),
     ]
 }
@@ -184,6 +185,21 @@ fn others() -> Outcome {
     ploopfs(&["snapshot", "delete", "-y", text(&path), kept])?;
     resize(&path, &["-y", "--shrink", "1M"])?;
     ploopfs(&["check", "-q", text(&path)])?;
+    Ok(())
+}
+
+fn unsettled() -> Outcome {
+    let dir = scratch()?;
+    let path = dir.path().join("x.hdd");
+    BundleSpec::chain(Style::Ploop, &spec(2), 1, |_, _| {}).write(&path)?;
+    // Not even root can remove a directory as if it were a file.
+    let left = path.join("DiskDescriptor.xml.new");
+    std::fs::create_dir(&left)?;
+    refused(&path, &["1G"], &["cannot resize"])?;
+    refused(&path, &["-y", "--shrink", "--force-discard", "1M"], &[])?;
+    std::fs::remove_dir(&left)?;
+    resize(&path, &["1G"])?;
+    command::ok(command::ploopfs(&["check", "-q"]).arg(&path))?;
     Ok(())
 }
 

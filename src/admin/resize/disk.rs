@@ -323,13 +323,15 @@ impl Session {
         }
     }
 
-    /// Refuses where the descriptor cannot be changed, before anything is.
+    /// Refuses where the descriptor cannot be changed, before anything is. What an interrupted
+    /// change has left beside it goes now: if that fails, no image has a new size yet.
     fn try_to_describe(&self, sizes: Sizes, part: SectorCount) -> Result<()> {
         let total = SectorCount::new(sizes.start + part.get());
         match self.images.home()? {
             Some((directory, name)) => {
                 let bundle = Bundle::open(&directory, name, &NoFiles)?;
-                bundle.try_edits(&[Edit::DiskSize(total)])
+                bundle.try_edits(&[Edit::DiskSize(total)])?;
+                bundle.settle()
             }
             None => Ok(()),
         }
