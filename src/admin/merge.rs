@@ -410,7 +410,14 @@ impl Merge<'_> {
             lower: &image,
             ..*self
         };
-        on_whole.each_window(&mut |moves| on_whole.window(moves, &mut free, progress))?;
+        let moved = on_whole.each_window(&mut |moves| on_whole.window(moves, &mut free, progress));
+        // Stopped by the user: every entry so far was written behind its data, so the image is
+        // whole, if larger than it need be. It is frozen, and nothing would ever close it.
+        let stopped = match moved {
+            Err(error) if error.kind() == ErrorKind::Interrupted => Some(error),
+            Err(error) => return Err(error),
+            Ok(()) => None,
+        };
         storage.sync_data().map_err(here)?;
         let image = Image::expanding(self.lower.path(), self.lower.storage().clone())?;
         let header = image
@@ -420,7 +427,8 @@ impl Merge<'_> {
         if let Some(error) = found.refusal(&image) {
             return Err(error);
         }
-        mark.clear(storage, found.mapped == 0).map_err(here)
+        mark.clear(storage, found.mapped == 0).map_err(here)?;
+        stopped.map_or(Ok(()), Err)
     }
 
     /// Step 3: what the longer table and the longer disk uncover must be zeros.

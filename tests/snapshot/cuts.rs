@@ -18,12 +18,13 @@ use ploopfs::admin::merge::Merge;
 use ploopfs::admin::progress::Progress;
 use ploopfs::admin::snapshot::Upper;
 use ploopfs::delta::image::Image;
-use ploopfs::error::Result;
+use ploopfs::error::{ErrorKind, Result};
 use ploopfs::format::guid::Guid;
 use ploopfs::storage::Directory;
 use ploopfs::units::ClusterSize;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 type Change = Box<dyn Fn(&mut Bundle<'_>) -> Result<()>>;
 
@@ -312,4 +313,47 @@ fn every_run_of_a_merge_can_be_cut() {
             );
         }
     }
+}
+
+/// A merge that is stopped once the lower file has changed so often leaves it closed.
+#[test]
+fn a_merge_that_is_stopped_leaves_no_mark() {
+    let mut spec = like(2).mapping(Mapped::Percent(70));
+    spec.disk_sectors = 237;
+    let bundle = BundleSpec::chain(Style::Ploop, &spec, 2, |_, _| {});
+    let old = load(&bundle);
+    let before = shows(&old, "before");
+    let run = |host: &Host, progress: &Progress| -> Result<()> {
+        let image = |n| {
+            let name = bundle.file_name("disk.hdd", 0, n);
+            Image::expanding(Path::new(&name), host.open(&name, true)?)
+        };
+        let merge = Merge {
+            lower: &image(0)?,
+            uppers: &[image(1)?],
+            cluster: ClusterSize::from_sectors(8).expect("a size"),
+            window: 4,
+        };
+        merge.carry_out(progress)
+    };
+    let mut some = 0;
+    for changes in 0..200 {
+        let progress = Arc::new(Progress::default());
+        let host = Host::new(old.clone());
+        host.cancel_after(changes, &progress);
+        let ended = run(&host, &progress);
+        let left = host.state();
+        let what = format!("stopped after {changes}");
+        expect_sound(&left, true, &what);
+        assert!(shows(&left, &what)[&Guid::NONE] == before[&Guid::NONE]);
+        match ended {
+            Ok(()) => break,
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Interrupted, "{what}"),
+        }
+        some += 1;
+        let host = Host::new(left);
+        run(&host, &Progress::default()).unwrap_or_else(|e| panic!("{what}: {e}"));
+        expect_sound(&host.state(), true, &what);
+    }
+    assert!((10..200).contains(&some), "{some}");
 }

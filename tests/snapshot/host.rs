@@ -5,6 +5,7 @@
 //! of the un-synced changes of names.
 
 use parking_lot::Mutex;
+use ploopfs::admin::progress::Progress;
 use ploopfs::error::{Error, ErrorKind, Result};
 use ploopfs::storage::{Directory, FileId, Keep, SharedStorage, Storage};
 use ploopfs::units::FileOffset;
@@ -138,6 +139,8 @@ struct Shared {
     /// The operation with this number, and all after it, fail.
     fails_from: Mutex<Option<u64>>,
     done: Mutex<u64>,
+    /// The user asks to stop when so many operations have been done.
+    cancels: Mutex<Option<(u64, Arc<Progress>)>>,
 }
 
 impl Shared {
@@ -145,6 +148,11 @@ impl Shared {
         let mut done = self.done.lock();
         if self.fails_from.lock().is_some_and(|from| *done >= from) {
             return Err(Error::errno(libc::EIO));
+        }
+        if let Some((from, progress)) = &*self.cancels.lock() {
+            if *done >= *from {
+                progress.cancel();
+            }
         }
         *done += 1;
         let result = act(&mut self.state.lock());
@@ -209,6 +217,11 @@ impl Host {
     /// All operations fail once so many more have been done.
     pub(crate) fn fail_after(&self, more: u64) {
         *self.0.fails_from.lock() = Some(*self.0.done.lock() + more);
+    }
+
+    /// An operation asks to stop once so many more have been done.
+    pub(crate) fn cancel_after(&self, more: u64, progress: &Arc<Progress>) {
+        *self.0.cancels.lock() = Some((*self.0.done.lock() + more, Arc::clone(progress)));
     }
 
     /// Changes a name; `needs` must be there.
