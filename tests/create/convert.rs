@@ -347,7 +347,8 @@ fn refusals() -> Outcome {
         .write(true)
         .open(at("busy.hds"))?;
     let now = std::time::Instant::now();
-    lock::image(&busy, Path::new(&at("busy.hds")), lock::Purpose::Write, now)?;
+    let held = lock::image(&busy, Path::new(&at("busy.hds")), lock::Purpose::Write, now)?;
+    ensure!(held == lock::Locked::Yes, "the host has no locks");
     let secret = BundleSpec::chain(Style::Ploop, &spec, 1, |_, _| {});
     secret.write(Path::new(&at("secret.hdd")))?;
     corrupt::apply("x-key-id", Path::new(&at("secret.hdd")))?;
