@@ -38,6 +38,7 @@ fn sources() -> Vec<Trial> {
     vec![
         test!(source::sources_of_ours_hold_what_the_model_says),
         test!(source::raw_files_are_sources),
+        test!(source::the_name_of_a_raw_disk_decides),
         test!(source::block_devices_are_sources, Root, Loop),
         test!(source::other_formats_are_read_through_qemu, Qemu),
         test!(source::samples_are_sources),
@@ -71,6 +72,7 @@ fn manners() -> Vec<Trial> {
         test!(manners::reading_changes_nothing_however_broken),
         test!(manners::what_is_in_use_is_told_on_stderr),
         test!(manners::a_reader_that_goes_is_no_panic),
+        test!(manners::a_verdict_is_in_the_status),
         test!(manners::signals_ask_and_stop),
         test!(manners::quiet_says_nothing_but_stops),
         test!(manners::an_ignored_signal_stays_ignored),

@@ -219,7 +219,7 @@ fn put(inner: &dyn Directory, name: &str, bytes: &[u8]) -> Result<()> {
     file.sync_data()
 }
 
-/// The descriptor with other GUIDs for its frozen snapshots and the disk itself, and which they are.
+/// The descriptor with other GUIDs for its frozen snapshots and the disk itself, and those GUIDs.
 /// The top keeps its own, which is the same in most bundles.
 fn renamed(text: &[u8], ids: &Ids) -> Result<(Vec<u8>, HashMap<Guid, Guid>)> {
     let failed =

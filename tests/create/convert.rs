@@ -13,6 +13,7 @@ use crate::support::{self, Outcome, command, scratch, scratch_tmpfs};
 use crate::systems::{names, run_examples};
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
+use ploopfs::storage::lock;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -339,6 +340,18 @@ fn refusals() -> Outcome {
     spec.write(Path::new(&at("a.hds")))?;
     spec.write(Path::new(&at("cut.hds")))?;
     corrupt::apply("t-past-eof", Path::new(&at("cut.hds")))?;
+    spec.write(Path::new(&at("busy.hds")))?;
+    // As a program that writes locks it.
+    let busy = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(at("busy.hds"))?;
+    let now = std::time::Instant::now();
+    let held = lock::image(&busy, Path::new(&at("busy.hds")), lock::Purpose::Write, now)?;
+    ensure!(held == lock::Locked::Yes, "the host has no locks");
+    let secret = BundleSpec::chain(Style::Ploop, &spec, 1, |_, _| {});
+    secret.write(Path::new(&at("secret.hdd")))?;
+    corrupt::apply("x-key-id", Path::new(&at("secret.hdd")))?;
     fs::write(at("there.raw"), "somebody's")?;
     fs::create_dir(at("there.hdd"))?;
     let before = (names(dir.path())?, support::fingerprint(dir.path())?);
@@ -353,6 +366,8 @@ fn refusals() -> Outcome {
         ("a.hds x.qcow2 --for virtuozzo", "targets of ours"),
         ("a.hds x.hds --cluster-size 100", "power of two"),
         ("a.hds x.hds --snapshot latest", "only a bundle"),
+        ("busy.hds x.raw", "locked"),
+        ("secret.hdd x.hdd", "encrypted"),
         ("cut.hds x.raw", "corrupt image"),
         ("cut.hds x.hdd", "corrupt image"),
         ("cut.hds x.qcow2", "corrupt image"),

@@ -178,6 +178,8 @@ fn refusals() -> Outcome {
         }
     }
     like.write(Path::new(&at("a.hds")))?;
+    like.write(Path::new(&at("half.hds")))?;
+    fs::write(at("half.hds.repair"), "")?;
     fs::write(at("there"), "somebody's")?;
     let before = (names(dir.path())?, support::fingerprint(dir.path())?);
     for (line, word) in [
@@ -191,6 +193,7 @@ fn refusals() -> Outcome {
         ("x-file-dotdot x.hdd", "bundle"),
         ("x-empty x.hdd", "descriptor"),
         ("a.hds x.hds --new-guids", "no GUIDs"),
+        ("half.hds x.hds", "interrupted"),
     ] {
         let mut words = line.split(' ');
         let paths = words.by_ref().take(2).map(at).collect::<Vec<_>>();

@@ -96,15 +96,41 @@ pub(crate) fn a_reader_that_goes_is_no_panic() -> Outcome {
     spec.write(&disk)?;
     let script = "{ \"$@\"; echo $? >\"$0\"; } | head -1 >/dev/null";
     let status = dir.path().join("status");
-    for verb in [&["map", "--json"][..], &["map"], &["checksum"]] {
+    // Half a manifest must not pass for one.
+    let verbs = [
+        (&["map", "--json"][..], "0"),
+        (&["map"], "0"),
+        (&["checksum"], "141"),
+    ];
+    for (verb, expected) in verbs {
         let mut shell = command::new("sh");
         shell
             .args(["-c", script, text(&status), PLOOPFS])
             .args(verb);
         let done = command::run(shell.arg(&disk))?.expect_code(0)?;
         ensure!(done.stderr.is_empty(), "{}", done.story());
-        ensure!(fs::read_to_string(&status)?.trim() == "0", "{verb:?}");
+        let found = fs::read_to_string(&status)?;
+        ensure!(found.trim() == expected, "{verb:?}: {found}");
     }
+    Ok(())
+}
+
+/// Disks that differ do so also where nobody reads what is said about it, or nobody can.
+pub(crate) fn a_verdict_is_in_the_status() -> Outcome {
+    let dir = scratch()?;
+    let (a, b) = (dir.path().join("a.hds"), dir.path().join("b.hds"));
+    ImageSpec::new(2, 64, 4096).mapping(Mapped::All).write(&a)?;
+    ImageSpec::new(2, 64, 4096).write(&b)?;
+    let script = "{ sleep 0.2; \"$@\"; echo $? >\"$0\"; } | true";
+    let status = dir.path().join("status");
+    let mut shell = command::new("sh");
+    shell.args(["-c", script, text(&status), PLOOPFS, "compare"]);
+    command::run(shell.arg(&a).arg(&b))?.expect_code(0)?;
+    let found = fs::read_to_string(&status)?;
+    ensure!(found.trim() == "1", "they differ: {found}");
+    let mut shell = command::new("sh");
+    shell.args(["-c", "exec \"$0\" compare \"$@\" >/dev/full", PLOOPFS]);
+    command::run(shell.arg(&a).arg(&b))?.expect_code(2)?;
     Ok(())
 }
 

@@ -233,3 +233,23 @@ pub(crate) fn what_is_in_use_is_read_and_told() -> Outcome {
     ensure!(bytes == expected, "other bytes");
     Ok(())
 }
+
+/// What a guest wrote to its raw disk does not decide what the disk is.
+pub(crate) fn the_name_of_a_raw_disk_decides() -> Outcome {
+    let dir = scratch()?;
+    let at = |name: &str| dir.path().join(name);
+    let mut bytes = vec![7_u8; 1 << 20];
+    let footer = bytes.len() - 512;
+    bytes[footer..footer + 8].copy_from_slice(b"conectix");
+    for name in ["a.img", "a"] {
+        std::fs::write(at(name), &bytes)?;
+        let said = command::ok(command::ploopfs(&["map"]).arg(at(name)))?;
+        ensure!(said.contains("0x100000"), "{name}: {said}");
+    }
+    bytes[..4].copy_from_slice(b"QFI\xfb");
+    std::fs::write(at("b.img"), &bytes)?;
+    let done = command::run(command::ploopfs(&["map"]).arg(at("b.img")))?;
+    done.expect_code(1)?
+        .expect_words(&["--format raw", "qcow2"])?;
+    command::ok(command::ploopfs(&["map", "--format", "raw"]).arg(at("b.img"))).map(drop)
+}
