@@ -55,6 +55,8 @@ pub struct Created {
     pub guid: Guid,
     /// The new top's files.
     pub files: Vec<String>,
+    /// What could not be done after the change was made; it takes nothing of it back.
+    pub warnings: Vec<String>,
 }
 
 /// An image of the bundle, open.
@@ -257,14 +259,15 @@ fn add_images(edits: &mut Vec<Edit>, images: &[NewImage], guid: Guid) {
     }
 }
 
-/// Makes new images and then the change that names them; removes them if it is not made.
+/// Makes new images and then the change that names them; removes them if it is not made. Returns
+/// what failed after it was made.
 fn with_new(
     bundle: &mut Bundle<'_>,
     images: &[NewImage],
     below: &[Opened],
     gone: Vec<String>,
     edits: &[Edit],
-) -> Result<()> {
+) -> Result<Vec<String>> {
     bundle.try_edits(edits)?;
     bundle.settle()?;
     let mut names: Vec<String> = images.iter().map(|image| image.name.clone()).collect();
@@ -278,7 +281,7 @@ fn with_new(
         bundle.replace(edits)
     };
     match make() {
-        Ok(()) => bundle.settle(),
+        Ok(()) => Ok(bundle.settle().err().map(left_over).into_iter().collect()),
         Err(Failure::Before(error)) => {
             // Whatever stays is found by the next change.
             let _ = bundle.settle();
@@ -286,6 +289,10 @@ fn with_new(
         }
         Err(unsure) => Err(unsure.into()),
     }
+}
+
+fn left_over(error: Error) -> String {
+    format!("files that nothing needs any more stay until the next change: {error}")
 }
 
 /// The state of the disk becomes a snapshot.
@@ -319,10 +326,11 @@ pub fn create(bundle: &mut Bundle<'_>, names: Names) -> Result<Created> {
         guid: top,
         parent: Some(names.snapshot),
     });
-    with_new(bundle, &images, &below, Vec::new(), &edits)?;
+    let warnings = with_new(bundle, &images, &below, Vec::new(), &edits)?;
     Ok(Created {
         guid: names.snapshot,
         files: images.into_iter().map(|image| image.name).collect(),
+        warnings,
     })
 }
 
@@ -388,13 +396,19 @@ pub fn switch(
         guid: top,
         parent: Some(target),
     });
-    with_new(bundle, &images, &below, gone, &edits)?;
+    let mut warnings = with_new(bundle, &images, &below, gone, &edits)?;
     if let Some(left) = left.filter(|_| keep.is_none()) {
-        remove::collapse(bundle, left, true, progress)?;
+        if let Err(error) = remove::collapse(bundle, left, true, progress) {
+            warnings.push(format!(
+                "{left} was to go with what was dropped, and is still there: {error}; \
+                 `ploopfs snapshot delete` with its name goes on with that"
+            ));
+        }
     }
     Ok(Created {
         guid: target,
         files: images.into_iter().map(|image| image.name).collect(),
+        warnings,
     })
 }
 

@@ -37,6 +37,7 @@ pub fn run(args: &SnapshotArgs, json: bool) -> Result<(), Box<Report>> {
             let session = open(&args.image, &args.allow_outside, &what)?;
             let made = session.create(guid, args.name.as_deref());
             let made = made.map_err(|e| Report::refused(&what, &e))?;
+            warn(&made.warnings);
             let guid = made.guid.to_string();
             let document = json!({ "snapshot": guid, "files": made.files });
             tell(&format!("{guid}\n"), "created", document, json, args.quiet);
@@ -86,11 +87,15 @@ fn show(
         print(&(text + "\n"));
         return Ok(());
     }
-    for warning in &listed.warnings {
-        note(&Shown(warning).to_string());
-    }
+    warn(&listed.warnings);
     print(&render(&listed));
     Ok(())
+}
+
+fn warn(warnings: &[String]) {
+    for warning in warnings {
+        note(&Shown(warning).to_string());
+    }
 }
 
 fn size(row: &Row) -> String {
@@ -159,7 +164,9 @@ fn switch(args: &super::args::SwitchArgs, json: bool) -> Result<(), Box<Report>>
     let shown = Progress::start(args.quiet || json);
     let kept = session.switch(&args.snapshot, args.keep, shown.progress());
     drop(shown);
-    let kept = kept.map_err(|e| refused(&e))?.map(|guid| guid.to_string());
+    let (kept, warnings) = kept.map_err(|e| refused(&e))?;
+    warn(&warnings);
+    let kept = kept.map(|guid| guid.to_string());
     let text = match &kept {
         Some(kept) => format!("the disk is that of {target}; what it was is {kept}\n"),
         None => format!("the disk is that of {target}\n"),

@@ -263,6 +263,47 @@ fn a_disk_in_use_is_left_alone() {
     does(&["snapshot", "delete", "-y", path, &latest]);
 }
 
+#[test]
+fn a_change_that_was_made_is_not_said_to_have_changed_nothing() {
+    let dir = directory();
+    for is_switch in [true, false] {
+        let spec = BundleSpec::chain(Style::Ploop, &common(2), 2, |_, _| {});
+        let bundle = made(dir.path(), &format!("{is_switch}.hdd"), &spec);
+        let path = text(&bundle);
+        let rows_of = |guid: &str| rows(path).into_iter().find(|row| row["guid"] == guid);
+        let base = rows(path)[0]["guid"].as_str().expect("a GUID").to_owned();
+        let kept = does(&["snapshot", "switch", "--json", "--keep", path, &base]);
+        let kept: Value = serde_json::from_str(&kept).expect("one JSON document");
+        let kept = kept["kept"].as_str().expect("a GUID").to_owned();
+        does(&["snapshot", "delete", "-y", path, &base]);
+        // The base goes with the next of its children, but cannot be merged.
+        let image = &spec.files(&bundle, 0)[0];
+        let good = fs::read(image).expect("the image");
+        let mut bad = good.clone();
+        bad[64..68].fill(0xfe);
+        fs::write(image, &bad).expect("there is room");
+        if is_switch {
+            let output = ploopfs(&["snapshot", "switch", "-y", path, &kept]);
+            let said = story(&output);
+            assert_eq!(output.status.code(), Some(0), "{said}");
+            assert!(said.contains("the disk is that of"), "{said}");
+            assert!(said.contains("is still there"), "{said}");
+            let top = rows_of(TOP).expect("the top");
+            assert_eq!(top["parent"], kept.as_str());
+        } else {
+            let said = fails(&["snapshot", "delete", "-y", path, &kept]);
+            assert!(said.contains("is gone, but"), "{said}");
+            assert!(!said.contains("nothing was changed"), "{said}");
+            assert!(rows_of(&kept).is_none());
+        }
+        assert_eq!(rows_of(&base).expect("it is there")["is_going"], true);
+        fs::write(image, &good).expect("there is room");
+        does(&["snapshot", "delete", "-y", path, &base]);
+        assert!(rows_of(&base).is_none());
+        does(&["check", "-q", path]);
+    }
+}
+
 fn ploop_list(path: &Path) -> Vec<String> {
     let descriptor = path.join("DiskDescriptor.xml");
     let args = [

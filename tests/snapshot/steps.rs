@@ -11,8 +11,8 @@ use crate::world::{
 };
 use ploopfs::admin::bundle::Bundle;
 use ploopfs::admin::progress::Progress;
-use ploopfs::admin::snapshot::{self, Deleted, Names, Upper};
-use ploopfs::error::{ErrorKind, Result};
+use ploopfs::admin::snapshot::{self, Created, Deleted, Names, Upper};
+use ploopfs::error::{Error, ErrorKind, Result};
 use ploopfs::format::guid::Guid;
 
 pub(crate) fn name(number: u8) -> Guid {
@@ -26,8 +26,16 @@ pub(crate) fn names(number: u8) -> Names {
     }
 }
 
+/// A warning is as good as a failure here: it must not get lost.
+fn whole(made: Created) -> Result<()> {
+    match made.warnings.first() {
+        Some(warning) => Err(Error::why(ErrorKind::Host, warning.clone())),
+        None => Ok(()),
+    }
+}
+
 pub(crate) fn create(number: u8) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
-    move |bundle| snapshot::create(bundle, names(number)).map(drop)
+    move |bundle| whole(snapshot::create(bundle, names(number))?)
 }
 
 pub(crate) fn switch(
@@ -37,7 +45,8 @@ pub(crate) fn switch(
 ) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
     move |bundle| {
         let progress = Progress::default();
-        snapshot::switch(bundle, target, name(number + 100), keep, &progress).map(drop)
+        let made = snapshot::switch(bundle, target, name(number + 100), keep, &progress)?;
+        whole(made)
     }
 }
 

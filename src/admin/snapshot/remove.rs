@@ -160,7 +160,11 @@ pub fn delete(
         }
     }
     if let Some(above) = above {
-        collapse(bundle, above, drop_bitmaps, progress)?;
+        collapse(bundle, above, drop_bitmaps, progress).map_err(|error| {
+            let why = format!("{target} is gone, but {above}, which was to go with it, is not");
+            Error::why(error.kind(), format!("{why}: {error}"))
+                .fix("`ploopfs snapshot delete` with its name goes on with that")
+        })?;
     }
     Ok(plan)
 }

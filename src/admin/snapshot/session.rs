@@ -94,12 +94,14 @@ impl Session {
             file: new_guid()?,
         };
         let mut bundle = self.bundle()?;
-        let made = super::create(&mut bundle, names).map_err(|e| self.placed(e))?;
+        let mut made = super::create(&mut bundle, names).map_err(|e| self.placed(e))?;
         if let Some(name) = name {
-            self.write_name(&bundle, made.guid, name).map_err(|e| {
-                let why = format!("the snapshot {} is made, but it got no name", made.guid);
-                Error::why(e.kind(), why).because(e)
-            })?;
+            if let Err(error) = self.write_name(&bundle, made.guid, name) {
+                made.warnings.push(format!(
+                    "the snapshot is made, but it got no name: {error}; `ploopfs snapshot rename` \
+                     gives it one"
+                ));
+            }
         }
         Ok(made)
     }
@@ -172,15 +174,25 @@ impl Session {
         bundle.put(names::OWN_END, &bytes)
     }
 
-    /// The disk becomes what it was in a snapshot; the GUID that the top is kept under, if it is.
-    pub fn switch(&self, word: &str, keep: bool, progress: &Progress) -> Result<Option<Guid>> {
+    /// The disk becomes what it was in a snapshot; the GUID that the top is kept under, if it is,
+    /// and what could not be done after that.
+    pub fn switch(
+        &self,
+        word: &str,
+        keep: bool,
+        progress: &Progress,
+    ) -> Result<(Option<Guid>, Vec<String>)> {
         let target = self.find(word)?;
         let kept = if keep { Some(new_guid()?) } else { None };
         let mut bundle = self.bundle()?;
-        super::switch(&mut bundle, target, new_guid()?, kept, progress)
-            .map_err(|e| self.placed(e))?;
-        self.forget_names()?;
-        Ok(kept)
+        let made = super::switch(&mut bundle, target, new_guid()?, kept, progress);
+        let mut warnings = made.map_err(|e| self.placed(e))?.warnings;
+        if let Err(error) = self.forget_names() {
+            warnings.push(format!(
+                "the names of what is gone are still there: {error}"
+            ));
+        }
+        Ok((kept, warnings))
     }
 
     /// What a deletion would do.
