@@ -27,7 +27,7 @@ pub(crate) fn names(number: u8) -> Names {
 }
 
 /// A warning is as good as a failure here: it must not get lost.
-fn whole(made: Created) -> Result<()> {
+fn whole(made: &Created) -> Result<()> {
     match made.warnings.first() {
         Some(warning) => Err(Error::why(ErrorKind::Host, warning.clone())),
         None => Ok(()),
@@ -35,7 +35,7 @@ fn whole(made: Created) -> Result<()> {
 }
 
 pub(crate) fn create(number: u8) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
-    move |bundle| whole(snapshot::create(bundle, names(number))?)
+    move |bundle| whole(&snapshot::create(bundle, names(number))?)
 }
 
 pub(crate) fn switch(
@@ -46,7 +46,7 @@ pub(crate) fn switch(
     move |bundle| {
         let progress = Progress::default();
         let made = snapshot::switch(bundle, target, name(number + 100), keep, &progress)?;
-        whole(made)
+        whole(&made)
     }
 }
 
