@@ -281,7 +281,7 @@ fn with_new(
         bundle.replace(edits)
     };
     match make() {
-        Ok(()) => Ok(bundle.settle().err().map(left_over).into_iter().collect()),
+        Ok(()) => Ok(bundle.settle().err().iter().map(left_over).collect()),
         Err(Failure::Before(error)) => {
             // Whatever stays is found by the next change.
             let _ = bundle.settle();
@@ -291,7 +291,7 @@ fn with_new(
     }
 }
 
-fn left_over(error: Error) -> String {
+fn left_over(error: &Error) -> String {
     format!("files that nothing needs any more stay until the next change: {error}")
 }
 
