@@ -64,11 +64,18 @@ fn kinds_are_told_by_their_magic() {
         (b"vhdxfile", Format::Vhdx),
         (b"conectix", Format::Vpc),
         (&vdi, Format::Vdi),
-        (&fixed, Format::Vpc),
+        (&fixed, Format::Raw),
         (b"", Format::Raw),
         (b"QFI", Format::Raw),
     ] {
-        assert_eq!(told("disk.img", bytes), Ok(format), "{format}");
+        assert_eq!(told("disk", bytes), Ok(format), "{format}");
+    }
+    assert_eq!(told("disk.vhd", &fixed), Ok(Format::Vpc));
+    // A name that promises a raw disk is not overruled by what was written to the disk.
+    for name in ["a.img", "b.RAW", "c.dd"] {
+        assert_eq!(told(name, &fixed), Ok(Format::Raw), "{name}");
+        assert_eq!(told(name, b"KDMV"), Err(ErrorKind::NotAnImage), "{name}");
+        assert_eq!(told(name, b"WithoutFreeSpace"), Ok(Format::Ours), "{name}");
     }
     // A name that promises an image of ours is held to it.
     for name in ["a.hds", "b.HDD", "root.hds.{5fbaabe3}"] {
