@@ -11,20 +11,37 @@ const LOOK: Duration = Duration::from_millis(20);
 /// What is kept of what a program says about a failure.
 const SAID_MAX: u64 = 4096;
 
+/// Another program, and what to do where it is missing.
+pub(super) struct Program<'a> {
+    /// Its name.
+    pub(super) name: &'a str,
+    /// The way to get it.
+    pub(super) fix: &'a str,
+}
+
+/// What reads and writes the formats of others.
+pub(super) const QEMU_IMG: Program<'_> = Program {
+    name: "qemu-img",
+    fix: "install it (Debian: qemu-utils), or use another format",
+};
+
 /// Runs a program, looking after it in between; a look that fails ends it. What it says to standard
 /// error is the reason of a failure.
 pub(super) fn run(
     command: &mut Command,
-    name: &str,
+    program: &Program<'_>,
     mut look: impl FnMut(&mut Child) -> Result<()>,
 ) -> Result<()> {
+    let name = program.name;
     command
         .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .stderr(Stdio::piped());
     let spawned = with_plain_signals(command).spawn();
     let mut child = spawned.map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => Error::why(ErrorKind::Host, format!("{name} is not installed")),
+        io::ErrorKind::NotFound => {
+            Error::why(ErrorKind::Host, format!("{name} is not installed")).fix(program.fix)
+        }
         _ => Error::why(ErrorKind::Host, format!("cannot run {name}")).because(e),
     })?;
     let said = child

@@ -2,7 +2,7 @@
 
 use super::copy;
 use crate::admin::create::{CREATING, Ids, NewFile, exists};
-use crate::admin::program;
+use crate::admin::program::{self, QEMU_IMG};
 use crate::admin::progress::Progress;
 use crate::admin::source::Source;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,8 +15,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-
-const QEMU_IMG: &str = "qemu-img";
 
 /// Writes the image under a temporary name, syncs and renames it.
 pub(super) fn write(
@@ -40,14 +38,14 @@ pub(super) fn write(
     // It keeps the mode of a file that is there.
     parent.create_new(&temporary)?;
     progress.step("writing through qemu-img", flat.allocated_bytes()?);
-    let mut command = Command::new(QEMU_IMG);
+    let mut command = Command::new(QEMU_IMG.name);
     command
         .args(["convert", "-f", "raw", "-O", "qcow2"])
         .arg(format!("/proc/{}/fd/{descriptor}", std::process::id()))
         .arg(&path)
         .stdout(Stdio::null());
     let mut seen = 0;
-    let made = program::run(&mut command, QEMU_IMG, |_| {
+    let made = program::run(&mut command, &QEMU_IMG, |_| {
         let now = path.metadata().map_or(0, |meta| meta.blocks() * 512);
         progress.add(now.saturating_sub(seen));
         seen = seen.max(now);

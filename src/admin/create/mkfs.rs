@@ -9,7 +9,7 @@
 //! that does it after the first mount would write all of them, and the image would grow.
 
 use super::content::{Content, Piece};
-use crate::admin::program;
+use crate::admin::program::{self, Program};
 use crate::admin::progress::Progress;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::mem::MemStorage;
@@ -146,7 +146,11 @@ fn run(command: &mut Command, name: &str, flat: &SharedStorage, progress: &Progr
             fd.as_raw_fd()
         ))
         .stdout(Stdio::null());
-    program::run(command, name, |_| progress.check())
+    let program = Program {
+        name,
+        fix: "install the file system's programs (Debian: e2fsprogs, xfsprogs)",
+    };
+    program::run(command, &program, |_| progress.check())
 }
 
 /// The first and the last bytes of a disk with one partition.

@@ -7,10 +7,10 @@
 use super::magic::Format;
 use super::raw::RawDisk;
 use super::{Extent, Source, What};
+use crate::admin::program::{self, QEMU_IMG};
 use crate::admin::progress::Progress;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::directory;
-use crate::sys::process::with_plain_signals;
 use crate::units::{DiskOffset, FileOffset};
 use serde::Deserialize;
 use std::fs::File;
@@ -18,17 +18,11 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::time::Duration;
 
-const QEMU_IMG: &str = "qemu-img";
-/// Between two looks at a running program.
-const LOOK: Duration = Duration::from_millis(50);
 /// Bytes of a map that are read.
 const MAP_MAX: u64 = 1 << 30;
-/// What is kept of what a program says about a failure.
-const SAID_MAX: u64 = 4096;
 
 /// A disk of another program.
 #[derive(Debug)]
@@ -109,7 +103,7 @@ impl ForeignDisk {
                 .map_or(0, |meta| meta.blocks().saturating_mul(512))
         };
         let mut before = 0;
-        run(&mut command, |_| {
+        program::run(&mut command, &QEMU_IMG, |_| {
             let now = seen(&file);
             progress.add(now.saturating_sub(before));
             before = before.max(now);
@@ -137,7 +131,7 @@ fn map(path: &Path, format: Format, is_shared: bool) -> Result<Vec<Mapped>> {
     command.args(["-f", format.word()]).arg(path);
     let mut text = Vec::new();
     command.stdout(Stdio::piped());
-    run(&mut command, |child| {
+    program::run(&mut command, &QEMU_IMG, |child| {
         // All of it at once: it is written as fast as it is read.
         if let Some(out) = child.stdout.take() {
             out.take(MAP_MAX).read_to_end(&mut text)?;
@@ -157,61 +151,9 @@ fn map(path: &Path, format: Format, is_shared: bool) -> Result<Vec<Mapped>> {
 }
 
 fn qemu_img(args: &[&str]) -> Command {
-    let mut command = Command::new(QEMU_IMG);
+    let mut command = Command::new(QEMU_IMG.name);
+    command.args(args);
     command
-        .args(args)
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped());
-    with_plain_signals(&mut command);
-    command
-}
-
-/// Runs it to its end, looking after it in between; a look that fails ends it.
-fn run(command: &mut Command, mut look: impl FnMut(&mut Child) -> Result<()>) -> Result<()> {
-    let mut child = command.spawn().map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => {
-            let why = "this format is read through qemu-img, which is not installed";
-            Error::why(ErrorKind::Host, why)
-                .fix("install it (Debian: qemu-utils), or convert the disk to raw elsewhere")
-        }
-        _ => Error::why(ErrorKind::Host, "cannot run qemu-img").because(e),
-    })?;
-    let said = child
-        .stderr
-        .take()
-        .map(|pipe| std::thread::spawn(move || listen(pipe)));
-    let mut end = || -> Result<std::process::ExitStatus> {
-        loop {
-            look(&mut child)?;
-            if let Some(status) = child.try_wait()? {
-                return Ok(status);
-            }
-            std::thread::sleep(LOOK);
-        }
-    };
-    let ended = end();
-    let status = match ended {
-        Ok(status) => status,
-        Err(e) => {
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(e);
-        }
-    };
-    if status.success() {
-        return Ok(());
-    }
-    let said = said.and_then(|thread| thread.join().ok());
-    let said = said.unwrap_or_default();
-    Err(Error::why(ErrorKind::Unsupported, said))
-}
-
-/// The beginning of what a program says, which is read to its end so that it never has to wait.
-fn listen(mut pipe: impl Read) -> String {
-    let mut said = Vec::new();
-    let _ = pipe.by_ref().take(SAID_MAX).read_to_end(&mut said);
-    let _ = std::io::copy(&mut pipe, &mut std::io::sink());
-    String::from_utf8_lossy(&said).trim().to_owned()
 }
 
 impl Source for ForeignDisk {
