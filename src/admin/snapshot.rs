@@ -183,7 +183,7 @@ fn magic(storage: &dyn Storage) -> Result<Option<Version>> {
 }
 
 /// Refuses a top that was not closed, or is half repaired: what it holds is not sure.
-fn closed(bundle: &Bundle<'_>, opened: &Opened) -> Result<()> {
+fn closed(opened: &Opened) -> Result<()> {
     let path = opened.image.path();
     if let Some(header) = opened.image.header() {
         if header.raw().in_use == IN_USE {
@@ -196,18 +196,6 @@ fn closed(bundle: &Bundle<'_>, opened: &Opened) -> Result<()> {
         if let Some(refusal) = header.write_refusal() {
             return Err(header_error(refusal).in_file(path));
         }
-    }
-    unrepaired(bundle, opened)
-}
-
-fn unrepaired(bundle: &Bundle<'_>, opened: &Opened) -> Result<()> {
-    let last = Path::new(&opened.entry.file).file_name();
-    let saved = format!("{}.repair", last.unwrap_or_default().to_string_lossy());
-    if bundle.directory().entries()?.contains(&saved) {
-        let why = format!("a repair or an undo was interrupted: {saved}");
-        return Err(Error::why(ErrorKind::Corrupt, why)
-            .in_file(opened.image.path())
-            .fix("repeat `ploopfs repair`, or `ploopfs repair --undo` with that file"));
     }
     Ok(())
 }
@@ -306,7 +294,7 @@ pub fn create(bundle: &mut Bundle<'_>, names: Names) -> Result<Created> {
     let mut below = Vec::new();
     for part in 0..descriptor.parts.len() {
         let opened = open(bundle, part, old)?;
-        closed(bundle, &opened)?;
+        closed(&opened)?;
         check_size(&opened, part_len(descriptor, part)?)?;
         below.push(opened);
     }
@@ -370,7 +358,7 @@ pub fn switch(
     for part in 0..descriptor.parts.len() {
         below.push(open(bundle, part, target)?);
         match keep {
-            Some(_) => closed(bundle, &open(bundle, part, old)?)?,
+            Some(_) => closed(&open(bundle, part, old)?)?,
             None => gone.extend(remove::file_of(bundle, part, old)?),
         }
     }

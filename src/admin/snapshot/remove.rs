@@ -12,7 +12,6 @@
 
 use super::{
     Opened, changeable, children, closed, descriptor_error, is_marked, new, open, parent, part_len,
-    unrepaired,
 };
 use crate::admin::bundle::{Bundle, Failure};
 use crate::admin::merge::{Amount, Merge, WINDOW};
@@ -296,12 +295,10 @@ impl Job {
         for guid in &self.chain {
             let one = open(bundle, part, *guid)?;
             if *guid == descriptor.top {
-                closed(bundle, &one)?;
+                closed(&one)?;
                 bitmaps(&one.image, drop_bitmaps)?;
-            } else {
-                // A frozen image that was not closed is looked at entry by entry all the same.
-                unrepaired(bundle, &one)?;
             }
+            // A frozen image that was not closed is looked at entry by entry all the same.
             opened.push(one);
         }
         let said = descriptor.parts.get(part).and_then(|part| part.blocksize);
