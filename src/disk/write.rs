@@ -125,6 +125,11 @@ impl<'a> Reservation<'a> {
             if keep {
                 let word = Word::mapped(top, taken.entry);
                 let covers = old.level().is_some();
+                // Without a barrier a power cut may leave the entry and not the bytes. Zeros where
+                // there was a hole are what the disk showed before; anything else is not.
+                if !taken.place.zero_stable || covers && !planted(Bug::OneBarrierForCopies) {
+                    self.page.ask_barrier();
+                }
                 self.page
                     .set_word(slot, if covers { word.covering_lower() } else { word });
                 alloc.into_iter().for_each(Allocator::published);
