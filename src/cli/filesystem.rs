@@ -118,6 +118,7 @@ fn info_json(plan: &Plan) -> Result<String> {
             "inline_order": plan.settings.disk.inline_order,
             "bat_cache": plan.settings.disk.bat_cache,
             "grow_step": plan.settings.disk.grow_step,
+            "reflink": plan.settings.disk.reflink,
             "threads": plan.settings.threads,
         },
     });
