@@ -77,7 +77,6 @@ pub(super) fn build_filesystem(opened: &Opened, view: &View, plan: &Plan) -> Res
         partitions: plan.settings.partitions,
         info_json: info_json(plan)?,
         direct_io: matches!(view, View::Named(_)),
-        threads: plan.settings.threads,
     };
     let (disk, images) = (Arc::downgrade(&opened.disk), Arc::clone(&opened.images));
     let opener = move |guid: &str| {
