@@ -56,7 +56,7 @@ pub struct FileCompact {
 pub struct Session {
     image: PathBuf,
     /// Keeps the files locked.
-    _images: OpenedImages,
+    images: OpenedImages,
     parts: Vec<Chain>,
 }
 
@@ -73,7 +73,7 @@ pub fn open(image: &Path, allow_outside: &[PathBuf], write: bool) -> Result<Sess
     Ok(Session {
         image: image.to_owned(),
         parts: parts.collect::<Result<_>>()?,
-        _images: images,
+        images,
     })
 }
 
@@ -109,6 +109,7 @@ impl Session {
 
     /// Compacts the tops of all parts.
     pub fn compact(&self, request: &Request, progress: &Progress) -> Result<DiskCompact> {
+        self.images.claim()?;
         self.each(request, progress, compact_image)
     }
 }

@@ -1,7 +1,7 @@
 //! Writes a qcow2 image with the help of `qemu-img`.
 
 use super::copy;
-use crate::admin::create::{CREATING, Ids, NewFile, exists};
+use crate::admin::create::{Ids, NewFile, exists};
 use crate::admin::program::{self, QEMU_IMG};
 use crate::admin::progress::Progress;
 use crate::admin::source::Source;
@@ -31,7 +31,7 @@ pub(super) fn write(
     flat.set_len(FileOffset::new(source.size()))?;
     let file = NewFile::Plain(Arc::clone(&flat));
     copy::copy(source, &file, unit, progress)?;
-    let temporary = format!("{name}{CREATING}{}", Ids::new()?.temporary);
+    let temporary = Ids::new()?.temporary_name(name);
     // An absolute path is never taken for the name of a protocol.
     let full = std::fs::canonicalize(place).map_err(|e| Error::from(e).in_file(place))?;
     let path = full.join(&temporary);
