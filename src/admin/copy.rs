@@ -16,8 +16,8 @@ use crate::admin::create::{self, Ids, Place, make_in};
 use crate::admin::progress::Progress;
 use crate::chain::bundle::{self, Changing, DESCRIPTOR, NEW_LOCK, Selection};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::descriptor::edit::{Edit, edit};
-use crate::format::descriptor::{Descriptor, write};
+use crate::format::descriptor::Descriptor;
+use crate::format::descriptor::edit::{Edit, edit, with_uid};
 use crate::format::guid::Guid;
 use crate::format::header::{HEADER_LEN, IN_USE, RawHeader, Version};
 use crate::format::{names, xml};
@@ -77,6 +77,9 @@ fn copy_image(
         return Err(Error::why(ErrorKind::Usage, why).in_file(source));
     }
     let (parent, name) = create::place_for(target)?;
+    let files = opened.parts.iter().flat_map(|part| &part.files);
+    let files: Vec<&Path> = files.map(|file| file.path.as_path()).collect();
+    create::refuse_within(&parent, source, &files)?;
     let only = opened.parts.first().and_then(|part| part.files.last());
     let only = only.ok_or_else(|| Error::errno(libc::EIO))?;
     if let Some(file) = only.storage.as_host_fd() {
@@ -313,7 +316,8 @@ fn renamed(text: &[u8], ids: &Ids) -> Result<(Vec<u8>, HashMap<Guid, Guid>)> {
     }
     let text = edit(text, &edits).map_err(|e| failed(e.into()))?;
     let text = String::from_utf8(text).map_err(|e| failed(e.into()))?;
-    Ok((write::with_uid(&text, ids.uid).into_bytes(), new))
+    let text = with_uid(&text, ids.uid).map_err(|e| failed(e.into()))?;
+    Ok((text.into_bytes(), new))
 }
 
 /// Copies a file's bytes and holes, and syncs the copy.
