@@ -338,7 +338,14 @@ impl Look<'_> {
             .collect();
         for shot in &descriptor.snapshots {
             let guid = shot.guid;
-            if shot.temporary {
+            let children = descriptor.snapshots.iter();
+            let children = children.filter(|shot| shot.parent == Some(guid)).count();
+            if shot.temporary && children > 1 {
+                // A deletion leaves it so on purpose, and nothing of it is wasted.
+                let text =
+                    format!("the snapshot {guid} goes with the last but one of its children");
+                self.found(Severity::Note, "going", text);
+            } else if shot.temporary {
                 let text = format!("the snapshot {guid} is left over from an operation of ploop");
                 self.found(Severity::Leak, "left-over", text);
             }
