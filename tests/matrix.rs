@@ -27,6 +27,8 @@ mod support;
 mod table;
 #[path = "matrix/turns.rs"]
 mod turns;
+#[path = "matrix/verbs.rs"]
+mod verbs;
 
 use case::{Case, Verdict};
 use kinds::Kind;
@@ -127,8 +129,11 @@ fn main() {
         trials.push(harness::trial(&name, NEEDS, move || row(number, kind)));
     }
     trials.extend(kills::trials());
+    let commands: Vec<&'static str> = COMMANDS.iter().map(|(name, _)| *name).collect();
+    let tried = commands.clone();
+    let told = move || verbs::all_are_tried_and_told(&tried);
+    trials.push(harness::trial("all_verbs_are_tried_and_told", NEEDS, told));
     harness::main_then(trials, || {
-        let commands: Vec<&'static str> = COMMANDS.iter().map(|(name, _)| *name).collect();
         let (text, wrong) = table::render(&names, &commands);
         println!("{text}");
         wrong

@@ -15,8 +15,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub(crate) const NO_SNAPSHOTS: &str = "there are no snapshots";
+const SPLIT: &str = "a disk in parts has more files than one (refused, nothing touched)";
 pub(crate) const NO_BUNDLE: &str = "an image by itself has no snapshots (refused, nothing touched)";
-const PLAIN: &str = "a plain file has nothing to compact (refused, nothing touched)";
+const PLAIN: &str = "a plain file is left as it is";
 const NEW: &str = "{0c2f3f0e-0009-4a55-8f2e-6a1f3d0b9c11}";
 
 pub(crate) fn snapshot_create(case: &Case) -> Verdict {
@@ -181,7 +182,20 @@ pub(crate) fn merge(case: &Case) -> Verdict {
     merge_one(case, &[])
 }
 
+/// A disk in parts cannot become one new file.
+fn one_file(case: &Case, args: &[&str]) -> Verdict {
+    if case.kind.form != Form::Split {
+        return Ok(None);
+    }
+    let (copy, _) = chain_only(case)?;
+    case.refuses(&copy, args, &[])?;
+    Ok(Some(SPLIT))
+}
+
 pub(crate) fn merge_into_new(case: &Case) -> Verdict {
+    if let Some(why) = one_file(case, &["merge", "-y", "--into-new", "new.hds"])? {
+        return Ok(Some(why));
+    }
     merge_one(case, &["--into-new", "new.hds"])
 }
 
@@ -205,6 +219,9 @@ pub(crate) fn merge_all(case: &Case) -> Verdict {
 }
 
 pub(crate) fn merge_all_into_new(case: &Case) -> Verdict {
+    if let Some(why) = one_file(case, &["merge", "-y", "--all", "--into-new", "new.hds"])? {
+        return Ok(Some(why));
+    }
     merge_whole(case, &["--into-new", "new.hds"])
 }
 
@@ -215,7 +232,7 @@ fn resized(copy: &Copy, top: &str) -> Result<usize> {
 pub(crate) fn resize_grow(case: &Case) -> Verdict {
     let copy = case.fresh()?;
     let old = case.top().len();
-    let args = [&["resize", "-q"], case.drops()].concat();
+    let args = [&["resize", "-qy"], case.drops()].concat();
     for _ in 0..2 {
         does(&args, &copy.disk, &["+4M"])?;
     }
@@ -240,7 +257,7 @@ pub(crate) fn resize_shrink(case: &Case) -> Verdict {
     let copy = case.fresh()?;
     let drops = case.drops();
     let old = case.top().len();
-    does(&[&["resize", "-q"], drops].concat(), &copy.disk, &["+24M"])?;
+    does(&[&["resize", "-qy"], drops].concat(), &copy.disk, &["+24M"])?;
     case.refuses(&copy, &[&["resize"], drops].concat(), &["-8M"])?;
     let args = [&["resize", "-qy", "--shrink"], drops].concat();
     for less in ["-8M".to_owned(), old.to_string()] {
@@ -257,7 +274,7 @@ fn compacted(case: &Case, mode: &[&str]) -> Verdict {
     let copy = case.fresh()?;
     let args = [&["compact", "-q"], case.drops(), mode].concat();
     if case.kind.form == Form::Plain {
-        case.refuses(&copy, &args, &[])?;
+        case.looks(&copy, &args, &[])?;
         return Ok(Some(PLAIN));
     }
     // Something to move: clusters that nothing names, in the file that is written.

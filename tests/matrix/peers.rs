@@ -11,7 +11,6 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::path::Path;
-use std::process::Command;
 
 /// ploop asks its kernel module whether it may make images of version 2. Where there is none, it
 /// finds the answer in a mount namespace of its own.
@@ -20,21 +19,14 @@ const ASKED: &str = "\
         mount -t tmpfs none /sys/module; \
         mkdir -p /sys/module/ploop/parameters; \
         echo 1 >/sys/module/ploop/parameters/large_disk_support; \
-    fi; exec ploop \"$@\"";
+    fi; PLOOP_PADDING=$(printf %8192s x); export PLOOP_PADDING; exec ploop \"$@\"";
 
-/// ploop crashes in a small environment.
-fn with_room(mut command: Command) -> Command {
-    command
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .env("PLOOP_PADDING", "x".repeat(8192));
-    command
-}
-
-/// ploop, in this directory.
+/// ploop, which crashes in a small environment, in this directory.
 pub(crate) fn ploop_in(dir: &Path, args: &[&str]) -> Result<Finished> {
     let mut command = command::new("unshare");
     command.args(["-m", "sh", "-ec", ASKED, "ploop"]).args(args);
-    command::run(with_room(command).current_dir(dir))
+    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command::run(command.current_dir(dir))
 }
 
 /// A verb of ploop on a bundle, which must succeed.
@@ -49,9 +41,8 @@ pub(crate) fn ploop(disk: &Path, args: &[&str]) -> Result<()> {
 pub(crate) fn ploop_check(image: &Path, scratch: &Path) -> Result<()> {
     let copy = scratch.join("ploop.copy");
     fs::copy(image, &copy)?;
-    let mut command = command::new("ploop");
-    command.args(["check", "-f", "-c", "-r"]).arg(&copy);
-    let done = command::run(&mut with_room(command))?.expect_code(0)?;
+    let args = ["check", "-f", "-c", "-r", text(&copy)];
+    let done = ploop_in(scratch, &args)?.expect_code(0)?;
     let same = fs::read(image)? == fs::read(&copy)?;
     ensure!(same, "ploop had something to mend: {}", done.story());
     fs::remove_file(copy)?;
@@ -62,10 +53,8 @@ pub(crate) fn ploop_check(image: &Path, scratch: &Path) -> Result<()> {
 pub(crate) fn ploop_list(disk: &Path, view: &View) -> Result<()> {
     let fields = "parent_uuid,uuid,fname";
     let descriptor = disk.join(XML);
-    let mut command = command::new("ploop");
-    command.args(["snapshot-list", "-H", "-o", fields]);
-    command.arg(&descriptor);
-    let said = command::ok(&mut with_room(command))?;
+    let args = ["snapshot-list", "-H", "-o", fields, text(&descriptor)];
+    let said = ploop_in(disk, &args)?.expect_code(0)?.text();
     let mut listed: Vec<String> = said
         .lines()
         .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
