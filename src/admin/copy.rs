@@ -10,8 +10,8 @@ use crate::admin::create::{self, Ids, Place, make_in};
 use crate::admin::progress::Progress;
 use crate::chain::bundle::{self, DESCRIPTOR, OpenedFile, Selection};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::descriptor::edit::{Edit, edit};
-use crate::format::descriptor::{Descriptor, write};
+use crate::format::descriptor::Descriptor;
+use crate::format::descriptor::edit::{Edit, edit, with_uid};
 use crate::format::guid::Guid;
 use crate::format::{names, xml};
 use crate::journal;
@@ -54,6 +54,9 @@ pub fn copy(source: &Path, target: &Path, new_guids: bool, progress: &Progress) 
     let opened = bundle::open(source, &selection)?;
     let subject = bundle::subject(source)?;
     let (parent, name) = create::place_for(target)?;
+    let files = opened.parts.iter().flat_map(|part| &part.files);
+    let files: Vec<&Path> = files.map(|file| file.path.as_path()).collect();
+    create::refuse_within(&parent, source, &files)?;
     let ids = Ids::new()?;
     if opened.descriptor().is_none() {
         if new_guids {
@@ -73,11 +76,6 @@ pub fn copy(source: &Path, target: &Path, new_guids: bool, progress: &Progress) 
         return Ok(Copied { images: 1, bytes });
     }
     let found = find(&subject)?;
-    let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| Error::from(e).in_file(path));
-    if real(parent.path())?.starts_with(real(&subject)?) {
-        let why = "the copy would lie in the disk itself";
-        return Err(Error::why(ErrorKind::Usage, why).in_file(source));
-    }
     let (text, new) = if new_guids {
         renamed(&found.text, &ids)?
     } else {
@@ -235,7 +233,8 @@ fn renamed(text: &[u8], ids: &Ids) -> Result<(Vec<u8>, HashMap<Guid, Guid>)> {
     }
     let text = edit(text, &edits).map_err(|e| failed(e.into()))?;
     let text = String::from_utf8(text).map_err(|e| failed(e.into()))?;
-    Ok((write::with_uid(&text, ids.uid).into_bytes(), new))
+    let text = with_uid(&text, ids.uid).map_err(|e| failed(e.into()))?;
+    Ok((text.into_bytes(), new))
 }
 
 /// Copies a file's bytes and holes, and syncs the copy.

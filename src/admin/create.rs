@@ -18,13 +18,14 @@ pub mod mkfs;
 pub use content::NewFile;
 
 use crate::admin::progress::Progress;
-use crate::chain::bundle::DESCRIPTOR;
+use crate::chain::bundle::{self, DESCRIPTOR};
 use crate::delta::create::{NewImage, Shape};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::ImageType;
 use crate::format::descriptor::write::{self, NewDescriptor, Style};
 use crate::format::guid::Guid;
 use crate::format::header::Version;
+use crate::format::xml;
 use crate::storage::directory::HostDirectory;
 use crate::storage::{Directory, SharedStorage};
 use crate::sys::random;
@@ -132,6 +133,17 @@ pub fn plan(path: &Path, request: &Request) -> Result<Plan> {
             return Err(usage("the name ends neither in .hdd nor in .hds").fix(fix));
         }
     };
+    if request.kind == Kind::Plain {
+        if !is_bundle {
+            let why = "a plain disk has no header: only a bundle's descriptor says what it is";
+            let fix = "NAME.hdd makes such a bundle; `truncate -s SIZE NAME.img` a raw disk";
+            return Err(usage(why).fix(fix));
+        }
+        if request.version.is_some() {
+            let why = "a plain disk has no header, and so no version";
+            return Err(usage(why).fix("leave --image-version away, or take another format"));
+        }
+    }
     plan_as(is_bundle, request, true)
 }
 
@@ -205,6 +217,7 @@ impl Ids {
 pub fn create(path: &Path, request: &Request, progress: &Progress) -> Result<Plan> {
     let plan = plan(path, request)?;
     let (parent, name) = place_for(path)?;
+    check_name(name, &plan)?;
     let ids = Ids::new()?;
     match &request.file_system {
         None => create_in(&parent, name, &plan, &ids, progress, |_| Ok(()))?,
@@ -228,8 +241,55 @@ pub(super) fn place_for(path: &Path) -> Result<(HostDirectory, &str)> {
         _ => Path::new("."),
     };
     let parent = HostDirectory::open(parent)?;
+    // A link counts for itself; what else is there is refused with the other names.
+    let kind = path.symlink_metadata().map(|meta| meta.file_type());
+    if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_dir() && !kind.is_symlink()) {
+        let why = format!("{name} is a device, a pipe or a socket, and no place for a new disk");
+        let fix = "for its bytes as they are: `ploopfs convert SRC - >DST`";
+        return Err(usage(why).fix(fix));
+    }
     refuse_existing(&parent, name)?;
     Ok((parent, name))
+}
+
+/// Refuses a name that the descriptor of such a disk would have to hold and cannot.
+pub(super) fn check_name(name: &str, plan: &Plan) -> Result<()> {
+    let is_held = plan.is_bundle && plan.product == Product::Desktop;
+    match name.chars().find(|character| !xml::can_hold(*character)) {
+        Some(character) if is_held => {
+            let code = u32::from(character);
+            let why = format!(
+                "the descriptor has the disk's name in it, and XML cannot hold U+{code:04X}"
+            );
+            Err(usage(why).fix("choose a name without control characters"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses to make something in a bundle of which it is made: that would change the source, which
+/// is what people call `source` and has these files.
+pub(super) fn refuse_within(parent: &HostDirectory, source: &Path, files: &[&Path]) -> Result<()> {
+    let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| Error::from(e).in_file(path));
+    let target = real(parent.path())?;
+    let is_bundle = |place: &&Path| place.join(DESCRIPTOR).symlink_metadata().is_ok();
+    let around = files.iter().filter_map(|file| file.parent());
+    let around = around.map(|place| {
+        if place == Path::new("") {
+            Path::new(".")
+        } else {
+            place
+        }
+    });
+    // A bundle may have all of its files elsewhere.
+    let subject = bundle::subject(source).ok();
+    for place in around.chain(subject.as_deref()).filter(is_bundle) {
+        if target.starts_with(real(place)?) {
+            let why = "what is made would lie in the disk that it is made of";
+            return Err(usage(why).in_file(place).fix("choose another directory"));
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn exists(name: &str) -> Error {

@@ -167,6 +167,9 @@ pub struct ServeArgs {
     /// Where descriptor and header differ about the disk's size, the header is right
     #[arg(long, help_heading = "Writing")]
     pub trust_header: bool,
+    /// Copy what lower deltas have, even where the host could share it
+    #[arg(long, help_heading = "Writing")]
+    pub no_reflink: bool,
     /// Bytes by which the file grows (16M)
     #[arg(long, value_name = "SIZE", value_parser = parse_step, help_heading = "Writing")]
     pub grow_step: Option<u64>,
@@ -209,6 +212,7 @@ impl ServeArgs {
         }
         let disk = &mut settings.disk;
         disk.drop_bitmaps |= self.drop_bitmaps;
+        disk.reflink &= !self.no_reflink;
         settings.selection.trust_header |= self.trust_header;
         disk.grow_step = self.grow_step.unwrap_or(disk.grow_step);
         disk.enospc = self.enospc.unwrap_or(disk.enospc);

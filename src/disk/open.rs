@@ -111,7 +111,7 @@ pub fn open_with(
             chain,
             alloc,
             bat_cache,
-            options.grow_step,
+            options,
             Arc::clone(&resources.pool),
         )?;
         if is_marked {

@@ -443,7 +443,7 @@ impl Part {
     }
 
     /// Copies the start of a lower level's cluster into a fresh one: by the host where it can share
-    /// or copy blocks itself, else by hand.
+    /// or copy blocks itself and may, else by hand.
     fn copy_up(&self, level: Level, from: FileOffset, len: u64, to: FileOffset) -> Result<()> {
         if len == 0 {
             return Ok(());
@@ -451,7 +451,7 @@ impl Part {
         let image = self.chain.level(level);
         let top = self.top_storage();
         let source = image.storage();
-        if top.copy_from(to, source.as_ref(), from..from.saturating_add(len))? {
+        if self.reflink && top.copy_from(to, source.as_ref(), from..from.saturating_add(len))? {
             return Ok(());
         }
         let mut buffer = [0; COPY_STEP];
