@@ -4,15 +4,19 @@
 //! read of 4 KiB that is mapped has a pread(2) of the page cache besides, which is measured alone
 //! for comparison: the difference is what the program itself costs. The transport's part, from the
 //! kernel's bytes to the call and from the answer to the kernel's bytes, is not in it.
+//!
+//! What counts is the processor time of the thread: what else runs on the machine does not.
 
 // The images are made by the same code that serves the tests.
 #[path = "forge/mod.rs"]
 mod forge;
 
-use criterion::{Criterion, Throughput};
+use criterion::Criterion;
+use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use forge::bundle::{BundleSpec, Style};
 use forge::content::splitmix;
 use forge::image::{ImageSpec, Mapped};
+use nix::time::{ClockId, clock_gettime};
 use ploopfs::chain::bundle::{self, Selection};
 use ploopfs::disk::{self, Disk, DiskOptions, DoneReply, ReadReply};
 use ploopfs::units::DiskOffset;
@@ -26,6 +30,42 @@ use std::time::Duration;
 /// Bytes of the disks: what the processor's caches and page tables do not hold.
 const SIZE: u64 = 64 << 20;
 const CLUSTER_SECTORS: u32 = 2048;
+
+/// Processor time of the calling thread.
+struct ThreadTime;
+
+static WALL_TIME: WallTime = WallTime;
+
+impl Measurement for ThreadTime {
+    type Intermediate = Duration;
+    type Value = Duration;
+
+    fn start(&self) -> Duration {
+        clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
+            .expect("every thread has this clock")
+            .into()
+    }
+
+    fn end(&self, start: Duration) -> Duration {
+        self.start() - start
+    }
+
+    fn add(&self, a: &Duration, b: &Duration) -> Duration {
+        *a + *b
+    }
+
+    fn zero(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn to_f64(&self, value: &Duration) -> f64 {
+        value.as_nanos() as f64
+    }
+
+    fn formatter(&self) -> &dyn ValueFormatter {
+        WALL_TIME.formatter()
+    }
+}
 
 /// A reply that goes nowhere.
 struct Nobody;
@@ -78,7 +118,7 @@ fn places() -> impl FnMut() -> u64 {
     move || splitmix(&mut state) % (SIZE / 4096) * 4096
 }
 
-fn measure(criterion: &mut Criterion, dir: &Path) {
+fn measure(criterion: &mut Criterion<ThreadTime>, dir: &Path) {
     let raw = dir.join("raw");
     std::fs::write(&raw, vec![0x5a; 64 << 20]).expect("a file can be written");
     let raw = File::options()
@@ -95,7 +135,6 @@ fn measure(criterion: &mut Criterion, dir: &Path) {
         .expect("the disk writes");
 
     let mut group = criterion.benchmark_group("request");
-    group.throughput(Throughput::Elements(1));
     for (name, disk, len) in [
         ("hole", &holes, 512),
         ("read", &one, 4096),
@@ -136,6 +175,7 @@ fn main() {
     let dir = tempfile::TempDir::with_prefix_in("ploopfs-request", place)
         .expect("a directory can be made");
     let mut criterion = Criterion::default()
+        .with_measurement(ThreadTime)
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2))
         .configure_from_args();

@@ -434,6 +434,20 @@ impl Subject {
         Ok(())
     }
 
+    /// Processor time that serving has taken so far, and requests that were served by it; `None`
+    /// where the kernel serves, or no device counts.
+    pub(crate) fn spent(&self) -> Result<Option<(u64, u64)>> {
+        let servers = self._servers.iter().map(Server::pid).chain(self.pid);
+        let mut ran = 0;
+        for pid in servers {
+            ran += host::ran_ns(pid)?;
+        }
+        if ran == 0 || !self.target.starts_with("/dev") || self.target.starts_with("/dev/shm") {
+            return Ok(None);
+        }
+        Ok(Some((ran, host::answered(&self.target)?)))
+    }
+
     /// Waits until the file is on the medium, so that the next one's sample does not pay for it.
     pub(crate) fn settle(&self) -> Result<()> {
         if !self.is_in_memory && !self.file.is_dir() {

@@ -281,6 +281,35 @@ pub(crate) fn resident_mib(pid: i32) -> Result<f64> {
     Ok(kib / 1024.0)
 }
 
+/// Nanoseconds that all threads of a process have run so far.
+pub(crate) fn ran_ns(pid: i32) -> Result<u64> {
+    let mut sum = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        // A thread may end meanwhile, and take what it has run along.
+        let text = fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
+        sum += text
+            .split(' ')
+            .next()
+            .and_then(|ns| ns.parse().ok())
+            .unwrap_or(0_u64);
+    }
+    Ok(sum)
+}
+
+/// Requests that a block device has answered so far.
+pub(crate) fn answered(device: &Path) -> Result<u64> {
+    let name = device.file_name().context("no device")?;
+    let text = fs::read_to_string(Path::new("/sys/block").join(name).join("stat"))?;
+    let numbers: Vec<u64> = text
+        .split_whitespace()
+        .map_while(|word| word.parse().ok())
+        .collect();
+    match numbers.as_slice() {
+        [reads, _, _, _, writes, ..] => Ok(reads + writes),
+        _ => bail!("{}: no statistics", device.display()),
+    }
+}
+
 /// A line for tools/bench, for as long as this lives.
 #[derive(Debug)]
 struct Note(Option<PathBuf>);

@@ -140,11 +140,17 @@ pub(crate) const ALL: [Scene; 9] = [
     },
 ];
 
+/// What follows a scene's name in that of what its servers' requests cost.
+const WORK: &str = ", work";
+
 /// What people read of a scene.
-pub(crate) fn title(name: &str) -> &str {
-    ALL.iter()
-        .find(|scene| scene.name == name)
-        .map_or(name, |scene| scene.title)
+pub(crate) fn title(name: &str) -> String {
+    let (name, more) = match name.strip_suffix(WORK) {
+        Some(name) => (name, "; processor time of the server for a request"),
+        None => (name, ""),
+    };
+    let known = ALL.iter().find(|scene| scene.name == name);
+    format!("{}{more}", known.map_or(name, |scene| scene.title))
 }
 
 /// Shuffles by a seed.
@@ -279,7 +285,9 @@ impl Run<'_> {
                     if is_cold {
                         subject.forget()?;
                     }
+                    let before = subject.spent()?;
                     let value = job.run(&subject.target, seconds)?;
+                    self.add_work(scene, job, subject, before, round)?;
                     if !job.only_reads() {
                         subject.settle()?;
                     }
@@ -288,6 +296,30 @@ impl Run<'_> {
                 }
             }
             eprintln!("{scene}: round {} of {}", round + 1, self.rounds(false));
+        }
+        Ok(())
+    }
+
+    /// Notes what the server's part of the job has cost. The work of others on the machine changes
+    /// how many requests there are in a second, and hardly what each of them costs.
+    fn add_work(
+        &mut self,
+        scene: &str,
+        job: &Job,
+        subject: &Subject,
+        before: Option<(u64, u64)>,
+        round: usize,
+    ) -> Result<()> {
+        let (Some(before), Some(after)) = (before, subject.spent()?) else {
+            return Ok(());
+        };
+        let requests = after.1.saturating_sub(before.1);
+        if requests > 0 {
+            let microseconds = after.0.saturating_sub(before.0) as f64 / 1e3 / requests as f64;
+            let scene = format!("{scene}{WORK}");
+            let key = (scene.as_str(), job.name, subject.name.as_str());
+            self.report
+                .add(key, Unit::Microseconds, round, microseconds);
         }
         Ok(())
     }
