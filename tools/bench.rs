@@ -32,11 +32,11 @@ mod forge;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use nix::sys::signal::{SigSet, Signal};
 use report::{About, Report, Unit};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -86,6 +86,9 @@ struct Cli {
     /// Where bench.json and bench.svg go
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     out: PathBuf,
+    /// Weight of all processes of the run, -20 to 19, on a machine that does other things as well
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    nice: Option<i8>,
     /// Put the tables into README.md
     #[arg(long)]
     readme: bool,
@@ -115,37 +118,32 @@ impl Cli {
     }
 }
 
-/// Set by a signal; the run ends at the next sample and cleans up.
-static STOP: AtomicBool = AtomicBool::new(false);
-
 /// What limits a run.
 struct Bounds {
     begun: Instant,
     limit: Duration,
+    /// Set by a signal; the run ends at the next sample and cleans up.
+    stop: Arc<AtomicBool>,
 }
 
 impl Bounds {
     /// Fails when the user has had enough; false when there is no time for another sample.
     fn allow(&self) -> Result<bool> {
-        if STOP.load(Ordering::Relaxed) {
+        if self.stop.load(Ordering::Relaxed) {
             bail!("stopped by a signal");
         }
         Ok(self.begun.elapsed() < self.limit)
     }
 }
 
-/// Turns the signals that end a program into a flag, so that everything is taken down. Programs
-/// that are started do not inherit what is blocked here.
-fn catch_signals() -> Result<()> {
-    let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]
-        .into_iter()
-        .collect();
-    set.thread_block()?;
-    std::thread::spawn(move || {
-        while set.wait().is_err() {}
-        STOP.store(true, Ordering::Relaxed);
-    });
-    Ok(())
+/// Turns the signals that end a program into a flag, so that everything is taken down. Handlers are
+/// not inherited by programs that are started, as blocked signals would be.
+fn catch_signals() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
 }
 
 fn load() -> String {
@@ -221,7 +219,7 @@ fn measure(cli: &Cli) -> Result<Report> {
     known(&cli.scenes, &scenes)?;
     known(&cli.jobs, &jobs::ALL.map(|job| job.name))?;
     let contestants = contestants::chosen(&cli.contestants)?;
-    catch_signals()?;
+    let stop = catch_signals()?;
     let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
     let seed = cli.seed.unwrap_or(time.as_secs());
     let mut report = Report {
@@ -229,6 +227,10 @@ fn measure(cli: &Cli) -> Result<Report> {
         about: about(cli, seed)?,
         ..Report::default()
     };
+    if let Some(nice) = cli.nice {
+        host::WEIGHT.store(nice, Ordering::Relaxed);
+        host::weigh(std::process::id() as i32)?;
+    }
     let image_dir = host::WorkDir::below(&cli.image_dir)?;
     let disk_dir = host::WorkDir::below(&cli.disk_dir)?;
     let _rings = match contestants::enable_rings(&contestants) {
@@ -242,6 +244,7 @@ fn measure(cli: &Cli) -> Result<Report> {
     let bounds = Bounds {
         begun: Instant::now(),
         limit: Duration::from_secs(cli.limit),
+        stop,
     };
     let mut run = races::Run {
         cli,

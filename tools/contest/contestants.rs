@@ -9,7 +9,7 @@
 
 use crate::forge::bundle::{BundleSpec, Style};
 use crate::forge::image::{ImageSpec, Mapped};
-use crate::host::{self, Loop, Ours, Server, file_system, has, ploopfs, said};
+use crate::host::{self, Loop, Ours, Server, apart, file_system, has, ploopfs, said};
 use crate::identity::{self, Setup};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
@@ -50,12 +50,13 @@ pub(crate) struct Contestant {
 const THREADS: usize = 8;
 
 /// All that are known, in the order of the tables.
-fn table() -> [(&'static str, Way); 7] {
+fn table() -> [(&'static str, Way); 8] {
     [
         (RAW, Way::Raw),
         (IDENTITY, Way::Identity(THREADS)),
         ("identity2", Way::Identity(2)),
         (PLOOPFS, Way::Ploopfs("fuser")),
+        ("dev", Way::Ploopfs("dev")),
         (RINGS, Way::Ploopfs("uring")),
         (QEMU, Way::Qemu),
         ("nbd", Way::Nbd),
@@ -334,7 +335,7 @@ impl Contestant {
                     for_loop: stage.view == View::Loop,
                     direct: stage.direct,
                 };
-                let mut command = Command::new(std::env::current_exe()?);
+                let mut command = apart(std::env::current_exe()?);
                 command.env(identity::AS_IDENTITY, "1").args(setup.words());
                 subject
                     ._servers
@@ -379,7 +380,7 @@ impl Contestant {
 pub(crate) fn qemu(image: &Path, mountpoint: &Path) -> Command {
     // The daemon's options are separated by commas, so a path must not have one.
     let word = |path: &Path| path.display().to_string().replace(',', ",,");
-    let mut command = Command::new("qemu-storage-daemon");
+    let mut command = apart("qemu-storage-daemon");
     command.args([
         "--blockdev",
         &format!("file,node-name=f,filename={}", word(image)),
@@ -396,11 +397,11 @@ pub(crate) fn qemu(image: &Path, mountpoint: &Path) -> Command {
 /// qemu-nbd with a parallels image, and its export as a file; the last server goes first.
 fn nbd(image: &Path, mountpoint: &Path, dir: &Path) -> Result<Vec<Server>> {
     let socket = dir.join("s");
-    let mut command = Command::new("qemu-nbd");
+    let mut command = apart("qemu-nbd");
     command.args(["-f", "parallels", "-t", "-e", "8", "-k"]);
     command.arg(&socket).arg(image);
     let export = Server::start_for(command, &socket, dir)?;
-    let mut command = Command::new("nbdfuse");
+    let mut command = apart("nbdfuse");
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     command.arg(mountpoint).arg(uri);
     let mounted = Server::start(command, mountpoint, dir)?;

@@ -14,9 +14,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicI8, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -147,6 +147,7 @@ impl Server {
             }
             is_mounted(mountpoint)
         })?;
+        weigh(server.pid())?;
         Ok(server)
     }
 
@@ -154,6 +155,7 @@ impl Server {
     pub(crate) fn start_for(mut command: Command, appears: &Path, dir: &Path) -> Result<Self> {
         let server = Self::start_unready(&mut command, dir)?;
         wait_until("a server makes no socket", || Ok(appears.exists()))?;
+        weigh(server.pid())?;
         Ok(server)
     }
 
@@ -166,7 +168,6 @@ impl Server {
         let child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .process_group(0)
             .spawn()
             .with_context(|| format!("cannot run {command:?}"))?;
         fs::write(
@@ -235,6 +236,7 @@ impl Ours {
         command.arg("attach").args(options).arg("--pid-file");
         let device = said(command.arg(&pid_file).arg(image))?;
         let pid = fs::read_to_string(&pid_file)?.trim().parse()?;
+        weigh(pid)?;
         Ok(Self {
             at: device.into(),
             verb: "detach",
@@ -249,6 +251,7 @@ impl Ours {
         command.arg("mount").args(options).arg("--pid-file");
         said(command.arg(&pid_file).arg(image).arg(at))?;
         let pid = fs::read_to_string(&pid_file)?.trim().parse()?;
+        weigh(pid)?;
         Ok(Self {
             at: at.to_owned(),
             verb: "umount",
@@ -308,6 +311,27 @@ pub(crate) fn answered(device: &Path) -> Result<u64> {
         [reads, _, _, _, writes, ..] => Ok(reads + writes),
         _ => bail!("{}: no statistics", device.display()),
     }
+}
+
+/// Weight of the run's processes among all of the machine; 0 is everybody's.
+pub(crate) static WEIGHT: AtomicI8 = AtomicI8::new(0);
+
+/// Gives a process, with all that share its session, the weight of the run.
+pub(crate) fn weigh(pid: i32) -> Result<()> {
+    let weight = WEIGHT.load(Ordering::Relaxed);
+    if weight == 0 {
+        return Ok(());
+    }
+    fs::write(format!("/proc/{pid}/autogroup"), weight.to_string())
+        .context("the kernel has no groups of processes by session")
+}
+
+/// A command in a session of its own, as daemons are: the kernel shares the processors out by
+/// session, and ^C is for this program to see.
+pub(crate) fn apart(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("setsid");
+    command.arg(program);
+    command
 }
 
 /// A line for tools/bench, for as long as this lives.

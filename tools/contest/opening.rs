@@ -135,7 +135,13 @@ pub(crate) fn measure(
             }
             // It knows no bundles.
             if has("qemu-storage-daemon") && path.is_file() {
-                let [mount, memory] = qemus(path, &dir)?;
+                let [mount, memory] = match qemus(path, &dir) {
+                    Ok(values) => values,
+                    Err(error) => {
+                        report.skip(format!("{SCENE}: {name}: {QEMU}: {error:#}"));
+                        continue;
+                    }
+                };
                 let job = format!("mount, {name}");
                 report.add((SCENE, &job, QEMU), Unit::Milliseconds, round, mount);
                 let job = format!("memory, {name}");
