@@ -48,7 +48,9 @@ fn shapes(dir: &Path, name: &str, format: &str) -> Result<Vec<(PathBuf, u64)>> {
         }
         let path = dir.join(format!("{format}{number}.{name}"));
         let args = ["--image-version", version, "--cluster-size", cluster];
-        create(&path, &[&args[..], &["-f", format, "-s", size]].concat())?;
+        // A plain disk has no version.
+        let args = &args[if format == "plain" { 2 } else { 0 }..];
+        create(&path, &[args, &["-f", format, "-s", size]].concat())?;
         made.push((path, bytes));
     }
     Ok(made)
@@ -58,11 +60,10 @@ fn every_kind_is_sound() -> Outcome {
     let dir = scratch()?;
     for format in ["expanding", "preallocated", "plain"] {
         for name in ["hds", "hdd"] {
+            if format == "plain" && name == "hds" {
+                continue;
+            }
             for (path, bytes) in shapes(dir.path(), name, format)? {
-                if format == "plain" && name == "hds" {
-                    ensure!(fs::metadata(&path)?.len() == bytes);
-                    continue;
-                }
                 command::ok(command::ploopfs(&["check", "-q"]).arg(&path))?;
                 let disk = Flat::open(&path)?;
                 ensure!(
@@ -172,8 +173,9 @@ fn ploop_snapshots() -> Outcome {
     for (name, product) in [("a.hdd", &[][..]), ("b.hdd", &["--for", "virtuozzo"])] {
         for format in ["expanding", "preallocated", "plain"] {
             let path = dir.path().join(format!("{format}-{name}"));
-            let args = ["-s", "20M", "--image-version", "1", "-f", format];
-            create(&path, &[&args[..], product].concat())?;
+            let args = ["-f", format, "-s", "20M", "--image-version", "1"];
+            let args = &args[..if format == "plain" { 4 } else { 6 }];
+            create(&path, &[args, product].concat())?;
             let descriptor = path.join("DiskDescriptor.xml");
             let done = command::run(&mut ploop(&["snapshot"], &descriptor))?;
             if format == "plain" && done.stderr.contains("Unknown ploop image version: 2") {

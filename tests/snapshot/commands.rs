@@ -9,7 +9,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-const TOP: &str = "{5fbaabe3-6958-40ff-92a7-860e329aab41}";
+pub(crate) const TOP: &str = "{5fbaabe3-6958-40ff-92a7-860e329aab41}";
 
 fn run(program: &str, args: &[&str]) -> std::io::Result<Output> {
     Command::new(program)
@@ -18,17 +18,17 @@ fn run(program: &str, args: &[&str]) -> std::io::Result<Output> {
         .output()
 }
 
-fn ploopfs(args: &[&str]) -> Output {
+pub(crate) fn ploopfs(args: &[&str]) -> Output {
     run(env!("CARGO_BIN_EXE_ploopfs"), args).expect("the program was built for this test")
 }
 
-fn story(output: &Output) -> String {
+pub(crate) fn story(output: &Output) -> String {
     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
     format!("{}{}", text(&output.stdout), text(&output.stderr))
 }
 
 /// What a command says that must work.
-fn does(args: &[&str]) -> String {
+pub(crate) fn does(args: &[&str]) -> String {
     let output = ploopfs(args);
     assert_eq!(
         output.status.code(),
@@ -39,7 +39,7 @@ fn does(args: &[&str]) -> String {
     String::from_utf8(output.stdout).expect("output is UTF-8")
 }
 
-fn fails(args: &[&str]) -> String {
+pub(crate) fn fails(args: &[&str]) -> String {
     let output = ploopfs(args);
     assert_eq!(
         output.status.code(),
@@ -63,7 +63,7 @@ fn has(program: &str) -> bool {
 }
 
 /// A directory on a file system that calls no hole of a file sparse: ploop 1.15 minds on ext4.
-fn directory() -> tempfile::TempDir {
+pub(crate) fn directory() -> tempfile::TempDir {
     let dir = tempfile::Builder::new()
         .prefix("snapshot")
         .tempdir_in("/dev/shm");
@@ -71,16 +71,16 @@ fn directory() -> tempfile::TempDir {
         .expect("a temporary directory")
 }
 
-fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().expect("temporary names are UTF-8")
 }
 
 /// What every program here can read: clusters of 32 KiB, whole.
-fn common(version: u8) -> ImageSpec {
+pub(crate) fn common(version: u8) -> ImageSpec {
     ImageSpec::new(version, 64, 6400).mapping(Mapped::Percent(40))
 }
 
-fn made(dir: &Path, name: &str, spec: &BundleSpec) -> PathBuf {
+pub(crate) fn made(dir: &Path, name: &str, spec: &BundleSpec) -> PathBuf {
     let path = dir.join(name);
     spec.write(&path).expect("the bundle is made");
     path
@@ -91,7 +91,7 @@ fn listed(path: &str) -> Value {
     serde_json::from_str(&text).expect("one JSON document")
 }
 
-fn rows(path: &str) -> Vec<Value> {
+pub(crate) fn rows(path: &str) -> Vec<Value> {
     listed(path)["snapshots"]
         .as_array()
         .expect("a list of snapshots")
@@ -99,7 +99,7 @@ fn rows(path: &str) -> Vec<Value> {
 }
 
 /// The bytes that each snapshot shows, read by this program; the top under its own name.
-fn shows(path: &str) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn shows(path: &str) -> BTreeMap<String, Vec<u8>> {
     use ploopfs::chain::bundle::Selection;
     use ploopfs::disk::{self, DiskOptions};
     use ploopfs::units::DiskOffset;
@@ -129,8 +129,8 @@ fn shows(path: &str) -> BTreeMap<String, Vec<u8>> {
     shown
 }
 
-/// Names, bytes and times of all files.
-fn traces(path: &Path) -> Vec<(String, Vec<u8>, i64, i64)> {
+/// Names, bytes and times of all files, and the time of the directory.
+pub(crate) fn traces(path: &Path) -> Vec<(String, Vec<u8>, i64, i64)> {
     let mut found: Vec<_> = fs::read_dir(path)
         .expect("a directory")
         .flatten()
@@ -140,9 +140,9 @@ fn traces(path: &Path) -> Vec<(String, Vec<u8>, i64, i64)> {
             let bytes = fs::read(entry.path()).expect("a file");
             (name, bytes, meta.mtime(), meta.mtime_nsec())
         })
-        // ploop's lock file, which whoever may write to a bundle makes.
-        .filter(|(name, ..)| !name.ends_with(".lck"))
         .collect();
+    let meta = fs::metadata(path).expect("a directory");
+    found.push((String::new(), Vec::new(), meta.mtime(), meta.mtime_nsec()));
     found.sort();
     found
 }
@@ -200,7 +200,8 @@ fn a_life_of_a_disk_with_snapshots() {
     assert_eq!(left.len(), 1, "{left:?}");
     assert!(shows(path)[TOP] == now);
     let names: Vec<String> = traces(&bundle).into_iter().map(|found| found.0).collect();
-    assert_eq!(names.len(), 3, "{names:?}");
+    // The directory itself, the descriptor, its names, the image, and ploop's lock file.
+    assert_eq!(names.len(), 5, "{names:?}");
     does(&["check", path]);
 }
 
