@@ -524,8 +524,8 @@ impl Look<'_> {
                 .any(|end| *name == format!("{descriptor_name}{end}"))
             {
                 let text = format!(
-                    "{name}: a change of the bundle runs or was interrupted; to repeat the command, \
-                     or the next change, clears that away"
+                    "{name}: a change of the bundle runs or was interrupted; repeating the \
+                     command, or the next change, clears that away"
                 );
                 self.found(Severity::Leak, "left-over", text);
             } else if is_image(&directory, name) {
