@@ -50,18 +50,6 @@ pub(crate) fn fails(args: &[&str]) -> String {
     story(&output)
 }
 
-fn has(program: &str) -> bool {
-    let found = run(program, &["--version"]).is_ok();
-    assert!(
-        found || std::env::var_os("CI").is_none(),
-        "{program} is missing"
-    );
-    if !found {
-        eprintln!("skipped: {program} is missing");
-    }
-    found
-}
-
 /// A directory on a file system that calls no hole of a file sparse: ploop 1.15 minds on ext4.
 pub(crate) fn directory() -> tempfile::TempDir {
     let dir = tempfile::Builder::new()
