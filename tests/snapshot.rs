@@ -9,6 +9,10 @@ mod cuts;
 mod forge;
 #[path = "snapshot/host.rs"]
 mod host;
+#[path = "snapshot/manners.rs"]
+mod manners;
+#[path = "snapshot/sizes.rs"]
+mod sizes;
 #[path = "snapshot/steps.rs"]
 mod steps;
 #[path = "snapshot/world.rs"]

@@ -3,7 +3,8 @@
 //! Order, and what each reordering would break:
 //!
 //! 1. all files are made and synced, the last of them the descriptor, under a temporary name
-//!    (`NAME.creating.` and eight digits), which no program takes for a disk;
+//!    (`NAME.creating.` and eight digits, of a long name its start), which no program takes for a
+//!    disk;
 //! 2. a bundle's directory is synced;
 //! 3. the temporary name becomes the disk's, unless somebody has taken that meanwhile. Before 1 or
 //!    2, a power cut could leave a disk under its own name with files that are not whole;
@@ -37,7 +38,11 @@ use std::sync::Arc;
 /// Bytes of a cluster where none are asked for.
 pub const CLUSTER_BYTES: u64 = 1 << 20;
 /// What a temporary name has behind the disk's.
-pub(super) const CREATING: &str = ".creating.";
+const CREATING: &str = ".creating.";
+/// What a flat file has behind that.
+const FLAT: &str = ".flat";
+/// The most bytes of a name on any usual file system.
+const NAME_MAX: usize = 255;
 
 /// How the disk's bytes are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -211,6 +216,19 @@ impl Ids {
             uid,
         })
     }
+
+    /// What a disk of this name is called until it is whole. Long names lose their end: theirs and
+    /// what is put behind it have room together.
+    #[must_use]
+    pub fn temporary_name(&self, name: &str) -> String {
+        let end = format!("{CREATING}{}", self.temporary);
+        let most = NAME_MAX.saturating_sub(end.len() + FLAT.len());
+        let mut kept = name.len().min(most);
+        while !name.is_char_boundary(kept) {
+            kept -= 1;
+        }
+        format!("{}{end}", &name[..kept])
+    }
 }
 
 /// Makes the disk that a request asks for.
@@ -222,7 +240,7 @@ pub fn create(path: &Path, request: &Request, progress: &Progress) -> Result<Pla
     match &request.file_system {
         None => create_in(&parent, name, &plan, &ids, progress, |_| Ok(()))?,
         Some(file_system) => {
-            let flat = format!("{name}{CREATING}{}.flat", ids.temporary);
+            let flat = format!("{}{FLAT}", ids.temporary_name(name));
             let content = mkfs::content(&parent, &flat, plan.size_bytes(), file_system, progress)?;
             create_in(&parent, name, &plan, &ids, progress, |file| {
                 content.copy_to(file, plan.shape.cluster, progress)
@@ -345,7 +363,7 @@ pub(super) fn make_in(
     make: impl FnOnce(&Place) -> Result<()>,
 ) -> Result<()> {
     refuse_existing(parent, name)?;
-    let temporary = format!("{name}{CREATING}{}", ids.temporary);
+    let temporary = ids.temporary_name(name);
     // Nothing of that name is ours yet, so what fails here has nothing to remove.
     let place = if is_bundle {
         Place::Bundle(parent.create_directory(&temporary)?)

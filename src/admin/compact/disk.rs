@@ -139,6 +139,7 @@ impl Session {
 
     /// Compacts the tops of all parts.
     pub fn compact(&self, request: &Request, progress: &Progress) -> Result<DiskCompact> {
+        self.images.claim()?;
         self.each(request, progress, compact_image)
     }
 }
