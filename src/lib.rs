@@ -64,6 +64,8 @@
 //!   [`admin::merge`], [`admin::snapshot`].
 //! * How is a disk changed while nobody has it open? [`admin`]; its steps are numbered where they
 //!   are made: [`admin::repair`], [`admin::resize`], [`admin::merge`], [`admin::bundle`].
+//! * How do the file systems on a disk give back what they do not use? [`fuse::volumes`],
+//!   [`fuse::trim`](mod@fuse::trim).
 //! * What happens at open? [`disk::open`](mod@disk::open).
 //! * How is a disk of any kind read, ours or another program's? [`admin::source`].
 //! * How does a mount start and end? [`fuse::daemon`], [`fuse::signals`], [`cli`].

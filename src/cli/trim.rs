@@ -151,7 +151,11 @@ pub(super) fn run(
         report.data = Some("the files on the disk are what they were".into());
         report
     })?;
-    closed.map_err(|e| failed(&e))?;
+    closed.map_err(|e| {
+        let mut report = failed(&e);
+        report.data = Some("what the file systems had on the disk is there; repeat it".into());
+        report
+    })?;
     Ok(done)
 }
 

@@ -10,14 +10,18 @@ use crate::support::guards::text;
 use crate::support::harness::trial;
 use crate::support::probe::Need;
 use crate::support::{self, Outcome, command, fingerprint, scratch, scratch_tmpfs};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use nix::pty::openpty;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
@@ -27,6 +31,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("zeros_are_given_back", &[], zeros),
         trial("holes_are_filled_on_request", &[], holes),
         trial("a_plan_is_shown_and_asked_for", &[], questions),
+        trial("a_signal_ends_a_question", &[], signals_at_questions),
         trial("refusals_and_dry_runs_change_nothing", &[], refusals),
     ]
 }
@@ -217,6 +222,49 @@ fn questions() -> Outcome {
     // With nothing to do there is nothing to ask.
     let done = command::run(command::ploopfs(&["compact"]).arg(&path))?.expect_code(0)?;
     ensure!(done.text().contains("nothing to do"), "{}", done.story());
+    Ok(())
+}
+
+/// Ends a command by a signal while it waits for an answer.
+fn ended_at_its_question(args: &[&str], path: &Path) -> Outcome {
+    let terminal = openpty(None, None)?;
+    let mut line = command::ploopfs(&args[..1]);
+    line.args(&args[1..args.len() - 1]).arg(path);
+    line.args(args.last().filter(|last| !last.is_empty()));
+    line.stdin(Stdio::from(terminal.slave))
+        .stdout(Stdio::null());
+    let mut child = line.stderr(Stdio::piped()).spawn()?;
+    let mut said = Vec::new();
+    let mut stderr = child.stderr.take().context("a pipe")?;
+    while !said.ends_with(b"[y/N] ") {
+        let mut byte = [0];
+        stderr.read_exact(&mut byte)?;
+        said.extend(byte);
+    }
+    kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM)?;
+    let ended = command::eventually(Duration::from_secs(10), || {
+        child.try_wait()?.context("it still waits for an answer")
+    });
+    if ended.is_err() {
+        child.kill()?;
+        child.wait()?;
+    }
+    ensure!(ended?.signal() == Some(Signal::SIGTERM as i32), "{args:?}");
+    drop(terminal.master);
+    Ok(())
+}
+
+/// Nobody waits for an operation that has not begun.
+fn signals_at_questions() -> Outcome {
+    let dir = scratch()?;
+    let path = dir.path().join("x.hds");
+    let mut spec = ImageSpec::new(2, 64, 6400).mapping(Mapped::List(vec![1, 2]));
+    spec.layout = Layout::Gaps(1);
+    spec.write(&path)?;
+    let before = fingerprint(&path)?;
+    ended_at_its_question(&["compact", "--defrag", ""], &path)?;
+    ended_at_its_question(&["resize", "--shrink", "1M"], &path)?;
+    ensure!(fingerprint(&path)? == before);
     Ok(())
 }
 

@@ -154,7 +154,11 @@ fn xfs(device: &dyn Bytes) -> io::Result<Fit> {
         Some((blocks.checked_mul(bytes)?, log_blocks.checked_mul(bytes)?))
     };
     let broken = in_use("its log makes no sense");
-    let Some((start, len)) = place().filter(|(_, len)| *len <= LOG_BYTES_MAX) else {
+    let is_there = |(start, len): &(u64, u64)| {
+        let end = start.checked_add(*len);
+        *len <= LOG_BYTES_MAX && end.is_some_and(|end| end <= device.size())
+    };
+    let Some((start, len)) = place().filter(is_there) else {
         return Ok(broken);
     };
     match last_record(device, start, len) {
