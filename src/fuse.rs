@@ -48,7 +48,9 @@ mod requests;
 mod rules;
 pub mod session;
 pub mod signals;
+pub mod trim;
 mod views;
+pub mod volumes;
 
 pub use nodes::Shape;
 pub use views::Opener;

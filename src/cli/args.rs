@@ -420,8 +420,15 @@ pub struct ResizeArgs {
 Examples:
   ploopfs compact disk.hdd
   ploopfs compact --zeroes disk.hdd       and free clusters that hold only zeros
+  ploopfs compact --trim --yes disk.hdd   and what its file systems do not use
   ploopfs compact --dry-run --zeroes disk.hdd")]
 pub struct CompactArgs {
+    /// First let the file systems on the disk discard what they do not use (root only)
+    #[arg(long)]
+    pub trim: bool,
+    /// Trim file systems that were not unmounted, too
+    #[arg(long, requires = "trim")]
+    pub force: bool,
     /// Free clusters that hold nothing but zeros
     #[arg(long)]
     pub zeroes: bool,
@@ -437,6 +444,9 @@ pub struct CompactArgs {
     /// Show what would be done and change nothing
     #[arg(short = 'n', long)]
     pub dry_run: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
     /// Say nothing when it worked
     #[arg(short, long)]
     pub quiet: bool,
