@@ -3,6 +3,8 @@
 //! The kinds are in `matrix/kinds.rs`, the commands below. In each cell what every snapshot shows
 //! is held against what it showed before, byte by byte; qemu-img and ploop must find nothing to
 //! say. At its end the program prints the table; a cell that is missing is a failure.
+//!
+//! `PLOOPFS_COMMAND` names a single command to try, `PLOOPFS_TIMES` shows how long each cell takes.
 
 #[path = "matrix/case.rs"]
 mod case;
@@ -93,14 +95,17 @@ fn as_made(case: &Case) -> Verdict {
     Ok(None)
 }
 
+/// One command, where the environment names one, else all.
+fn is_asked_for(name: &str) -> bool {
+    std::env::var("PLOOPFS_COMMAND").is_ok_and(|one| one == name)
+        || std::env::var_os("PLOOPFS_COMMAND").is_none()
+}
+
 fn row(number: usize, kind: Kind) -> support::Outcome {
     let case = Case::new(kind)?;
     let mut failed = Vec::new();
-    let one = std::env::var("PLOOPFS_COMMAND").ok();
-    for (name, test) in COMMANDS {
-        if one.as_deref().is_some_and(|one| one != name) {
-            continue;
-        }
+    for (name, test) in COMMANDS.into_iter().filter(|(name, _)| is_asked_for(name)) {
+        case.after_ploop.set(name.contains("ploop"));
         let started = std::time::Instant::now();
         let cell = match test(&case) {
             Ok(None) => Cell::Ok,
@@ -133,8 +138,12 @@ fn main() {
     let tried = commands.clone();
     let told = move || verbs::all_are_tried_and_told(&tried);
     trials.push(harness::trial("all_verbs_are_tried_and_told", NEEDS, told));
+    let asked: Vec<_> = commands
+        .into_iter()
+        .filter(|name| is_asked_for(name))
+        .collect();
     harness::main_then(trials, || {
-        let (text, wrong) = table::render(&names, &commands);
+        let (text, wrong) = table::render(&names, &asked);
         println!("{text}");
         wrong
     })

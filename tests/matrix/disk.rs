@@ -219,9 +219,20 @@ pub(crate) fn scribble(image: &Path, seed: u64, percent: u64, gap: u64) -> Resul
         let left = fields.sectors - number * fields.cluster;
         file.write_all_at(&cluster(seed, number, fields.cluster, left), entry * unit)?;
     }
-    // The flag that says "empty" is no longer true.
-    let flags = fields.flags & !1;
-    file.write_all_at(&flags.to_le_bytes(), 52)?;
+    clear_empty(image)
+}
+
+/// The flag that says "empty" goes where it is not true.
+pub(crate) fn clear_empty(image: &Path) -> Result<()> {
+    let file = File::options().read(true).write(true).open(image)?;
+    let Some(fields) = reader::fields(&file)? else {
+        return Ok(());
+    };
+    let mut entries = vec![0; usize::try_from(4 * fields.entries)?];
+    file.read_exact_at(&mut entries, 64)?;
+    if fields.flags & 1 != 0 && entries.iter().any(|byte| *byte != 0) {
+        file.write_all_at(&(fields.flags & !1).to_le_bytes(), 52)?;
+    }
     Ok(())
 }
 

@@ -4,9 +4,9 @@
 //! Imports: `case`, `disk`, `forge`, `peers`, `support`.
 //! Never: kills anything but the program that it has started.
 //!
-//! A kill loses nothing that the host has taken, so memory does as well as a disk; what a power cut
-//! may leave is enumerated in a simulation. `PLOOPFS_SEEDS` is the number of rounds of each command,
-//! `PLOOPFS_SEED` decides the moments.
+//! A kill loses nothing that the host has taken, so memory does as well as a disk; what a power
+//! cut may leave is enumerated in a simulation. `PLOOPFS_SEEDS` is the number of rounds of each
+//! command, `PLOOPFS_SEED` decides the moments.
 
 use crate::case::{does, expect_no_others, run};
 use crate::disk::{self, Contents};

@@ -311,9 +311,10 @@ impl Kind {
                  \x20       <File>{name}</File>\n      </Image>\n    </Storage>\n{rest}"
             );
         }
+        let parent = bundle.guid(0);
         let shot = format!(
-            "    <Shot>\n      <GUID>{SIDE}</GUID>\n      <ParentGUID>{}</ParentGUID>\n    </Shot>\n",
-            bundle.guid(0)
+            "    <Shot>\n      <GUID>{SIDE}</GUID>\n      \
+             <ParentGUID>{parent}</ParentGUID>\n    </Shot>\n"
         );
         let whole = whole.replace("  </Snapshots>\n", &format!("{shot}  </Snapshots>\n"));
         fs::write(disk.join(XML), whole)?;

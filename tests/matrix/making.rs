@@ -86,7 +86,7 @@ fn expect_flat(case: &Case, made: &Path) -> Outcome {
     does(&["check", "-q"], made, &[])?;
     peers::qemu_check(&image)?;
     peers::qemu_compare(&view, &view.top, &raw)?;
-    peers::ploop_check(&image, made.parent().context("a directory")?)?;
+    peers::ploop_check(&image, made.parent().context("a directory")?, false)?;
     if made.is_dir() {
         peers::ploop_list(made, &view)?;
     }
