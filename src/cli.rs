@@ -58,6 +58,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => return ExitCode::from(usage(&e, &args)),
     };
+    progress::choose(cli.progress);
     let result = run(&cli);
     if let Err(report) = &result {
         report.print(cli.json);

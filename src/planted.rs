@@ -100,6 +100,8 @@ bugs! {
     FreedNotSynced,
     /// The header of another size is written before what its table covers is zeroed.
     ResizedEarly,
+    /// The end of a disk that shrinks goes before the header has the new size.
+    CutEarly,
     /// The descriptor gets the new size of the disk before the header has it.
     DescriptorEarly,
     /// The in-use mark of a resized image goes before the descriptor is right.

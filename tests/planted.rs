@@ -24,6 +24,8 @@ mod sim;
 mod sizes;
 #[path = "check/stage.rs"]
 mod stage;
+#[path = "resize/stopping.rs"]
+mod stopping;
 
 use ploopfs::disk::{self, DiskOptions, DoneReply, Resources};
 use ploopfs::error::{ErrorKind, Result};
@@ -168,11 +170,12 @@ fn each_planted_bug_of_a_repair_is_found() {
 }
 
 /// Bugs of `resize` and `compact`, which have a test of their own below.
-const OF_SIZES: [Bug; 6] = [
+const OF_SIZES: [Bug; 7] = [
     Bug::FreedNotSynced,
     Bug::MovedNotSynced,
     Bug::OldPlaceEarly,
     Bug::ResizedEarly,
+    Bug::CutEarly,
     Bug::DescriptorEarly,
     Bug::UnmarkedEarly,
 ];

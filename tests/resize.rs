@@ -10,6 +10,7 @@ mod bundles;
 mod forge;
 #[path = "resize/interop.rs"]
 mod interop;
+#[allow(dead_code)]
 #[path = "resize/net.rs"]
 mod net;
 #[path = "resize/refusals.rs"]
@@ -18,6 +19,8 @@ mod refusals;
 mod sim;
 #[path = "resize/sizes.rs"]
 mod sizes;
+#[path = "resize/stopping.rs"]
+mod stopping;
 mod support;
 
 use libtest_mimic::Trial;

@@ -123,3 +123,28 @@ fn a_reader_that_has_gone_is_no_panic() {
     let output = child.wait_with_output().expect("it ends");
     assert!(output.stderr.is_empty(), "{}", stderr(&output));
 }
+
+#[test]
+fn progress_is_told_as_it_is_wanted() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (from, to) = (dir.path().join("a.raw"), dir.path().join("b.hds"));
+    fs::write(&from, vec![7; 3 << 20]).expect("it can be written");
+    let (from, to) = (from.to_str().expect("UTF-8"), to.to_str().expect("UTF-8"));
+    for (when, begins) in [
+        ("json", "{\"progress\":"),
+        ("always", "ploopfs: "),
+        ("never", ""),
+    ] {
+        let args = ["convert", "-q", "--progress", when, "-O", "hds", from, to];
+        let output = ploopfs(&args);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let said = stderr(&output);
+        assert_eq!(said.is_empty(), begins.is_empty(), "{when}: {said}");
+        assert!(said.lines().all(|line| line.starts_with(begins)), "{said}");
+        fs::remove_file(to).expect("it was made");
+    }
+    assert_eq!(
+        ploopfs(&["list", "--progress", "yes"]).status.code(),
+        Some(1)
+    );
+}

@@ -23,7 +23,7 @@
 pub mod host;
 mod pending;
 
-use crate::admin::bundle::pending::Pending;
+use crate::admin::bundle::pending::{Listed, Pending};
 pub use crate::chain::bundle::PENDING;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::edit::{Edit, EditError, edit};
@@ -165,7 +165,7 @@ impl<'a> Bundle<'a> {
             self.directory.remove(&name)?;
             gone = true;
         }
-        let ends = ["", BACKUP, names::OWN_END, ".lck"];
+        let ends = ["", BACKUP, names::OWN_END, ".lck", PENDING];
         for end in ends.map(|end| format!("{end}{NEW}")) {
             let name = format!("{}{end}", self.name);
             if has(&name) {
@@ -194,9 +194,33 @@ impl<'a> Bundle<'a> {
         }
         let storage = self.directory.open(&list, false)?;
         let pending = Pending::decode(&read_small(&*storage, xml::BYTES_MAX)?);
-        let mut names = pending.map(|pending| pending.names).unwrap_or_default();
-        names.retain(|name| there.contains(name) && !self.names(name));
-        Ok(names)
+        let mut waste = Vec::new();
+        for listed in pending.map(|pending| pending.names).unwrap_or_default() {
+            let name = listed.name().to_owned();
+            if there.contains(&name) && !self.names(&name) && self.is_meant(&listed)? {
+                waste.push(name);
+            }
+        }
+        Ok(waste)
+    }
+
+    /// True where the file of a listed name is the one that was listed.
+    fn is_meant(&self, listed: &Listed) -> Result<bool> {
+        match listed {
+            Listed::Name(_) => Ok(true),
+            Listed::Proven(name, ..) => match self.proven(name, name) {
+                Ok(found) => Ok(found == *listed),
+                Err(e) if e.kind() == ErrorKind::OutsideBundle => Ok(false),
+                Err(e) => Err(e),
+            },
+        }
+    }
+
+    /// What is listed of a file that has one name and is to have another.
+    fn proven(&self, there: &str, name: &str) -> Result<Listed> {
+        let file = self.directory.open(there, false)?;
+        let inode = file.file_id().map(|id| id.inode);
+        Ok(Listed::Proven(name.to_owned(), inode, file.len()?.get()))
     }
 
     /// The names that no new file may have.
@@ -221,11 +245,30 @@ impl<'a> Bundle<'a> {
         }
         self.files.claim()?;
         let list = format!("{}{PENDING}", self.name);
+        let names = names.iter().cloned().map(Listed::Name);
         let pending = Pending {
-            names: names.to_vec(),
+            names: names.collect(),
         };
         self.write_new(&list, &pending.encode(), None)?;
         self.directory.sync()
+    }
+
+    /// The end of step 2 for new files whose names somebody has chosen. Until they are whole they
+    /// have others, which nobody would choose, from `names`, what was announced. Now the list also
+    /// has the chosen names with what their files are, and then the files get them, which is
+    /// durable with the next step. A name that is listed by itself might come to be a user's.
+    pub fn name_new(&self, names: &[String], pairs: &[(&str, &str)]) -> Result<()> {
+        if pairs.is_empty() {
+            return Ok(());
+        }
+        let mut listed: Vec<Listed> = names.iter().cloned().map(Listed::Name).collect();
+        for (temporary, name) in pairs {
+            listed.push(self.proven(temporary, name)?);
+        }
+        let pending = Pending { names: listed };
+        self.put(PENDING, &pending.encode())?;
+        let mut pairs = pairs.iter();
+        pairs.try_for_each(|(temporary, name)| self.directory.rename_new(temporary, name))
     }
 
     /// Replaces a small file beside the descriptor, or removes it where there are no bytes.

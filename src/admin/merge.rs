@@ -21,17 +21,22 @@
 //! 6. The mark goes. Earlier, and a power cut could leave a closed image whose entries are lost.
 //!
 //! Then the descriptor can name the lower file in place of the upper ones, which go last
-//! ([`crate::admin::bundle`]).
+//! ([`crate::admin::bundle`]). Where no descriptor holds the images together ([`loose`]) the upper
+//! ones stay.
 
 mod copy;
+mod examine;
+pub mod loose;
+
+pub use examine::{examine_new, refuse_bitmaps};
 
 use crate::admin::merge::copy::{Run, copy_run, join};
 use crate::admin::progress::Progress;
 use crate::admin::resize;
-use crate::delta::image::{Image, header_error};
+use crate::delta::image::Image;
 use crate::delta::in_use::InUseMark;
 use crate::delta::survey::{Fault, Survey, survey};
-use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat::EntryError;
 use crate::format::chs::Chs;
 use crate::format::header::{FLAG_CONVERTING, Header, RawHeader, Version};
@@ -109,85 +114,6 @@ impl Merge<'_> {
         self.lower.header().is_some() && self.lower.disk_len() > self.disk_len()
     }
 
-    /// Finds out whether the images can be merged, and what that takes. Changes nothing.
-    pub fn examine(&self) -> Result<Amount> {
-        let sources = self.uppers.iter();
-        for image in sources.chain([self.lower]) {
-            let Some(layout) = image.layout() else {
-                continue;
-            };
-            if layout.cluster() != self.cluster {
-                let (own, wanted) = (layout.cluster().bytes(), self.cluster.bytes());
-                let why = format!("clusters of {own} bytes here, of {wanted} bytes in the disk");
-                return Err(bad_size(why, image));
-            }
-        }
-        for image in self.uppers {
-            self.readable(image)?;
-        }
-        let used = match self.lower.header() {
-            Some(header) => Some(self.writable(header)?),
-            None => None,
-        };
-        let mut amount = Amount::default();
-        self.each_window(&mut |moves| {
-            for item in moves {
-                amount.clusters += 1;
-                amount.fresh += u64::from(item.place == Place::Fresh);
-                amount.bytes += item.len;
-            }
-            Ok(())
-        })?;
-        if let Some(used) = used {
-            self.has_room(used, amount.fresh)?;
-        }
-        Ok(amount)
-    }
-
-    /// Every entry of an upper image must lead to its content: what cannot be read is lost with the
-    /// image.
-    fn readable(&self, image: &Image) -> Result<()> {
-        let Some(layout) = image.layout() else {
-            return Ok(());
-        };
-        let clusters = self.cluster.count_for(image.disk_len()).get();
-        let mut first = 0;
-        while first < clusters {
-            let found = entries(image, first, WINDOW)?;
-            for (entry, number) in found.iter().zip(first..clusters) {
-                let check = || layout.check_entry(*entry, image.len());
-                if let (true, Err(why)) = (*entry != 0, check()) {
-                    let error = Error::new(ErrorKind::Corrupt).because(why);
-                    return Err(error
-                        .in_file(image.path())
-                        .at_cluster(DiskCluster::new(number))
-                        .fix(REPAIR_HINT));
-                }
-            }
-            first += len_u64(WINDOW);
-        }
-        Ok(())
-    }
-
-    /// The clusters that the lower image uses, where it can be written to.
-    fn writable(&self, header: &Header) -> Result<u64> {
-        if let Some(refusal) = header.write_refusal() {
-            return Err(header_error(refusal).in_file(self.lower.path()));
-        }
-        let found = survey(self.lower, header)?;
-        self.sound(&found)?;
-        let layout = self.grown_layout(header)?;
-        if let Some(request) = self.resize_first(&layout) {
-            resize::plan_image(&**self.lower.storage(), &[], &request)
-                .map_err(|e| e.in_file(self.lower.path()))?;
-        } else if layout.table_end() > layout.data_start() {
-            let why = "the table of the lower image has no room for the entries of the upper one";
-            return Err(bad_size(why.to_owned(), self.lower)
-                .fix("merge into a new file: `ploopfs merge --into-new FILE`"));
-        }
-        Ok(found.used.len())
-    }
-
     fn grown_layout(&self, header: &Header) -> Result<Layout> {
         let grown = self.grown(header)?;
         let (entries, first) = (grown.entry_count, grown.first_block);
@@ -238,22 +164,6 @@ impl Merge<'_> {
         }
     }
 
-    fn has_room(&self, used: u64, fresh: u64) -> Result<()> {
-        let Some(layout) = self.lower.layout() else {
-            return Ok(());
-        };
-        let unit = match layout.version() {
-            Version::V1 => self.cluster.sectors().get(),
-            Version::V2 => 1,
-        };
-        let needed = layout.first_cluster().get() + used + fresh;
-        if needed > u64::from(u32::MAX) / unit {
-            let why = "the lower image would be larger than its version can be";
-            return Err(bad_size(why.to_owned(), self.lower));
-        }
-        Ok(())
-    }
-
     /// The lower image's header with room for the upper disk.
     fn grown(&self, header: &Header) -> Result<RawHeader> {
         let mut raw = *header.raw();
@@ -278,37 +188,22 @@ impl Merge<'_> {
 
     /// Plans the whole merge, a run of clusters at a time.
     fn each_window(&self, each: &mut dyn FnMut(&[Move]) -> Result<()>) -> Result<()> {
-        let disk_len = self.disk_len();
-        let clusters = self.cluster.count_for(disk_len).get();
-        let mut first = 0;
-        while first < clusters {
-            let left = usize::try_from(clusters - first).unwrap_or(usize::MAX);
-            let count = left.min(self.window);
-            let mut tables = Vec::with_capacity(self.uppers.len());
-            for image in self.uppers {
-                tables.push(entries(image, first, count)?);
-            }
-            let own = entries(self.lower, first, count)?;
-            let uppers: Vec<Upper<'_>> = self
-                .uppers
-                .iter()
-                .zip(&tables)
-                .map(|(image, entries)| Upper {
-                    piece: piece(image, entries),
-                    disk_len: image.disk_len(),
-                })
-                .collect();
-            let lower = piece(self.lower, &own);
-            let start = DiskCluster::new(first);
-            let moves = plan_merge(self.cluster, start, count, disk_len, &uppers, lower);
-            each(&moves.collect::<Vec<_>>())?;
-            first += len_u64(count);
-        }
-        Ok(())
+        let lower = Lower::There(self.lower);
+        windows(self.uppers, lower, self.cluster, self.window, each)
     }
 
     /// Moves the content. What is interrupted is to be repeated.
     pub fn carry_out(&self, progress: &Progress) -> Result<()> {
+        self.carry(progress, WhenStopped::Close)
+    }
+
+    /// The same for a lower image that nothing but its mark tells to be half merged: it keeps it
+    /// where the user stops the merge.
+    pub fn carry_out_marked(&self, progress: &Progress) -> Result<()> {
+        self.carry(progress, WhenStopped::Keep)
+    }
+
+    fn carry(&self, progress: &Progress, stopped: WhenStopped) -> Result<()> {
         let storage = &**self.lower.storage();
         let here = |e: Error| e.in_file(self.lower.path());
         storage.sync_data().map_err(here)?;
@@ -318,8 +213,8 @@ impl Merge<'_> {
                     lower: &lower,
                     ..*self
                 }
-                .fill_table(lower.header().unwrap_or(header), progress),
-                None => self.fill_table(header, progress),
+                .fill_table(lower.header().unwrap_or(header), progress, stopped),
+                None => self.fill_table(header, progress, stopped),
             },
             None => self.fill_plain(progress),
         }
@@ -387,7 +282,12 @@ impl Merge<'_> {
         runs.par_iter().try_for_each(one)
     }
 
-    fn fill_table(&self, header: &Header, progress: &Progress) -> Result<()> {
+    fn fill_table(
+        &self,
+        header: &Header,
+        progress: &Progress,
+        when_stopped: WhenStopped,
+    ) -> Result<()> {
         let storage = &**self.lower.storage();
         let here = |e: Error| e.in_file(self.lower.path());
         let mut mark = InUseMark::new(*header.raw());
@@ -419,9 +319,10 @@ impl Merge<'_> {
         };
         let moved = on_whole.each_window(&mut |moves| on_whole.window(moves, &mut free, progress));
         // Stopped by the user: every entry so far was written behind its data, so the image is
-        // whole, if larger than it need be. It is frozen, and nothing would ever close it.
+        // whole, if larger than it need be. Frozen in a bundle, nothing would ever close it.
+        let is_closing = when_stopped == WhenStopped::Close;
         let stopped = match moved {
-            Err(error) if error.kind() == ErrorKind::Interrupted => Some(error),
+            Err(error) if error.kind() == ErrorKind::Interrupted && is_closing => Some(error),
             Err(error) => return Err(error),
             Ok(()) => None,
         };
@@ -500,6 +401,66 @@ impl Merge<'_> {
         }
         write_entries(storage, &named).map_err(here)
     }
+}
+
+/// What becomes of the in-use mark where the user stops a merge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum WhenStopped {
+    Close,
+    Keep,
+}
+
+/// What takes the content.
+#[derive(Clone, Copy, Debug)]
+enum Lower<'a> {
+    There(&'a Image),
+    /// It is new, and has nothing yet.
+    New(&'a Layout),
+}
+
+/// Plans a merge, a run of clusters at a time.
+fn windows(
+    uppers: &[Image],
+    lower: Lower<'_>,
+    cluster: ClusterSize,
+    window: usize,
+    each: &mut dyn FnMut(&[Move]) -> Result<()>,
+) -> Result<()> {
+    let disk_len = uppers.last().map_or(0, Image::disk_len);
+    let clusters = cluster.count_for(disk_len).get();
+    let mut first = 0;
+    while first < clusters {
+        let left = usize::try_from(clusters - first).unwrap_or(usize::MAX);
+        let count = left.min(window);
+        let mut tables = Vec::with_capacity(uppers.len());
+        for image in uppers {
+            tables.push(entries(image, first, count)?);
+        }
+        let own = match lower {
+            Lower::There(image) => entries(image, first, count)?,
+            Lower::New(_) => Vec::new(),
+        };
+        let pieces: Vec<Upper<'_>> = uppers
+            .iter()
+            .zip(&tables)
+            .map(|(image, entries)| Upper {
+                piece: piece(image, entries),
+                disk_len: image.disk_len(),
+            })
+            .collect();
+        let lower = match lower {
+            Lower::There(image) => piece(image, &own),
+            Lower::New(layout) => Piece::Table {
+                layout,
+                entries: &own,
+            },
+        };
+        let start = DiskCluster::new(first);
+        let moves = plan_merge(cluster, start, count, disk_len, &pieces, lower);
+        each(&moves.collect::<Vec<_>>())?;
+        first += len_u64(count);
+    }
+    Ok(())
 }
 
 fn piece<'a>(image: &'a Image, entries: &'a [u32]) -> Piece<'a> {

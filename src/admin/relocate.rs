@@ -19,7 +19,7 @@ use crate::delta::walk;
 use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
 use crate::format::header::Header;
 use crate::format::layout::Layout;
-use crate::plan::repair::{ExtensionFacts, Severity, Trouble};
+use crate::plan::repair::{ExtensionFacts, Finding, Severity, Trouble};
 use crate::planted::{Bug, planted};
 use crate::storage::{Keep, Storage};
 use crate::units::{DiskCluster, FileOffset, len_u64, len_usize};
@@ -63,6 +63,26 @@ impl Sound {
 /// To change it, the file is synced first: what a killed program wrote may be in the host's cache
 /// only, and nothing must build on what a power cut takes back.
 pub(super) fn look(storage: &dyn Storage, change: bool, drop_bitmaps: bool) -> Result<Sound> {
+    sound(gathered(storage, change)?, drop_bitmaps)
+}
+
+/// The same, of an image whose shrinking may have been interrupted: words behind its entries that
+/// it has not yet cleared are what it was told to cut off, and the caller clears them.
+pub(super) fn look_at_cut(
+    storage: &dyn Storage,
+    change: bool,
+    drop_bitmaps: bool,
+) -> Result<Sound> {
+    let mut found = gathered(storage, change)?;
+    let report = &mut found.checked.report;
+    if report.has(Trouble::InUse.word()) {
+        let is_cut = |finding: &Finding| finding.trouble == Trouble::StraySlots;
+        report.findings.retain(|finding| !is_cut(finding));
+    }
+    sound(found, drop_bitmaps)
+}
+
+fn gathered(storage: &dyn Storage, change: bool) -> Result<Gathered> {
     if change {
         storage.sync_data()?;
     }
@@ -74,7 +94,7 @@ pub(super) fn look(storage: &dyn Storage, change: bool, drop_bitmaps: bool) -> R
         }
         found = check::gather(storage)?;
     }
-    sound(found, drop_bitmaps)
+    Ok(found)
 }
 
 fn unsupported(why: impl Into<String>) -> Error {
@@ -189,19 +209,51 @@ pub(super) struct Wanted {
 impl Wanted {
     /// How many clusters will be moved, and the end of the places that they take.
     pub(super) fn outlook(&self, sound: &Sound) -> Result<(u64, u64)> {
+        self.outlook_without(sound, 0, 0)
+    }
+
+    /// The same where only the first `kept` entries of the table stay: what the others name is not
+    /// moved, and leaves its place.
+    pub(super) fn outlook_when_cut(
+        &self,
+        storage: &dyn Storage,
+        sound: &Sound,
+        kept: u64,
+    ) -> Result<(u64, u64)> {
+        let (layout, grid) = (sound.header.layout(), sound.space.grid);
+        let (mut sources, mut targets) = (0, 0);
+        if kept < layout.entry_count().into() {
+            walk::words(storage, layout.table_end(), |at, bytes| {
+                check::entries(at, bytes, layout, |cluster, word| {
+                    let is_cut = word != 0 && cluster.is_some_and(|cluster| cluster >= kept);
+                    let number = grid.number(layout.entry_start(word).get());
+                    if let Some(number) = number.filter(|_| is_cut) {
+                        sources += u64::from(self.sources.contains(&number));
+                        targets += u64::from(self.targets.contains(&number));
+                    }
+                    Ok(())
+                })
+            })?;
+        }
+        self.outlook_without(sound, sources, targets)
+    }
+
+    /// Without so many of the sources, and with so many targets more.
+    fn outlook_without(&self, sound: &Sound, gone: u64, freed: u64) -> Result<(u64, u64)> {
         let space = &sound.space;
         let mut count = 0_u64;
         space.named.for_each(|number| {
             count += u64::from(self.sources.contains(&number));
             Ok(())
         })?;
+        count = count.saturating_sub(gone);
         let places = Places::new(space, self.targets.clone());
         let (mut taken, mut end) = (0, 0);
         for number in places.take(len_usize(count).unwrap_or(usize::MAX)) {
             taken += 1;
             end = number + 1;
         }
-        Ok((taken, end))
+        Ok(((taken + freed).min(count), end))
     }
 
     /// Moves them. The file must be as long as the places need it. Returns how many were moved.

@@ -1,29 +1,38 @@
 //! Gives a disk another size: every state that a kill or a power cut can leave opens, and the
 //! command repeated completes it.
 //!
-//! The order, each step durable before the next begins:
+//! The order of growing, each step durable before the next begins:
 //!
 //! 1. Sync the file, look at it, and decide. Nothing has been changed, and what refuses does so
 //!    here.
 //! 2. The in-use mark. Were it set later, an image in the middle of this could pass for a closed
 //!    one, and its descriptor for a right one.
-//! 3. Growing: the file is lengthened, and clusters that the longer table needs the place of are
-//!    moved (`relocate`). The old header still holds, and nothing is missing.
-//! 4. All slots after those that both tables have become 0: growing, they are the new entries, in
-//!    places that data has left; shrinking, they are the old entries of what is cut off. Before
-//!    step 3 was durable, data would go with them. What the disk's last cluster holds behind the
-//!    old end becomes 0 too, because the new size shows it.
-//! 5. Shrinking: clusters higher than any that the smaller table needs are moved down, as far as
-//!    there is room. Before step 4 their new places would not be free.
-//! 6. The header, in one write: number of entries, size of the disk, first block, and the mark as
+//! 3. The file is lengthened, and clusters that the longer table needs the place of are moved
+//!    (`relocate`). The old header still holds, and nothing is missing.
+//! 4. All slots after the entries of the old table become 0: they are the new entries, in places
+//!    that data has left. Before step 3 was durable, data would go with them. What the disk's last
+//!    cluster holds behind the old end becomes 0 too, because the new size shows it.
+//! 5. The header, in one write: number of entries, size of the disk, first block, and the mark as
 //!    it is. Before step 4 the new table would hold what the old clusters did. From here on the
 //!    image has its new size.
-//! 7. What nothing names is given back, by the new header: before it, places of the old table were
+//! 6. What nothing names is given back, by the new header: before it, places of the old table were
 //!    not free.
-//! 8. The descriptor, where there is one. Before step 6 it would promise what the image does not
+//! 7. The descriptor, where there is one. Before step 5 it would promise what the image does not
 //!    have. Until then reading shows the smaller of the two sizes, and nobody else writes.
-//! 9. The in-use mark goes. Earlier, and an image and a descriptor that contradict each other could
+//! 8. The in-use mark goes. Earlier, and an image and a descriptor that contradict each other could
 //!    look as if somebody had made them so.
+//!
+//! Shrinking loses what is cut off in one write, and nothing of it before. After steps 1 and 2:
+//!
+//! 3. The header, in one write: number of entries and size of the disk, but the old first block, so
+//!    that the entries that are cut off are slots of the table that mean nothing. From here on the
+//!    image has its new size. Were any of them cleared before, an interrupted command would leave a
+//!    disk of the old size without its end.
+//! 4. Those slots become 0. Before the header they were the disk's.
+//! 5. Clusters higher than any that the smaller table needs are moved down, as far as there is
+//!    room. Before step 4 a check would not tell what was cut off from what is free.
+//! 6. The header with the new first block. Before step 4 old entries would be data.
+//! 7. And on with step 6 of growing.
 
 pub mod disk;
 mod plain;
@@ -114,6 +123,8 @@ struct Plan {
     wanted: Wanted,
     /// End of the file that the moves and the longer table need, in bytes.
     end: u64,
+    /// The disk has its new size, and a smaller table is still to come.
+    is_half_cut: bool,
     told: Planned,
 }
 
@@ -133,7 +144,7 @@ pub fn plan_image(storage: &dyn Storage, lower: &[Image], request: &Request) -> 
 }
 
 fn plan(storage: &dyn Storage, lower: &[Image], request: &Request, change: bool) -> Result<Plan> {
-    let sound = relocate::look(storage, change, request.drop_bitmaps)?;
+    let sound = relocate::look_at_cut(storage, change, request.drop_bitmaps)?;
     let header = &sound.header;
     let (layout, before) = (header.layout(), header.size());
     let cluster = layout.cluster();
@@ -141,8 +152,12 @@ fn plan(storage: &dyn Storage, lower: &[Image], request: &Request, change: bool)
         true => request.size,
         false => rounded(request.size, cluster.sectors(), before),
     };
+    let half_cut = Some(header)
+        .filter(|_| after == before && sound.is_marked())
+        .and_then(|header| header.resized(after))
+        .filter(|resized| is_smaller(resized, header.raw()));
     let resized = match after {
-        _ if after == before => Some(*header.raw()),
+        _ if after == before => Some(half_cut.unwrap_or(*header.raw())),
         SectorCount::ZERO => None,
         _ => header.resized(after),
     };
@@ -157,16 +172,14 @@ fn plan(storage: &dyn Storage, lower: &[Image], request: &Request, change: bool)
     } else {
         let limit = new_first.saturating_add(resized.entry_count.into());
         let limit = limit.max(first);
+        let is_cut = after < before || half_cut.is_some();
         Wanted {
-            sources: if after == before {
-                0..0
-            } else {
-                limit..u64::MAX
-            },
+            sources: if is_cut { limit..u64::MAX } else { 0..0 },
             targets: first..limit,
         }
     };
-    let (moves, last) = wanted.outlook(&sound)?;
+    let kept = u64::from(layout.entry_count().min(resized.entry_count));
+    let (moves, last) = wanted.outlook_when_cut(storage, &sound, kept)?;
     let end = last.max(new_first).saturating_mul(cluster.bytes());
     let told = Planned {
         before,
@@ -182,8 +195,14 @@ fn plan(storage: &dyn Storage, lower: &[Image], request: &Request, change: bool)
         resized,
         wanted,
         end,
+        is_half_cut: half_cut.is_some(),
         told,
     })
+}
+
+/// The table of a header is longer than that of the other, or begins its data later.
+fn is_smaller(resized: &RawHeader, raw: &RawHeader) -> bool {
+    resized.entry_count < raw.entry_count || resized.first_block < raw.first_block
 }
 
 fn impossible(size: SectorCount, version: Version) -> Error {
@@ -221,15 +240,19 @@ pub fn resize_image(
     if planted(Bug::DescriptorEarly) {
         describe(after)?;
     }
-    if after != plan.told.before {
+    let mut stopped = Ok(());
+    if after != plan.told.before || plan.is_half_cut {
         let changed = plan.change(storage, request, progress, &mut mark);
-        // Stopped by the user before step 6: what was moved is moved, and the disk is as before.
-        if let Err(error) = changed {
-            if error.kind() == ErrorKind::Interrupted {
+        match changed {
+            // Stopped by the user before the image has its new size: what was moved is moved, and
+            // the disk is as before.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {
                 let left = relocate::give_back(storage, false)?;
                 mark.clear(storage, left.mapped() == 0)?;
+                return Err(error);
             }
-            return Err(error);
+            // Or after that: the rest is soon done, and the file is larger than it need be.
+            changed => stopped = changed?,
         }
     }
     let left = relocate::give_back(storage, false)?;
@@ -239,47 +262,85 @@ pub fn resize_image(
     }
     describe(after)?;
     mark.clear(storage, is_empty)?;
-    Ok(plan.told)
+    stopped.map(|()| plan.told)
 }
 
 impl Plan {
-    /// Steps 3 to 6.
+    /// All that comes between the mark and what is given back. Within: whether the user has stopped
+    /// it when the image had its new size.
     fn change(
         &self,
         storage: &dyn Storage,
         request: &Request,
         progress: &Progress,
         mark: &mut InUseMark,
-    ) -> Result<()> {
+    ) -> Result<Result<()>> {
         progress.step("moving", self.told.moves * self.told.cluster_bytes);
-        let batch = request.batch_bytes;
-        if planted(Bug::ResizedEarly) {
-            mark.resize(storage, &self.resized)?;
-        }
         if self.told.after > self.told.before {
-            if storage.len()?.get() < self.end {
-                storage.set_len(FileOffset::new(self.end))?;
+            if planted(Bug::ResizedEarly) {
+                mark.resize(storage, &self.resized)?;
             }
-            self.wanted
-                .carry_out(storage, &self.sound, batch, progress)?;
-            self.clear_slots(storage)?;
-            self.clear_tail(storage)?;
-            storage.sync_data()?;
+            self.grow(storage, request, progress, mark).map(Ok)
         } else {
-            self.clear_slots(storage)?;
-            self.clear_tail(storage)?;
-            storage.sync_data()?;
-            if self.wanted.sources.start < self.sound.space.named_end / self.told.cluster_bytes {
-                // What was cut off has made room.
-                let now = relocate::look(storage, false, true)?;
-                self.wanted.carry_out(storage, &now, batch, progress)?;
-            }
+            self.shrink(storage, request, progress, mark)
         }
+    }
+
+    fn grow(
+        &self,
+        storage: &dyn Storage,
+        request: &Request,
+        progress: &Progress,
+        mark: &mut InUseMark,
+    ) -> Result<()> {
+        if storage.len()?.get() < self.end {
+            storage.set_len(FileOffset::new(self.end))?;
+        }
+        let batch = request.batch_bytes;
+        self.wanted
+            .carry_out(storage, &self.sound, batch, progress)?;
+        self.clear_slots(storage)?;
+        self.clear_tail(storage)?;
+        storage.sync_data()?;
         progress.check()?;
         mark.resize(storage, &self.resized)
     }
 
-    /// Step 4: everything between the entries that both tables have and the later first block.
+    fn shrink(
+        &self,
+        storage: &dyn Storage,
+        request: &Request,
+        progress: &Progress,
+        mark: &mut InUseMark,
+    ) -> Result<Result<()>> {
+        progress.check()?;
+        if planted(Bug::CutEarly) {
+            self.clear_slots(storage)?;
+            storage.sync_data()?;
+        }
+        let cut = RawHeader {
+            first_block: self.sound.header.raw().first_block,
+            ..self.resized
+        };
+        mark.resize(storage, &cut)?;
+        self.clear_slots(storage)?;
+        self.clear_tail(storage)?;
+        storage.sync_data()?;
+        let mut moved = Ok(());
+        if self.wanted.sources.start < self.sound.space.named_end / self.told.cluster_bytes {
+            // What was cut off has made room.
+            let now = relocate::look(storage, false, true)?;
+            let batch = request.batch_bytes;
+            match self.wanted.carry_out(storage, &now, batch, progress) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => moved = Err(error),
+                done => drop(done?),
+            }
+        }
+        mark.resize(storage, &self.resized)?;
+        Ok(moved)
+    }
+
+    /// Everything between the entries that both tables have and the later first block.
     /// What stays a table is written, because ploop 1.15 minds holes in it on ext4.
     fn clear_slots(&self, storage: &dyn Storage) -> Result<()> {
         let layout = self.sound.header.layout();

@@ -14,11 +14,13 @@ mod change;
 mod claim;
 mod files;
 mod find;
+mod loose;
 mod survey;
 
 pub use change::Changing;
 pub use claim::NEW_LOCK;
 pub use find::{Going, going, role_in_bundle, subject};
+pub use loose::open_loose;
 pub use survey::{Survey, SurveyedFile, SurveyedPart};
 
 use crate::chain::bundle::claim::{Held, Use};

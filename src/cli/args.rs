@@ -18,6 +18,7 @@ use super::create::CreateArgs;
 use super::map::MapArgs;
 use super::measure::MeasureArgs;
 use super::options::{Settings, parse_enospc, parse_order, parse_step, parse_threads};
+use super::progress::When;
 use super::size::{parse_change, parse_millis, parse_size};
 use crate::admin::resize::disk::Change;
 use crate::disk::EnospcPolicy;
@@ -45,6 +46,10 @@ pub struct Cli {
     /// Print results and errors as JSON
     #[arg(long, global = true)]
     pub json: bool,
+    /// Show how far it is on standard error: auto, always, never, json
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
+    #[arg(hide_default_value = true, hide_possible_values = true)]
+    pub progress: When,
     /// Print help
     #[arg(short, long, global = true, action = ArgAction::HelpShort)]
     pub help: Option<bool>,

@@ -6,9 +6,10 @@
 //! [`Shown::start`] blocks the signals for the threads that start later and begins one thread of
 //! its own, which waits for signals and draws ten times a second. So it comes before the first
 //! other thread of the command, and after a fork. A bar appears on standard error after half a
-//! second, where that is a terminal; SIGUSR1 prints one line wherever it leads. SIGINT, SIGTERM and
-//! SIGHUP set the flag that the operation looks at, and their second one ends the program as if
-//! nobody had taken it: what is on the disk is fit for that at any moment.
+//! second, where that is a terminal; `--progress` has it elsewhere too, as a line each second, or
+//! not at all ([`When`]). SIGUSR1 prints one line wherever it leads. SIGINT, SIGTERM and SIGHUP set
+//! the flag that the operation looks at, and their second one ends the program as if nobody had
+//! taken it: what is on the disk is fit for that at any moment.
 //!
 //! Dropping it takes the bar away and lets signals do again what they did.
 
@@ -22,11 +23,35 @@ use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// When and how progress is shown: `--progress`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum When {
+    /// A bar, on a terminal
+    #[default]
+    Auto,
+    /// Also where there is no terminal, as lines
+    Always,
+    /// Not at all
+    Never,
+    /// As lines of JSON
+    Json,
+}
+
+/// What the command line says.
+static WHEN: OnceLock<When> = OnceLock::new();
+
+/// Says how progress is shown from now on. Only the first word counts.
+pub fn choose(when: When) {
+    let _ = WHEN.set(when);
+}
+
+/// Between two lines.
+const LINE_EVERY: Duration = Duration::from_secs(1);
 /// Until here a command is no long one.
 const SHOWN_AFTER: Duration = Duration::from_millis(500);
 /// Between two looks.
@@ -57,7 +82,8 @@ pub struct Shown {
 }
 
 impl Shown {
-    /// Begins. With `quiet` nothing is ever written, and signals stop the command all the same.
+    /// Begins. With `quiet` nothing is written that `--progress` does not ask for by name, and
+    /// signals stop the command all the same.
     ///
     /// Where the host has no descriptors or threads for it the command runs without.
     #[must_use]
@@ -99,6 +125,8 @@ impl Shown {
         let mut watcher = Watcher {
             progress: Arc::clone(&self.progress),
             quiet,
+            way: Way::of(WHEN.get().copied().unwrap_or_default(), quiet),
+            told: None,
             began: Instant::now(),
             step_began: Instant::now(),
             step: 0,
@@ -125,10 +153,36 @@ impl Drop for Shown {
     }
 }
 
+/// What is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Nothing,
+    Bar,
+    Lines,
+    Json,
+}
+
+impl Way {
+    fn of(when: When, quiet: bool) -> Self {
+        let is_terminal = io::stderr().is_terminal();
+        match when {
+            When::Never => Self::Nothing,
+            When::Auto if quiet || !is_terminal => Self::Nothing,
+            When::Auto => Self::Bar,
+            When::Always if is_terminal => Self::Bar,
+            When::Always => Self::Lines,
+            When::Json => Self::Json,
+        }
+    }
+}
+
 /// What the thread has.
 struct Watcher {
     progress: Arc<Progress>,
     quiet: bool,
+    way: Way,
+    /// When the last line was written.
+    told: Option<Instant>,
     began: Instant,
     step_began: Instant,
     step: u64,
@@ -162,7 +216,23 @@ impl Watcher {
             }
             self.draw();
         }
+        self.tell();
         self.clear();
+    }
+
+    /// Writes a line, where lines are wanted.
+    fn tell(&mut self) {
+        let seen = self.seen();
+        let render = match self.way {
+            Way::Lines => line,
+            Way::Json => json_line,
+            Way::Nothing | Way::Bar => return,
+        };
+        if seen.step > 0 {
+            let text = render(&seen, self.step_began.elapsed());
+            let _ = io::stderr().write_all(text.as_bytes());
+            self.told = Some(Instant::now());
+        }
     }
 
     fn clear(&mut self) {
@@ -211,9 +281,18 @@ impl Watcher {
 
     fn draw(&mut self) {
         let seen = self.seen();
-        let is_due = seen.step > 0 && self.began.elapsed() >= SHOWN_AFTER;
-        if self.quiet || !is_due || !io::stderr().is_terminal() {
+        if seen.step == 0 || self.began.elapsed() < SHOWN_AFTER {
             return;
+        }
+        match self.way {
+            Way::Nothing => return,
+            Way::Bar => {}
+            Way::Lines | Way::Json => {
+                if self.told.is_none_or(|told| told.elapsed() >= LINE_EVERY) {
+                    self.tell();
+                }
+                return;
+            }
         }
         let step_began = self.step_began;
         let bar = self.bar.get_or_insert_with(|| {
@@ -268,7 +347,16 @@ fn end_by(signal: Signal) -> ! {
     std::process::exit(i32::from(signal_status()));
 }
 
-/// What SIGUSR1 prints.
+/// Bytes in a second, and the seconds that are left where the end is known.
+fn pace(seen: &Seen, since: Duration) -> (u64, Option<u64>) {
+    let millis = since.as_millis().max(1);
+    let rate = u128::from(seen.done) * 1000 / millis;
+    let rate = u64::try_from(rate).unwrap_or(u64::MAX);
+    let rest = seen.total.saturating_sub(seen.done);
+    (rate, rest.checked_div(rate).filter(|_| seen.total > 0))
+}
+
+/// What SIGUSR1 prints, and `--progress always` where there is no terminal.
 fn line(seen: &Seen, since: Duration) -> String {
     let Seen {
         what, done, total, ..
@@ -276,9 +364,7 @@ fn line(seen: &Seen, since: Duration) -> String {
     if seen.step == 0 {
         return "ploopfs: nothing is done yet\n".to_owned();
     }
-    let millis = since.as_millis().max(1);
-    let rate = u128::from(*done) * 1000 / millis;
-    let rate = u64::try_from(rate).unwrap_or(u64::MAX);
+    let (rate, left) = pace(seen, since);
     let mut text = format!("ploopfs: {what}: {}", show_size(*done));
     if let Some(percent) = (u128::from(*done) * 100).checked_div(u128::from(*total)) {
         text.push_str(&format!(
@@ -288,12 +374,24 @@ fn line(seen: &Seen, since: Duration) -> String {
         ));
     }
     text.push_str(&format!(", {}/s", show_size(rate)));
-    let rest = total.saturating_sub(*done);
-    if let Some(seconds) = rest.checked_div(rate).filter(|_| *total > 0) {
+    if let Some(seconds) = left {
         text.push_str(&format!(", {seconds} s left"));
     }
     text.push('\n');
     text
+}
+
+/// What `--progress json` prints: one document a line.
+fn json_line(seen: &Seen, since: Duration) -> String {
+    let (rate, left) = pace(seen, since);
+    let document = serde_json::json!({ "progress": {
+        "what": seen.what,
+        "done_bytes": seen.done,
+        "total_bytes": (seen.total > 0).then_some(seen.total),
+        "bytes_per_second": rate,
+        "seconds_left": left,
+    }});
+    format!("{document}\n")
 }
 
 #[cfg(test)]
@@ -324,6 +422,43 @@ mod tests {
         let huge = line(&seen(u64::MAX, u64::MAX), Duration::ZERO);
         assert!(huge.contains("(100 %)"), "{huge}");
         assert!(line(&Seen::default(), second).contains("nothing"));
+    }
+
+    #[test]
+    fn lines_of_json_have_the_same_numbers() {
+        let seen = Seen {
+            step: 1,
+            what: "merging".to_owned(),
+            done: 1000,
+            total: 4000,
+        };
+        let text = json_line(&seen, Duration::from_secs(2));
+        let found: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let told = &found["progress"];
+        assert_eq!(
+            (&told["what"], &told["done_bytes"]),
+            (&"merging".into(), &1000.into())
+        );
+        assert_eq!(
+            (&told["bytes_per_second"], &told["seconds_left"]),
+            (&500.into(), &6.into())
+        );
+        let open = json_line(&Seen { total: 0, ..seen }, Duration::from_secs(2));
+        assert!(
+            open.contains("\"total_bytes\":null") && open.ends_with("}}\n"),
+            "{open}"
+        );
+    }
+
+    #[test]
+    fn progress_is_shown_where_it_is_wanted() {
+        // Tests have no terminal, or one that is not written to.
+        assert_eq!(Way::of(When::Never, false), Way::Nothing);
+        assert_eq!(Way::of(When::Auto, true), Way::Nothing);
+        for quiet in [false, true] {
+            assert_eq!(Way::of(When::Json, quiet), Way::Json);
+            assert_ne!(Way::of(When::Always, quiet), Way::Nothing);
+        }
     }
 
     #[test]

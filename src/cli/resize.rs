@@ -33,7 +33,8 @@ pub fn run(args: &ResizeArgs, json: bool) -> Result<(), Box<Report>> {
     // Before a question it goes, so that signals do what they do then.
     drop(shown);
     let is_smaller = plan.after_bytes < plan.before_bytes;
-    if (is_smaller || plan.drops_bitmaps) && !args.yes {
+    let is_loss = is_smaller || plan.drops_bitmaps || plan.discards_from_byte.is_some();
+    if is_loss && !args.yes {
         note(text(&plan, "will be").trim_end());
         confirm("Resize now?", &what)?;
     }
@@ -88,7 +89,10 @@ fn text(told: &DiskResize, verb: &str) -> String {
         );
     }
     if let Some(byte) = told.discards_from_byte {
-        let _ = writeln!(out, "  data is cut off, the first of it at byte {byte}");
+        let _ = writeln!(
+            out,
+            "  data is cut off and lost, the first of it at byte {byte}"
+        );
     }
     if told.drops_bitmaps {
         let _ = writeln!(

@@ -244,6 +244,7 @@ pub(super) fn merged_document(merged: &Merged) -> Value {
         "clusters": merged.amount.clusters,
         "bytes": merged.amount.bytes,
         "files": merged.files,
+        "made": merged.made,
     })
 }
 

@@ -151,7 +151,11 @@ const ROWS: [Row; 27] = [
     row(
         "ploopfs-merge.1",
         "$ ploopfs merge --dry-run root.hdd",
-        &[Thing::Chain("root.hdd")],
+        &[
+            Thing::Chain("root.hdd"),
+            Thing::Levels(["lower.hds", "middle.hds", "upper.hds"]),
+            Thing::Twins("twin.hdd", "base.raw"),
+        ],
     )
     .alone(),
     row(

@@ -20,6 +20,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("a_relative_size_needs_a_closed_image", &[], relative),
         trial("frozen_data_does_not_come_up_again", &[], hidden),
         trial("other_snapshots_keep_their_ends", &[], others),
+        trial("snapshots_below_keep_their_ends", &[], below),
         trial("what_cannot_be_cleared_away_refuses", &[], unsettled),
         trial("two_sizes_are_made_one", &[], contradiction),
     ]
@@ -181,6 +182,30 @@ fn others() -> Outcome {
     ploopfs(&["snapshot", "delete", "-y", text(&path), kept])?;
     resize(&path, &["-y", "--shrink", "1M"])?;
     ploopfs(&["check", "-q", text(&path)])?;
+    Ok(())
+}
+
+/// What the top stands on is what a snapshot shows.
+fn below() -> Outcome {
+    let dir = scratch()?;
+    let path = dir.path().join("x.hdd");
+    let levels = BundleSpec::chain(Style::Ploop, &spec(2), 2, |level, spec| {
+        spec.mapped = Mapped::List(if level == 0 { vec![0, 90] } else { vec![0, 95] });
+    });
+    levels.write(&path)?;
+    for more in [&["-n"][..], &["-y"], &["-y", "--force-discard"]] {
+        let args = [&["--shrink", "1M"], more].concat();
+        refused(&path, &args, &["at byte 2949120", "delete such"])?;
+    }
+    // The top's own data may go, and what is said before names it.
+    let args = ["--shrink", "5824s", "-n", "--force-discard"];
+    let said = resize(&path, &args)?;
+    ensure!(
+        said.contains("lost, the first of it at byte 3112960"),
+        "{said}"
+    );
+    resize(&path, &["-y", "--shrink", "5824s", "--force-discard"])?;
+    command::ok(command::ploopfs(&["check", "-q"]).arg(&path))?;
     Ok(())
 }
 

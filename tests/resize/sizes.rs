@@ -2,10 +2,14 @@
 
 use crate::forge::content::GARBAGE;
 use crate::forge::image::{IN_USE, ImageSpec, Layout, Mapped};
-use crate::net::{Act, Case, Disk, forged, levels, shown};
+use crate::net::{Act, Case, Disk, forged, levels, shown, sound};
+use crate::sim::storage::{Manners, World};
+use crate::stopping::Stopping;
 use ploopfs::admin::progress::Progress;
 use ploopfs::admin::resize::{Request, resize_image};
+use ploopfs::error::ErrorKind;
 use ploopfs::units::SectorCount;
+use std::collections::BTreeSet;
 
 /// To this size, two clusters between syncs.
 fn to(sectors: u64, force_discard: bool) -> Box<Act> {
@@ -35,7 +39,15 @@ fn case(name: &'static str, spec: &ImageSpec, sectors: u64, spare: u64) -> Case 
         name,
         files: vec![forged(spec)],
         spare,
-        act: to(sectors, spare < u64::MAX),
+        act: to(sectors, false),
+    }
+}
+
+/// The same, losing what is behind the new end, but no sooner than the disk has it.
+fn discarding(name: &'static str, spec: &ImageSpec, sectors: u64) -> Case {
+    Case {
+        act: to(sectors, true),
+        ..case(name, spec, sectors, NEVER)
     }
 }
 
@@ -55,6 +67,10 @@ pub(crate) fn cases() -> Vec<Case> {
     let mut high = spec(2, 8 * 2500).mapping(some(&[0, 1, 40, 7, 3]));
     high.layout = Layout::Gaps(30);
     let full = spec(1, 8 * 2500).mapping(some(&[1, 2, 3, 1200, 2499]));
+    // What is cut off lies below what stays, which moves to its places.
+    let mut low = spec(2, 8 * 2500).mapping(some(&[2400, 2450, 2300, 5, 60, 40, 9, 2499]));
+    low.layout = Layout::Shuffled(2);
+    low.garbage = true;
     let base = spec(1, 6000).mapping(Mapped::Every { step: 97, phase: 4 });
     let top = spec(2, 8000).mapping(some(&[0, 97, 98, 101]));
     vec![
@@ -65,7 +81,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case("grows in its last cluster", &shuffled, 8000, NEVER),
         case("shrinks where it is empty", &gaps_low(), 8 * 900, NEVER),
         case("shrinks and moves down", &high, 8 * 60, NEVER),
-        case("shrinks and loses data", &full, 8 * 1000, 1000),
+        discarding("shrinks and loses data", &full, 8 * 1000),
+        discarding("shrinks and moves to what is lost", &low, 8 * 3),
+        discarding("shrinks and loses all", &low, 8),
         Case {
             name: "a top grows over a smaller base",
             files: vec![forged(&base), forged(&top)],
@@ -170,16 +188,45 @@ pub(crate) fn growing_and_shrinking_back() {
     }
 }
 
+/// Stopped at any operation, a disk is closed and is the old one or the new one.
 pub(crate) fn stopping_leaves_a_closed_disk() {
-    for case in cases().into_iter().filter(|case| case.spare == NEVER) {
-        let after = shown(&case.good());
-        let request = Request {
-            shrink: true,
-            ..Request::new(SectorCount::new(after.sectors))
-        };
-        case.stopped(|files, progress| {
-            let (lower, top) = (levels(files)?, files.last().expect("a top"));
-            resize_image(&**top, &lower, &request, progress, &mut |_| Ok(())).map(|_| ())
-        });
+    let mut sizes = BTreeSet::new();
+    for case in cases() {
+        let (before, after) = (shown(&case.files), shown(&case.good()));
+        let name = case.name;
+        for operations in 0..10_000 {
+            let world = World::new(case.files.clone(), Manners::default(), false);
+            let last = case.files.len() - 1;
+            let files: Vec<_> = (0..=last).map(|n| world.open(n, n == last)).collect();
+            let lower = levels(&files).expect("forged");
+            let top = Stopping::new(files[last].clone(), operations);
+            let request = Request {
+                shrink: true,
+                force_discard: true,
+                batch_bytes: 8192,
+                ..Request::new(SectorCount::new(after.sectors))
+            };
+            let done = resize_image(&top, &lower, &request, &top.progress, &mut |_| Ok(()));
+            let now = world.files();
+            let what = format!("{name}, stopped after {operations}");
+            assert_eq!(now[last][44..48], [0; 4], "{what}: closed");
+            let disk = shown(&now);
+            assert!(disk == before || disk == after, "{what}: neither disk");
+            sound(&now[last]).unwrap_or_else(|why| panic!("{what}: {why}"));
+            match done {
+                Ok(_) => break,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Interrupted, "{what}"),
+            }
+            sizes.insert((name, disk.sectors));
+            let repeated = Case {
+                name,
+                files: now,
+                spare: NEVER,
+                act: to(after.sectors, true),
+            };
+            assert_eq!(shown(&repeated.good()), after, "{what}: repeated");
+        }
     }
+    // Some were stopped before the header, and some of those that shrink after it.
+    assert!(sizes.len() > cases().len(), "{sizes:?}");
 }

@@ -143,7 +143,12 @@ fn merges() -> Vec<Case> {
         case("merge into plain", plain.clone(), delete(base)),
         case("merge all", three(), merge(all.clone())),
         case("merge all into plain", plain, merge(all)),
-        case("merge into a new file", three(), merge(into_new)),
+        case("merge into a new file", three(), merge(into_new.clone())),
+        case(
+            "merge into new files, split",
+            load(&split(3)),
+            merge(into_new),
+        ),
         case("merge into a smaller one", load(&wide()), top()),
         case("merge into a larger one", load(&narrow()), top()),
         case("merge where the table grows", load(&longer()), top()),

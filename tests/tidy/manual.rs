@@ -93,7 +93,7 @@ fn whole_help(command: &str) -> String {
 }
 
 /// Options that every command has: the overview page explains them.
-const COMMON: [&str; 3] = ["help", "json", "version"];
+const COMMON: [&str; 4] = ["help", "json", "progress", "version"];
 
 fn drift(command: &str, help: &str, page: &str) -> Vec<String> {
     let common = names(&COMMON);

@@ -14,6 +14,7 @@ use crate::format::descriptor::edit::Edit;
 use crate::storage::{Directory, SharedStorage};
 use crate::units::{SECTOR, SectorCount};
 use serde::Serialize;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 /// Version of the JSON document; grows when a field changes its meaning or goes away.
@@ -243,25 +244,25 @@ impl Session {
         }
     }
 
-    /// Refuses to cut off what snapshots show that the top does not stand on: nobody gives that up
-    /// with the end of the disk, not even who gives up the data there.
-    fn spare_others(&self, sizes: Sizes, request: &Request) -> Result<()> {
+    /// Refuses to cut off what snapshots show, whether the top stands on them or not: nobody gives
+    /// that up with the end of the disk, not even who gives up the data there.
+    fn spare_snapshots(&self, sizes: Sizes, request: &Request) -> Result<()> {
         let (new, old) = (request.size.get(), sizes.own - sizes.start);
         let Some(descriptor) = self.images.descriptor().filter(|_| new < old) else {
             return Ok(());
         };
         let cut = new.saturating_mul(SECTOR)..old.saturating_mul(SECTOR);
-        let own: Vec<_> = last(&self.images)?.files.iter().map(|f| &f.guid).collect();
+        let mut seen = HashSet::new();
         for shot in &descriptor.snapshots {
-            let name = shot.guid.to_string();
-            if shot.temporary || own.iter().any(|guid| guid.as_ref() == Some(&name)) {
+            if shot.temporary || shot.guid == descriptor.top {
                 continue;
             }
+            let name = shot.guid.to_string();
             let images = self.images.open_snapshot(&name)?;
             let part = last(&images)?;
             let levels = chain(part, false, &mut Vec::new())?;
             for (file, image) in part.files.iter().zip(levels.levels()) {
-                if own.contains(&&file.guid) {
+                if !seen.insert(file.guid.clone()) {
                     continue;
                 }
                 let found = room::data_in(&**image.storage(), image.header(), cut.clone())
@@ -279,13 +280,15 @@ impl Session {
     pub fn plan(&self) -> Result<DiskResize> {
         let sizes = self.sizes()?;
         let request = self.request(sizes)?;
+        if request.shrink {
+            self.spare_snapshots(sizes, &request)?;
+        }
         let storage = &**self.top().storage();
         let planned = match self.top().kind() {
             Kind::Expanding(_) => plan_image(storage, self.lower(), &request),
             Kind::Plain => plan_plain(storage, self.place(sizes)?, &request),
         };
         let planned = planned.map_err(|e| e.in_file(self.top().path()))?;
-        self.spare_others(sizes, &request)?;
         Ok(self.told(sizes, planned))
     }
 
@@ -301,7 +304,7 @@ impl Session {
         let sizes = self.sizes()?;
         let request = self.request(sizes)?;
         let storage = &**self.top().storage();
-        self.spare_others(sizes, &request)?;
+        self.spare_snapshots(sizes, &request)?;
         self.try_to_describe(sizes, request.size)?;
         let mut describe = |part: SectorCount| self.describe(sizes, part);
         let planned = match self.top().kind() {

@@ -95,11 +95,10 @@ pub(super) fn in_the_way(byte: u64) -> Error {
     )
 }
 
-/// The error for data in what is to be cut off that another snapshot shows.
+/// The error for data in what is to be cut off that a snapshot shows.
 pub(super) fn needed_by(snapshot: &str, byte: u64) -> Error {
     let why = format!(
-        "the snapshot {snapshot}, which the disk does not stand on, holds data in the part that \
-         would be cut off, at byte {byte}"
+        "the snapshot {snapshot} shows data in the part that would be cut off, at byte {byte}"
     );
     Error::why(ErrorKind::Usage, why)
         .fix("delete such snapshots first, or convert the disk to a new one and shrink that")

@@ -2,16 +2,14 @@
 
 use super::Opened;
 use crate::delta::create::{self, Shape};
-use crate::delta::image::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::guid::Guid;
 use crate::format::header::Version;
+use crate::format::layout::Layout;
 use crate::storage::directory::take_after;
-use crate::storage::mem::MemStorage;
-use crate::storage::{Directory, SharedStorage, Storage};
+use crate::storage::{Directory, Storage};
 use crate::units::{ClusterSize, SECTOR, SectorCount};
 use std::path::Path;
-use std::sync::Arc;
 
 /// Cluster size where neither an image nor the descriptor gives one: 1 MiB.
 const CLUSTER_SECTORS: u32 = 2048;
@@ -98,21 +96,30 @@ impl NewImage {
         Ok(Self { name, shape })
     }
 
-    /// The same in memory, for finding out what would become of it.
-    pub(super) fn in_memory(&self) -> Result<Image> {
-        let storage: SharedStorage = Arc::new(MemStorage::new(Vec::new()));
-        create::NewImage::over_others(Arc::clone(&storage), &self.shape)?.finish()?;
-        Image::expanding(Path::new(&self.name), storage)
+    /// Where table and data will lie.
+    pub(super) fn layout(&self) -> Result<Layout> {
+        let layout = self.shape.layout_of_any_cluster();
+        layout.map_err(|e| e.in_file(Path::new(&self.name)))
     }
 
     /// Makes the file, durable but for its name, with the owner and the mode of the one below.
     pub(super) fn make(&self, directory: &dyn Directory, like: &dyn Storage) -> Result<()> {
+        self.make_as(&self.name, directory, like)
+    }
+
+    /// The same under a name that it has for the time being.
+    pub(super) fn make_as(
+        &self,
+        name: &str,
+        directory: &dyn Directory,
+        like: &dyn Storage,
+    ) -> Result<()> {
         let fill = || -> Result<()> {
-            let storage = directory.create_new(&self.name)?;
+            let storage = directory.create_new(name)?;
             take_after(&*storage, like)?;
             create::NewImage::over_others(storage, &self.shape)?.finish()
         };
-        fill().map_err(|e| e.in_file(Path::new(&self.name)))
+        fill().map_err(|e| e.in_file(Path::new(name)))
     }
 }
 

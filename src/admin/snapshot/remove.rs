@@ -15,7 +15,7 @@ use super::{
     open, parent, part_len,
 };
 use crate::admin::bundle::{Bundle, Failure};
-use crate::admin::merge::{Amount, Merge, WINDOW};
+use crate::admin::merge::{self, Amount, Merge, WINDOW};
 use crate::admin::progress::Progress;
 use crate::admin::resize::data_in;
 use crate::delta::image::Image;
@@ -23,7 +23,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::edit::Edit;
 use crate::format::descriptor::{self, Descriptor, ImageType};
 use crate::format::guid::Guid;
-use crate::format::header::{IN_USE, Version};
+use crate::format::header::Version;
+use crate::sys::random;
 use crate::units::ClusterSize;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -59,6 +60,8 @@ pub struct Merged {
     pub amount: Amount,
     /// The files that go.
     pub files: Vec<String>,
+    /// The new files.
+    pub made: Vec<String>,
 }
 
 /// What is merged into what.
@@ -214,6 +217,9 @@ struct Job {
     files: Vec<String>,
     amount: Amount,
     into_new: Vec<new::NewImage>,
+    /// What these are named until they are whole: nobody else would have such a name, so that what
+    /// is left of them can be removed.
+    temporary: Vec<String>,
 }
 
 /// Every snapshot but the last of a chain must have no child but the next one.
@@ -260,6 +266,7 @@ impl Job {
             files: Vec::new(),
             amount: Amount::default(),
             into_new: Vec::new(),
+            temporary: Vec::new(),
         };
         for part in 0..descriptor.parts.len() {
             job.part(bundle, part, drop_bitmaps)?;
@@ -290,6 +297,7 @@ impl Job {
             survivor: self.survivor(),
             amount: self.amount,
             files: self.files.clone(),
+            made: self.into_new.iter().map(|new| new.name.clone()).collect(),
         }
     }
 
@@ -302,7 +310,9 @@ impl Job {
             if *guid == descriptor.top {
                 closed(&one)?;
                 check_size(&one, part_len(descriptor, part)?)?;
-                bitmaps(&one.image, drop_bitmaps)?;
+                if !drop_bitmaps {
+                    merge::refuse_bitmaps(&one.image)?;
+                }
             }
             // A frozen image that was not closed is looked at entry by entry all the same.
             opened.push(one);
@@ -379,14 +389,12 @@ impl Job {
     /// A new image that the whole chain of a part goes to.
     fn new_image(&mut self, bundle: &Bundle<'_>, part: usize, name: &str) -> Result<()> {
         let taken = |why: &str| Err(Error::why(ErrorKind::Usage, why).in_file(Path::new(name)));
-        if self.parts.len() > 1 {
-            return taken("a split disk has more than one file: merge in place");
-        }
         let is_plain = Path::new(name).file_name().and_then(|n| n.to_str()) == Some(name);
         if !is_plain || name.starts_with(bundle.name()) {
             return taken("the new file is made in the bundle: give a plain name");
         }
-        if bundle.taken()?.iter().any(|there| there == name) {
+        let name = &part_name(name, part, self.parts.len());
+        if bundle.taken()?.contains(name) {
             return taken("a file of this name is there already");
         }
         let (lower, uppers) = self.images(part)?;
@@ -401,19 +409,14 @@ impl Job {
             return taken("the image's header and the descriptor differ in the size of the disk");
         }
         self.nothing_shows_through(bundle, part)?;
-        let image = new::NewImage::empty(name.to_owned(), version, self.clusters[part], len)?;
+        let image = new::NewImage::empty(name.clone(), version, self.clusters[part], len)?;
         let mut sources = vec![lower];
         sources.extend(uppers);
-        let empty = image.in_memory()?;
-        let merge = Merge {
-            lower: &empty,
-            uppers: &sources,
-            cluster: self.clusters[part],
-            window: WINDOW,
-        };
-        let amount = merge.examine()?;
+        let amount = merge::examine_new(&sources, self.clusters[part], &image.layout()?)?;
         self.add(amount);
         self.into_new.push(image);
+        let digits = Guid::random(random::sixteen()?);
+        self.temporary.push(format!("merging.{digits}"));
         Ok(())
     }
 
@@ -480,16 +483,13 @@ fn again(image: &Image) -> Result<Image> {
     }
 }
 
-fn bitmaps(image: &Image, may_drop: bool) -> Result<()> {
-    let raw = image.header().map(|header| *header.raw());
-    let has = raw.is_some_and(|raw| raw.extension != 0 && ![0, IN_USE].contains(&raw.in_use));
-    if has && !may_drop {
-        let why = "the merged image will have none, and the next backup must be a full one";
-        return Err(Error::why(ErrorKind::BitmapPresent, why)
-            .in_file(image.path())
-            .fix("to lose it: --drop-bitmaps"));
+/// The name of a part's new file: a split disk has one for each.
+fn part_name(name: &str, part: usize, parts: usize) -> String {
+    match name.strip_suffix(".hds") {
+        _ if parts < 2 => name.to_owned(),
+        Some(stem) => format!("{stem}.{part}.hds"),
+        None => format!("{name}.{part}"),
     }
-    Ok(())
 }
 
 /// Steps 2 to 6.
@@ -497,7 +497,7 @@ fn carry_out(bundle: &mut Bundle<'_>, job: &Job, progress: &Progress) -> Result<
     let edits = job.edits(bundle.descriptor());
     bundle.settle()?;
     let mut names = job.files.clone();
-    names.extend(job.into_new.iter().map(|image| image.name.clone()));
+    names.extend(job.temporary.iter().cloned());
     bundle.announce(&names)?;
     progress.step("merging", job.amount.bytes);
     if job.into_new.is_empty() {
@@ -510,7 +510,11 @@ fn carry_out(bundle: &mut Bundle<'_>, job: &Job, progress: &Progress) -> Result<
             bundle.replace(&marks)?;
         }
     }
-    let merged = job.merge(bundle, progress);
+    let merged = job.merge(bundle, progress).and_then(|()| {
+        let new = job.into_new.iter().map(|image| image.name.as_str());
+        let pairs: Vec<_> = job.temporary.iter().map(String::as_str).zip(new).collect();
+        bundle.name_new(&names, &pairs)
+    });
     if let Err(error) = merged {
         if !job.into_new.is_empty() {
             // The old images are as they were.
@@ -534,8 +538,9 @@ impl Job {
         for part in 0..self.parts.len() {
             let (mut lower, mut uppers) = self.images(part)?;
             if let Some(image) = self.into_new.get(part) {
-                image.make(bundle.directory(), &**lower.storage())?;
-                let storage = bundle.directory().open(&image.name, true)?;
+                let name = &self.temporary[part];
+                image.make_as(name, bundle.directory(), &**lower.storage())?;
+                let storage = bundle.directory().open(name, true)?;
                 uppers.insert(0, lower);
                 lower = Image::expanding(Path::new(&image.name), storage)?;
             }

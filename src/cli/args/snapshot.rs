@@ -139,17 +139,22 @@ pub struct DeleteArgs {
 Examples:
   ploopfs merge disk.hdd             the top into the snapshot below it
   ploopfs merge --all disk.hdd       the whole chain into the base
-  ploopfs merge --all --into-new all.hds disk.hdd")]
+  ploopfs merge --all --into-new all.hds disk.hdd
+  ploopfs merge upper.hds lower.hds  images by themselves, the uppermost first
+  ploopfs merge --format raw upper.hds base.raw")]
 pub struct MergeArgs {
     /// Merge all that is below too, into the base
     #[arg(long)]
     pub all: bool,
-    /// Make a new file of this name in the bundle instead of changing the lower image
-    #[arg(long, value_name = "FILE")]
-    pub into_new: Option<String>,
-    /// Lose dirty bitmaps of the top
+    /// Make a new file, in the bundle if IMAGE is one, instead of changing the lower image
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub into_new: Option<PathBuf>,
+    /// Lose dirty bitmaps
     #[arg(long)]
     pub drop_bitmaps: bool,
+    /// What the lowest of the images is, if it has no magic number
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub format: Option<super::Format>,
     /// Say what would be done and change nothing
     #[arg(short = 'n', long)]
     pub dry_run: bool,
@@ -162,9 +167,11 @@ pub struct MergeArgs {
     /// Let the descriptor name files in this directory outside the bundle (repeatable)
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub allow_outside: Vec<PathBuf>,
-    /// A .hdd bundle, its DiskDescriptor.xml, or a .pvm with one disk
+    /// A bundle; or the uppermost of images by themselves
     #[arg(value_hint = ValueHint::AnyPath)]
     pub image: PathBuf,
-    /// Merge this snapshot into its parent instead of the top: GUID, name or `latest`
-    pub snapshot: Option<String>,
+    /// The snapshot of the bundle that goes into its parent, instead of the top; or the other
+    /// images, the lowest last
+    #[arg(value_name = "SNAPSHOT|LOWER", value_hint = ValueHint::FilePath)]
+    pub lower: Vec<PathBuf>,
 }
