@@ -1,23 +1,22 @@
 //! The classic ceiling: one file shown through FUSE as it is, one pread or pwrite a request.
 //!
-//! Imports: ploopfs's `fuse::mount` and `fuse::session`; `fuser`.
+//! Imports: ploopfs's `fuse::mount`; `fuser`.
 //! Never: looks anything up, counts, or hands a request to another thread.
 //!
-//! It runs on the same session code, the same number of threads and the same INIT flags as ploopfs,
+//! It runs on the same session of the library, the same number of threads and the same INIT flags as ploopfs,
 //! so that what lies between the two is what ploopfs itself costs. What the library and the kernel
 //! cost is in both.
 
 use anyhow::{Context, Result, bail};
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen,
-    ReplyStatfs, ReplyWrite, Request, WriteFlags,
+    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyStatfs, ReplyWrite, Request, Session, SessionACL, WriteFlags,
 };
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{SigSet, Signal};
-use ploopfs::fuse::mount::{self, Access, MountOptions};
-use ploopfs::fuse::session;
+use ploopfs::fuse::mount::{self, MountOptions};
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -284,6 +283,8 @@ pub(crate) fn main() -> Result<()> {
     let threads = setup.threads;
     let size = file.metadata()?.len();
     let identity = Identity { file, size, setup };
-    session::serve(identity, fd, Access::Owner, threads, || Ok(()))?;
+    let mut config = Config::default();
+    config.n_threads = Some(threads);
+    Session::from_fd(identity, fd, SessionACL::All, config)?.run()?;
     Ok(())
 }
