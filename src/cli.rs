@@ -38,6 +38,7 @@ mod trim;
 pub mod umount;
 
 use crate::admin;
+use crate::admin::info::Tables;
 use args::{Cli, InfoArgs, Verb};
 use clap::error::ErrorKind as ClapKind;
 use clap::{CommandFactory, Parser};
@@ -137,7 +138,7 @@ fn info(args: &InfoArgs, json: bool) -> Result<(), Box<Report>> {
     args.select.apply(&mut settings);
     settings.selection.write = false;
     settings.selection.no_lock = true;
-    let info = admin::info::info(&args.image, &settings.selection)
+    let info = admin::info::info(&args.image, &settings.selection, Tables::Count)
         .map_err(|e| Report::refused(&what, &e))?;
     if json {
         let text = serde_json::to_string_pretty(&info)

@@ -52,7 +52,8 @@ struct Cli {
     /// Only these jobs of the races, separated by commas
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     jobs: Vec<String>,
-    /// Only these scenes: loop, file, cold, direct, fresh, sync, cow, depth, open, inside
+    /// Only these scenes: loop, file, cold, direct, fresh, sync, cow, reflink, depth, open,
+    /// inside
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     scenes: Vec<String>,
     /// Only these contestants: raw, identity, identity2, ploopfs, uring, qemu, nbd; or ploopfs with

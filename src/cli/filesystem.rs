@@ -5,6 +5,7 @@
 
 use super::serve::Plan;
 use crate::admin;
+use crate::admin::info::Tables;
 use crate::chain::bundle::{self, OpenedImages, Selection};
 use crate::disk::{self, Disk};
 use crate::error::{Error, Result};
@@ -99,14 +100,15 @@ fn modified(image: &Path) -> SystemTime {
         .unwrap_or_else(|_| SystemTime::now())
 }
 
-/// What `info --json` says of the image, with what only the daemon knows.
+/// What `info --json` says of the image, with what only the daemon knows. The tables are left out:
+/// a mount reads no more than headers before it is ready, however large the disk is.
 fn info_json(plan: &Plan) -> Result<String> {
     let selection = Selection {
         no_lock: true,
         write: false,
         ..plan.settings.selection.clone()
     };
-    let info = admin::info::info(&plan.image, &selection)?;
+    let info = admin::info::info(&plan.image, &selection, Tables::Leave)?;
     let mut document = serde_json::to_value(info).map_err(std::io::Error::from)?;
     document["mount"] = serde_json::json!({
         "layout": 1,

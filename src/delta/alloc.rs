@@ -68,13 +68,7 @@ impl Allocator {
     /// An allocator for a file of `file_end` whole clusters, of which those from `first` up to the
     /// smaller of `file_end` and `limit` are free unless `mapped` has them.
     pub fn new(first: u64, limit: u64, file_end: u64, used: &BitSet, mapped: u64) -> Result<Self> {
-        let mut free = BitSet::new(limit)?;
-        free.insert_range(first..file_end.min(limit));
-        let mut next = used.first_from(first);
-        while let Some(cluster) = next {
-            free.remove(cluster);
-            next = used.first_from(cluster + 1);
-        }
+        let free = BitSet::range_without(limit, first..file_end.min(limit), used)?;
         let mut zero_known = BitSet::new(limit)?;
         if planted(Bug::FreeIsZero) {
             zero_known.insert_range(first..file_end.min(limit));

@@ -54,6 +54,44 @@ impl BitSet {
         })
     }
 
+    /// The numbers of a range below `bound` that are not in `other`, whole words at a time.
+    pub fn range_without(bound: u64, range: Range<u64>, other: &Self) -> Result<Self> {
+        let mut set = Self::new(bound)?;
+        let end = range.end.min(bound);
+        let mut chunk = usize::try_from(range.start / CHUNK_BITS).unwrap_or(usize::MAX);
+        while chunk < set.chunks.len() && number_of(chunk, 0, 1) < end {
+            set.fill_chunk(chunk, range.start..end, other);
+            chunk += 1;
+        }
+        Ok(set)
+    }
+
+    fn fill_chunk(&mut self, chunk: usize, range: Range<u64>, other: &Self) {
+        let excluded = other.chunks.get(chunk).and_then(Option::as_ref);
+        let mut words = [0; WORDS];
+        let mut count = 0;
+        for (index, word) in words.iter_mut().enumerate() {
+            let first = number_of(chunk, index, 1);
+            let inside = |number: u64| number.saturating_sub(first).min(64);
+            let below = |bits: u64| {
+                if bits == 64 {
+                    u64::MAX
+                } else {
+                    (1 << bits) - 1
+                }
+            };
+            let wanted = below(inside(range.end)) & !below(inside(range.start));
+            *word = wanted & !excluded.map_or(0, |words| words[index]);
+            count += word.count_ones();
+        }
+        if count > 0 {
+            self.chunks[chunk] = Some(Box::new(words));
+            self.counts[chunk] = count;
+            self.occupied[chunk / 64] |= 1 << (chunk % 64);
+            self.len += u64::from(count);
+        }
+    }
+
     /// Number of members.
     #[must_use]
     pub fn len(&self) -> u64 {
@@ -132,6 +170,19 @@ impl BitSet {
         }
     }
 
+    /// Adds a range of which no number is a member yet; adds nothing and says `false` where one is,
+    /// or where the range goes past the bound.
+    pub fn insert_new(&mut self, range: Range<u64>) -> bool {
+        let is_free = range.end <= self.bound
+            && self
+                .first_from(range.start)
+                .is_none_or(|first| first >= range.end);
+        if is_free {
+            self.insert_range(range);
+        }
+        is_free
+    }
+
     /// The lowest member at or above `from`.
     #[must_use]
     pub fn first_from(&self, from: u64) -> Option<u64> {
@@ -191,10 +242,43 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
+        /// Against adding and removing one by one.
+        #[test]
+        fn a_range_without_a_set_has_the_rest(
+            start in 0..200_000_u64,
+            len in 0..200_000_u64,
+            runs in proptest::collection::vec((0..200_000_u64, 0..70_000_u64), 0..6)
+        ) {
+            let (bound, range) = (190_000, start..start + len);
+            // One that ends elsewhere than the new one.
+            let mut other = BitSet::new(bound - 50_000).unwrap();
+            for (from, len) in runs {
+                other.insert_range(from..from + len);
+            }
+            let mut expected = BitSet::new(bound).unwrap();
+            expected.insert_range(range.clone());
+            for number in range.clone() {
+                if other.contains(number) {
+                    expected.remove(number);
+                }
+            }
+            let found = BitSet::range_without(bound, range.clone(), &other).unwrap();
+            assert_eq!(found.len(), expected.len());
+            for number in 0..bound {
+                assert_eq!(found.contains(number), expected.contains(number), "{}", number);
+            }
+            let mut next = 0;
+            while let Some(number) = expected.first_from(next) {
+                assert_eq!(found.first_from(next), Some(number));
+                next = number + 1;
+            }
+            assert_eq!(found.first_from(next), None);
+        }
+
         /// Against the set of the standard library.
         #[test]
         fn behaves_like_a_set(
-            steps in proptest::collection::vec((0..4_u8, 0..200_000_u64, 0..5000_u64), 1..60)
+            steps in proptest::collection::vec((0..5_u8, 0..200_000_u64, 0..5000_u64), 1..60)
         ) {
             let bound = 190_000;
             let mut bits = BitSet::new(bound).unwrap();
@@ -206,6 +290,12 @@ mod tests {
                     2 => {
                         bits.insert_range(number..number + len);
                         model.extend((number..number + len).filter(|n| *n < bound));
+                    }
+                    3 => {
+                        let mut range = number..number + len;
+                        let is_new = range.end <= bound && !range.any(|n| model.contains(&n));
+                        assert_eq!(bits.insert_new(number..number + len), is_new);
+                        model.extend((number..number + len).filter(|_| is_new));
                     }
                     _ => {
                         let first = model.range(number..).next().copied();

@@ -9,13 +9,16 @@ use super::image::Image;
 use super::walk;
 use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
 use crate::format::bat::EntryError;
-use crate::format::header::Header;
+use crate::format::header::{HEADER_LEN, Header};
 use crate::format::layout::Layout;
-use crate::units::{DiskCluster, FileOffset};
+use crate::units::{DiskCluster, FileOffset, len_u64};
 use std::fmt;
 
 /// Findings that are kept word for word; of the others only the number is known.
 const KEPT: usize = 16;
+
+/// Entries that count up from which on they are taken together.
+const RUN_MIN: u64 = 16;
 
 /// What is wrong with one entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,17 +122,41 @@ impl Walk<'_> {
 
     fn piece(&mut self, at: FileOffset, bytes: &[u8]) -> Result<()> {
         let entries_end = self.layout.table_end().get();
-        let positions = (at.get()..).step_by(4);
-        for (position, word) in positions.zip(bytes.chunks_exact(4)) {
-            let entry = walk::word(word);
-            if position < entries_end {
-                self.entry(DiskCluster::new((position - 64) / 4), entry)?;
-            } else if entry != 0 {
-                self.survey.stray_slots += 1;
+        let (entries, after) = bytes.split_at(
+            usize::try_from(entries_end.saturating_sub(at.get()))
+                .unwrap_or(usize::MAX)
+                .min(bytes.len()),
+        );
+        let mut cluster = (at.get() - len_u64(HEADER_LEN)) / 4;
+        let mut rest = entries;
+        while let Some(first) = rest.first_chunk().map(|word| u32::from_le_bytes(*word)) {
+            let count = run_len(first, rest);
+            let run = u64::from(first)..u64::from(first) + count;
+            let taken = count >= RUN_MIN && self.classifier.take_run(run.clone());
+            if taken {
+                self.survey.mapped += count;
+                self.survey.used_end = self.survey.used_end.max(run.end);
             }
+            for number in (0..count).filter(|_| !taken) {
+                let entry = u32::try_from(run.start + number).unwrap_or(u32::MAX);
+                self.entry(DiskCluster::new(cluster + number), entry)?;
+            }
+            cluster += count;
+            rest = &rest[usize::try_from(4 * count).unwrap_or(rest.len())..];
         }
+        let is_stray = |word: &&[u8]| walk::word(word) != 0;
+        self.survey.stray_slots += len_u64(after.chunks_exact(4).filter(is_stray).count());
         Ok(())
     }
+}
+
+/// How many entries count up by one from the first of these, which is `first`.
+fn run_len(first: u32, entries: &[u8]) -> u64 {
+    let words = entries.chunks_exact(4).map(walk::word);
+    let differs = |(number, word): (u32, u32)| first.checked_add(number) != Some(word);
+    let whole = entries.len() / 4;
+    let end = (0..).zip(words).position(differs).unwrap_or(whole);
+    len_u64(end.max(1))
 }
 
 /// Walks the table of an image whose header allows writing.
@@ -227,6 +254,55 @@ mod tests {
             (DiskCluster::new(1), Fault::Entry(EntryError::InTable(7))),
         ];
         assert_eq!(found.faults, expected);
+    }
+
+    /// Entries that count up are taken together, and nothing is lost by that.
+    #[test]
+    fn runs_count_as_what_their_entries_are() {
+        let run = |slots: std::ops::Range<usize>, first: u32| {
+            slots.clone().zip(first..).collect::<Vec<_>>()
+        };
+        let wide = |entries: &[(usize, u32)]| {
+            let mut image = image(MAGIC_V2, 200, &[], 0);
+            let header = *image.header().unwrap();
+            let raw = RawHeader {
+                entry_count: 100,
+                size_in_sectors: 800,
+                ..*header.raw()
+            };
+            let mut bytes = vec![0; 200 * 4096];
+            bytes[..64].copy_from_slice(&raw.encode());
+            for (index, entry) in entries {
+                bytes[64 + 4 * index..68 + 4 * index].copy_from_slice(&entry.to_le_bytes());
+            }
+            image = Image::expanding(Path::new("x.hds"), Arc::new(MemStorage::new(bytes))).unwrap();
+            survey_of(&image)
+        };
+        let good = wide(&[run(0..40, 1), run(50..100, 51)].concat());
+        assert_eq!(
+            (good.mapped, good.used.len(), good.fault_count),
+            (90, 90, 0)
+        );
+        assert_eq!(good.used_end, 101);
+        // The second run begins within the first, which has five of its clusters.
+        let shared = wide(&[run(0..40, 1), run(50..90, 36)].concat());
+        assert_eq!(
+            (shared.mapped, shared.used.len(), shared.fault_count),
+            (80, 75, 5)
+        );
+        assert_eq!(
+            shared.faults[0],
+            (DiskCluster::new(50), Fault::Duplicate(36))
+        );
+        // It ends past the file.
+        let past = wide(&run(0..40, 190));
+        assert_eq!(
+            (past.mapped, past.fault_count, past.used_end),
+            (40, 30, 200)
+        );
+        // It counts up from nothing.
+        let from_zero = wide(&run(3..40, 0));
+        assert_eq!((from_zero.mapped, from_zero.fault_count), (36, 0));
     }
 
     #[test]

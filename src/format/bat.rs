@@ -9,6 +9,7 @@
 use crate::format::header::Version;
 use crate::format::layout::Layout;
 use crate::units::{FileCluster, FileOffset, SECTOR};
+use std::ops::Range;
 use thiserror::Error;
 
 /// What is wrong with an entry.
@@ -55,6 +56,21 @@ impl Layout {
             return Err(EntryError::CutByEnd(entry));
         }
         Ok(())
+    }
+
+    /// The entries that [`Layout::check_entry`] finds nothing wrong with: whoever goes over a whole
+    /// table compares with two numbers instead.
+    #[must_use]
+    pub fn good_entries(&self, file_len: FileOffset) -> Range<u64> {
+        let unit = match self.version() {
+            Version::V1 => SECTOR,
+            Version::V2 => self.cluster().bytes(),
+        };
+        let first = self.data_start().max(self.table_end()).get();
+        let start = first.div_ceil(unit).max(1);
+        let last = file_len.get().checked_sub(self.cluster().bytes());
+        let end = last.map_or(0, |last| last.div_euclid(unit).saturating_add(1));
+        start..end
     }
 
     /// The file cluster that a checked entry names, for writing: it must be on a cluster border.
@@ -115,6 +131,27 @@ mod tests {
         );
         let far = Layout::new(Version::V2, layout.cluster(), 20_000, 192);
         assert_eq!(far.check_entry(2, len), Err(EntryError::InTable(2)));
+    }
+
+    #[test]
+    fn the_good_entries_are_those_that_pass_the_check() {
+        for version in [Version::V1, Version::V2] {
+            for entries in [320, 20_000] {
+                let cluster = ClusterSize::from_sectors(64).unwrap();
+                let layout = Layout::new(version, cluster, entries, 0);
+                for len in [0, 100, 32768, 3 * 32768, 3 * 32768 + 100, 9 * 32768 - 1] {
+                    let len = FileOffset::new(len);
+                    let good = layout.good_entries(len);
+                    for entry in 1..1000_u32 {
+                        assert_eq!(
+                            good.contains(&u64::from(entry)),
+                            layout.check_entry(entry, len).is_ok(),
+                            "{version:?} {entries} {len} {entry}"
+                        );
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -128,6 +128,54 @@ impl Drop for Loop {
     }
 }
 
+/// A new file system that can share blocks, mounted.
+#[derive(Debug)]
+pub(crate) struct Xfs {
+    mountpoint: PathBuf,
+    // Dropped in this order, after the unmount.
+    _device: Loop,
+    _dir: TempDir,
+}
+
+impl Xfs {
+    /// With room for so many MiB, below a directory.
+    pub(crate) fn new(place: &Path, mib: u64) -> Result<Self> {
+        let holder = TempDir::with_prefix_in("xfs.", place)?;
+        let dir = fs::canonicalize(holder.path())?;
+        let (file, mountpoint) = (dir.join("xfs"), dir.join("m"));
+        fs::create_dir(&mountpoint)?;
+        fs::File::create_new(&file)?.set_len((mib + 512) << 20)?;
+        said(
+            Command::new("mkfs.xfs")
+                .args(["-q", "-m", "reflink=1"])
+                .arg(&file),
+        )?;
+        let device = Loop::over(&file)?;
+        said(Command::new("mount").arg(device.device()).arg(&mountpoint))?;
+        Ok(Self {
+            mountpoint,
+            _device: device,
+            _dir: holder,
+        })
+    }
+
+    /// Where it is.
+    pub(crate) fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// Waits until everything is on the medium.
+    pub(crate) fn settle(&self) -> Result<()> {
+        said(Command::new("sync").arg("-f").arg(&self.mountpoint)).map(|_| ())
+    }
+}
+
+impl Drop for Xfs {
+    fn drop(&mut self) {
+        tell(umount2(&self.mountpoint, MntFlags::empty()).map_err(Into::into));
+    }
+}
+
 /// A process that serves, and what has to be unmounted before it ends.
 #[derive(Debug)]
 pub(crate) struct Server {

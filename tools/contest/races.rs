@@ -5,6 +5,7 @@
 
 use crate::contestants::{Content, Contestant, Stage, Subject, View};
 use crate::forge::content::splitmix;
+use crate::host::{self, Xfs};
 use crate::jobs::{self, Job, Walk};
 use crate::opening;
 use crate::report::{Report, Unit};
@@ -18,6 +19,9 @@ const DEPTHS: [usize; 4] = [1, 8, 64, 253];
 const ONCE_BYTES: u64 = 128 << 20;
 /// Clusters that are written and synced one by one.
 const SYNCS: u64 = 64;
+
+/// Clusters that are copied up, with shared blocks or without.
+const REFLINKS: u64 = 4096;
 
 /// A scene as `--scenes` names it.
 #[derive(Debug)]
@@ -39,6 +43,7 @@ enum Kind {
     /// Each sample has a contestant and a disk of its own.
     Once(&'static [Once]),
     Depth,
+    Reflink,
     Open,
 }
 
@@ -70,7 +75,7 @@ const fn once(job: &'static str, walk: Walk, content: Content, on_disk: bool) ->
 }
 
 /// All scenes.
-pub(crate) const ALL: [Scene; 9] = [
+pub(crate) const ALL: [Scene; 10] = [
     Scene {
         name: "loop",
         title: "loop device with direct I/O, image cached",
@@ -127,6 +132,11 @@ pub(crate) const ALL: [Scene; 9] = [
         name: "cow",
         title: "4 KiB into each cluster of a lower image",
         kind: Kind::Once(&[once("copy up", Walk::Write, Content::Covered, false)]),
+    },
+    Scene {
+        name: "reflink",
+        title: "copy-up of clusters of 1 MiB on one XFS, all of them together",
+        kind: Kind::Reflink,
     },
     Scene {
         name: "depth",
@@ -192,6 +202,7 @@ impl Run<'_> {
             }
             Kind::Once(list) => self.once(scene.name, list),
             Kind::Depth => self.depth(scene.name),
+            Kind::Reflink => self.reflink(scene.name),
             Kind::Open => {
                 let rounds = self.rounds(true);
                 opening::measure(self.image_dir, rounds, self.bounds, self.report)
@@ -354,6 +365,41 @@ impl Run<'_> {
                 }
             }
             eprintln!("{scene}: round {} of {}", round + 1, self.rounds(true));
+        }
+        Ok(())
+    }
+
+    /// Once with shared blocks and once with copies, each with an XFS of its own: there is room for
+    /// one copy only.
+    fn reflink(&mut self, scene: &str) -> Result<()> {
+        let clusters = if self.cli.quick { 256 } else { REFLINKS };
+        if !host::has("mkfs.xfs") {
+            self.report
+                .skip(format!("{scene}: mkfs.xfs is not installed"));
+            return Ok(());
+        }
+        for round in 0..self.rounds(true).min(3) {
+            let mut ways = [("shared", &[][..]), ("copied", &["--no-reflink"])];
+            shuffle(&mut ways, &mut self.random);
+            for (name, options) in ways {
+                if !self.bounds.allow()? {
+                    return Ok(());
+                }
+                let xfs = Xfs::new(self.disk_dir, 3 * clusters)?;
+                let stage = Stage {
+                    dir: xfs.mountpoint().to_owned(),
+                    cluster_sectors: 2048,
+                    ..self.stage(true, Content::Covered, clusters << 20)
+                };
+                let subject = Contestant::ploopfs_with(name, options).up(&stage)?;
+                xfs.settle()?;
+                let rate = Walk::Write.run(&subject.target, stage.cluster(), clusters)?;
+                let seconds = clusters as f64 / rate;
+                let key = (scene, "copy up", name);
+                self.report
+                    .add(key, Unit::Milliseconds, round, seconds * 1e3);
+            }
+            eprintln!("{scene}: round {}", round + 1);
         }
         Ok(())
     }

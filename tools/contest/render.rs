@@ -26,7 +26,7 @@ fn number(value: f64) -> String {
 /// The contestant that the others of a scene are compared with.
 fn base(report: &Report, scene: &str) -> Option<String> {
     let names = report.contestants(scene);
-    [RAW, "depth 1", IDENTITY]
+    [RAW, "depth 1", "copied", IDENTITY]
         .into_iter()
         .find(|base| names.contains(base))
         .map(str::to_owned)

@@ -44,7 +44,7 @@ const EVERY: &[&str] = &[
 ];
 
 /// The comparisons.
-const RATIOS: [AtLeast; 13] = [
+const RATIOS: [AtLeast; 14] = [
     at_least(PLOOPFS, IDENTITY, EVERY, 0.95),
     at_least(RINGS, IDENTITY, &["rr1", "rw1"], 1.8),
     at_least(RINGS, IDENTITY, &["rr32", "rw32"], 1.1),
@@ -67,6 +67,10 @@ const RATIOS: [AtLeast; 13] = [
     AtLeast {
         scene: "sync",
         ..at_least(PLOOPFS, RAW, &["on new clusters"], 0.5)
+    },
+    AtLeast {
+        scene: "reflink",
+        ..at_least("shared", "copied", &["copy up"], 5.0)
     },
     AtLeast {
         scene: "sync",
@@ -107,18 +111,11 @@ pub(crate) const INSIDE: &str = "inside";
 pub(crate) const OURS: &str = "one request";
 
 /// Targets that this program cannot judge, and where they are.
-const ELSEWHERE: [(&str, &str, &str); 2] = [
-    (
-        "heap allocations of a request below the threshold",
-        "0",
-        "tests/allocation.rs judges",
-    ),
-    (
-        "copy-up on one XFS with reflinks against without",
-        ">= 5x",
-        "not measured: ploopfs has no switch for it yet",
-    ),
-];
+const ELSEWHERE: [(&str, &str, &str); 1] = [(
+    "heap allocations of a request below the threshold",
+    "0",
+    "tests/allocation.rs judges",
+)];
 
 /// Judges all targets.
 pub(crate) fn judge(report: &Report) -> Vec<Verdict> {

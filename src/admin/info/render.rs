@@ -118,12 +118,8 @@ fn write_file(level: usize, file: &FileInfo, out: &mut String) -> std::fmt::Resu
     }
     facts.extend(file.closed_mark.as_ref().map(|mark| format!("mark {mark}")));
     writeln!(out, "      {}", facts.join(", "))?;
-    if file.bad_entries > 0 {
-        writeln!(
-            out,
-            "      {} BAT entries point where no data can be",
-            file.bad_entries
-        )?;
+    if let Some(bad) = file.bad_entries.filter(|bad| *bad > 0) {
+        writeln!(out, "      {} BAT entries point where no data can be", bad)?;
     }
     if let Some(extension) = &file.extension {
         match &extension.problem {
