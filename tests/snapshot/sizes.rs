@@ -18,7 +18,7 @@ use ploopfs::format::guid::Guid;
 fn of_sizes(sizes: &[u64]) -> BundleSpec {
     let sizes = sizes.to_vec();
     BundleSpec::chain(Style::Ploop, &like(2), sizes.len(), move |level, image| {
-        image.disk_sectors = sizes[usize::from(level)];
+        image.disk_sectors = sizes[level];
     })
 }
 
