@@ -272,7 +272,7 @@ pub(crate) fn resize_shrink(case: &Case) -> Verdict {
 
 fn compacted(case: &Case, mode: &[&str]) -> Verdict {
     let copy = case.fresh()?;
-    let args = [&["compact", "-q"], case.drops(), mode].concat();
+    let args = [&["compact", "-qy"], case.drops(), mode].concat();
     if case.kind.form == Form::Plain {
         case.looks(&copy, &args, &[])?;
         return Ok(Some(PLAIN));
