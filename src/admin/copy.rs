@@ -37,11 +37,20 @@ pub struct Copied {
     pub bytes: u64,
 }
 
+/// A bundle that is copied.
+#[derive(Clone, Copy, Debug)]
+pub struct Original<'a> {
+    /// Its directory.
+    pub directory: &'a dyn Directory,
+    /// The directory's own name.
+    pub name: &'a str,
+    /// The same for messages.
+    pub path: &'a Path,
+}
+
 /// A bundle as it is found.
-struct Found {
-    directory: HostDirectory,
-    /// The bundle's own name.
-    name: String,
+struct Found<'a> {
+    from: Original<'a>,
     text: Vec<u8>,
     images: Vec<String>,
     names: Vec<String>,
@@ -63,35 +72,46 @@ pub fn copy(source: &Path, target: &Path, new_guids: bool, progress: &Progress) 
         let only = opened.parts.first().and_then(|part| part.files.last());
         let only = only.ok_or_else(|| Error::errno(libc::EIO))?;
         refuse_half_mended(only)?;
-        let only = &only.storage;
-        let bytes = only.len()?.get();
-        progress.step("copying", bytes);
-        make_in(&parent, name, false, &ids, progress, |place| match place {
-            Place::Image(file) => copy_file(only, file, progress),
-            Place::Bundle(_) => Err(Error::errno(libc::EIO)),
-        })?;
-        return Ok(Copied { images: 1, bytes });
+        return copy_image(&only.storage, (&parent, name), &ids, progress);
     }
-    let found = find(&subject)?;
     let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| Error::from(e).in_file(path));
-    if real(parent.path())?.starts_with(real(&subject)?) {
+    let full = real(&subject)?;
+    if real(parent.path())?.starts_with(&full) {
         let why = "the copy would lie in the disk itself";
         return Err(Error::why(ErrorKind::Usage, why).in_file(source));
     }
+    let own_name = full.file_name().map(|name| name.to_string_lossy());
+    let from = Original {
+        directory: &HostDirectory::open(&subject)?,
+        name: &own_name.unwrap_or_default(),
+        path: &subject,
+    };
+    copy_bundle(from, (&parent, name), new_guids, &ids, progress)
+}
+
+/// Copies a bundle to a new name in a directory. Nobody else may change it meanwhile.
+pub fn copy_bundle(
+    from: Original<'_>,
+    (parent, name): (&dyn Directory, &str),
+    new_guids: bool,
+    ids: &Ids,
+    progress: &Progress,
+) -> Result<Copied> {
+    let found = find(from)?;
     let (text, new) = if new_guids {
-        renamed(&found.text, &ids)?
+        renamed(&found.text, ids)?
     } else {
         (found.text.clone(), HashMap::new())
     };
     let mut files = Vec::new();
     let mut bytes = 0_u64;
     for image in &found.images {
-        let file = found.directory.open(image, false)?;
+        let file = from.directory.open(image, false)?;
         bytes = bytes.saturating_add(file.len()?.get());
         files.push((image, file));
     }
     progress.step("copying", bytes);
-    make_in(&parent, name, true, &ids, progress, |place| {
+    make_in(parent, name, true, ids, progress, |place| {
         let Place::Bundle(inner) = place else {
             return Err(Error::errno(libc::EIO));
         };
@@ -100,15 +120,31 @@ pub fn copy(source: &Path, target: &Path, new_guids: bool, progress: &Progress) 
         }
         found.small_files(&**inner, name, new_guids)?;
         found.people_names(&**inner, &new)?;
-        if read_small(&*found.directory.open(DESCRIPTOR, false)?, xml::BYTES_MAX)? != found.text {
+        if read_small(&*from.directory.open(DESCRIPTOR, false)?, xml::BYTES_MAX)? != found.text {
             let why = "its descriptor was changed while it was copied";
-            return Err(Error::why(ErrorKind::Locked, why).in_file(source));
+            return Err(Error::why(ErrorKind::Locked, why).in_file(from.path));
         }
         put(&**inner, DESCRIPTOR, &text)?;
         inner.sync()
     })?;
     let images = files.len();
     Ok(Copied { images, bytes })
+}
+
+/// Copies an image to a new name in a directory. Nobody else may change it meanwhile.
+pub fn copy_image(
+    image: &SharedStorage,
+    (parent, name): (&dyn Directory, &str),
+    ids: &Ids,
+    progress: &Progress,
+) -> Result<Copied> {
+    let bytes = image.len()?.get();
+    progress.step("copying", bytes);
+    make_in(parent, name, false, ids, progress, |place| match place {
+        Place::Image(file) => copy_file(image, file, progress),
+        Place::Bundle(_) => Err(Error::errno(libc::EIO)),
+    })?;
+    Ok(Copied { images: 1, bytes })
 }
 
 /// The copy of an image whose repair was interrupted would be half mended, without its way back.
@@ -134,8 +170,8 @@ fn refuse_half_mended(image: &OpenedFile) -> Result<()> {
 }
 
 /// Looks at a bundle, and refuses one that cannot be copied file by file.
-fn find(subject: &Path) -> Result<Found> {
-    let directory = HostDirectory::open(subject)?;
+fn find(from: Original<'_>) -> Result<Found<'_>> {
+    let (directory, subject) = (from.directory, from.path);
     let names = directory.entries()?;
     let text = read_small(&*directory.open(DESCRIPTOR, false)?, xml::BYTES_MAX)?;
     let path = subject.join(DESCRIPTOR);
@@ -166,31 +202,27 @@ fn find(subject: &Path) -> Result<Found> {
             }
         }
     }
-    let full = std::fs::canonicalize(subject).map_err(|e| Error::from(e).in_file(subject))?;
-    let own_name = full
-        .file_name()
-        .map(|name| name.to_string_lossy().into_owned());
     Ok(Found {
-        directory,
-        name: own_name.unwrap_or_default(),
+        from,
         text,
         images: images.into_iter().collect(),
         names,
     })
 }
 
-impl Found {
+impl Found<'_> {
     /// What belongs to the descriptor: the one before it, and the empty file of the bundle's name.
     fn small_files(&self, inner: &dyn Directory, name: &str, new_guids: bool) -> Result<()> {
         let backup = format!("{DESCRIPTOR}{BACKUP}");
         // One with the old GUIDs would be none of the copy's.
         if self.names.contains(&backup) && !new_guids {
-            let old = read_small(&*self.directory.open(&backup, false)?, xml::BYTES_MAX)?;
+            let old = read_small(&*self.from.directory.open(&backup, false)?, xml::BYTES_MAX)?;
             put(inner, &backup, &old)?;
         }
+        let own = self.from.name;
         let is_image = |name: &str| self.images.iter().any(|image| image == name);
-        if self.names.contains(&self.name) && !is_image(&self.name) && !is_image(name) {
-            let stub = self.directory.open(&self.name, false)?;
+        if self.names.iter().any(|there| there == own) && !is_image(own) && !is_image(name) {
+            let stub = self.from.directory.open(own, false)?;
             if stub.is_empty()? {
                 put(inner, name, b"")?;
             }
@@ -199,14 +231,14 @@ impl Found {
     }
 }
 
-impl Found {
+impl Found<'_> {
     /// What people called the snapshots, by the GUIDs that they have in the copy.
     fn people_names(&self, inner: &dyn Directory, new: &HashMap<Guid, Guid>) -> Result<()> {
         let own = format!("{DESCRIPTOR}{}", names::OWN_END);
         if !self.names.contains(&own) {
             return Ok(());
         }
-        let old = read_small(&*self.directory.open(&own, false)?, xml::BYTES_MAX)?;
+        let old = read_small(&*self.from.directory.open(&own, false)?, xml::BYTES_MAX)?;
         let in_copy = |(guid, name)| (new.get(&guid).copied().unwrap_or(guid), name);
         let kept = names::parse_own(&old).into_iter().map(in_copy).collect();
         put(inner, &own, &names::encode_own(&kept))

@@ -2,7 +2,7 @@
 
 use crate::sim::directory::Names;
 use crate::sim::faults::Fault;
-use crate::sim::replay::Media;
+use crate::sim::media::Media;
 use crate::sim::storage::{Event, Kind, Manners, SimStorage, World};
 use ploopfs::admin::check::check_image;
 use ploopfs::error::Result;
