@@ -72,16 +72,10 @@ fn lies() -> Result<(), Failed> {
     }
 }
 
-fn stale() -> Result<(), Failed> {
-    let found: Vec<String> = change::courses().iter().flat_map(Course::stale).collect();
-    match found.is_empty() {
-        true => Ok(()),
-        false => Err(Failed::from(found.join("\n"))),
-    }
-}
-
 fn main() {
     let arguments = Arguments::from_args();
+    // What does not hold is said by the trial that finds it.
+    std::panic::set_hook(Box::new(|_| {}));
     let table = Arc::new(Mutex::new(Vec::new()));
     let courses = make::courses().into_iter().chain(change::courses());
     let mut trials: Vec<Trial> = courses.map(|course| trial(course, &table)).collect();
@@ -91,10 +85,6 @@ fn main() {
         Ok(())
     }));
     trials.push(Trial::test("hosts_that_lie_are_noticed", lies));
-    trials.push(Trial::test(
-        "what_only_the_cache_has_is_not_built_on",
-        stale,
-    ));
     let conclusion = libtest_mimic::run(&arguments, trials);
     let mut table = table.lock().expect("all have ended").clone();
     table.sort();

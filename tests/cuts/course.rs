@@ -97,12 +97,13 @@ impl Course {
                 tally.cuts += 1;
             }
         }
-        for number in 0..operations {
-            for errno in [libc::EIO, libc::ENOSPC] {
-                let judged = self.fail(number, errno, &good, &mut dice);
-                judged.map_err(|why| format!("failure {errno} of operation {number}: {why}"))?;
-                tally.failures += 1;
-            }
+        // Anything can fail to be read or written; only what changes something can lack space.
+        let failing = (0..operations).map(|number| self.failing(number, libc::EIO));
+        let full = (0..changes).map(|number| self.full(number));
+        for manners in failing.chain(full) {
+            let judged = self.fail(manners, &good, &mut dice);
+            judged.map_err(|why| format!("{:?}: {why}", manners.nth))?;
+            tally.failures += 1;
         }
         for number in 0..changes {
             let stopped = self.stop(number, &good);
@@ -138,36 +139,6 @@ impl Course {
         })
     }
 
-    /// A repeated command must not build on what only the host's cache has, where a sync failed. An
-    /// error for each failure after which it does.
-    pub(crate) fn stale(&self) -> Vec<String> {
-        let host = self.start();
-        if self.act(&host).is_err() {
-            return vec!["undisturbed".to_owned()];
-        }
-        let good = host.media();
-        let mut dice = 1;
-        let mut found = Vec::new();
-        for number in 0..host.world().total() {
-            let host = SimDirectory::with(&self.old, self.failing(number, libc::EIO));
-            if self.act(&host).is_ok() {
-                continue;
-            }
-            let again = SimDirectory::on(&host.media());
-            if self.act(&again).is_err() {
-                continue;
-            }
-            let left = again.media().cut(&mut dice);
-            if let Err(why) = self.judge_bundle(&left, &good, true, false) {
-                found.push(format!(
-                    "{}, {}, operation {number}: {why}",
-                    self.verb, self.kind
-                ));
-            }
-        }
-        found
-    }
-
     fn failing(&self, number: u64, errno: i32) -> Manners {
         Manners {
             nth: Some(Nth {
@@ -175,6 +146,19 @@ impl Course {
                 errno,
                 for_ever: false,
                 of_all: true,
+            }),
+            ..self.manners
+        }
+    }
+
+    /// The host has no space for this change.
+    fn full(&self, number: u64) -> Manners {
+        Manners {
+            nth: Some(Nth {
+                nth: number,
+                errno: libc::ENOSPC,
+                for_ever: false,
+                of_all: false,
             }),
             ..self.manners
         }
@@ -270,8 +254,9 @@ impl Course {
     }
 
     /// One operation fails.
-    fn fail(&self, number: u64, errno: i32, good: &Media, dice: &mut u64) -> Verdict {
-        let host = SimDirectory::with(&self.old, self.failing(number, errno));
+    fn fail(&self, manners: Manners, good: &Media, dice: &mut u64) -> Verdict {
+        let errno = manners.nth.map_or(0, |nth| nth.errno);
+        let host = SimDirectory::with(&self.old, manners);
         let ended = self.act(&host);
         let left = host.media();
         if let Rule::Makes { .. } = self.rule {

@@ -123,28 +123,31 @@ fn cluster(bytes: &[u8], index: usize, what: &str) -> Option<Vec<u8>> {
         take(index * SIZE, SIZE);
         return Some(found);
     }
+    // Clusters of the image itself may be larger than the pieces that are looked at.
+    let own = le32(bytes, 28) * 512;
     let unit = if bytes.starts_with(b"WithoutFree") {
         512
     } else {
-        SIZE
+        own
     };
     let disk = le32(bytes, 36) * 512;
-    if index >= le32(bytes, 32) || index * SIZE >= disk {
+    let (number, within) = (index * SIZE / own, index * SIZE % own);
+    if number >= le32(bytes, 32) || index * SIZE >= disk {
         return None;
     }
-    let entry = le32(bytes, 64 + 4 * index);
+    let entry = le32(bytes, 64 + 4 * number);
     if entry == 0 {
         return None;
     }
-    let start = entry * unit;
     assert!(
-        start >= le32(bytes, 48) * 512,
-        "{what}: entry {index} in the table"
+        entry * unit >= le32(bytes, 48) * 512,
+        "{what}: entry {number} in the table"
     );
     assert!(
-        start + SIZE <= bytes.len(),
-        "{what}: entry {index} past the end"
+        entry * unit + own <= bytes.len(),
+        "{what}: entry {number} past the end"
     );
+    let start = entry * unit + within;
     take(start, SIZE.min(disk - index * SIZE));
     Some(found)
 }

@@ -92,7 +92,12 @@ pub(crate) fn carry_out(
 ) -> Result<Changed> {
     let files = Own(host);
     let mut bundle = Bundle::open(host, DESCRIPTOR, &files)?;
-    let shots: Vec<Guid> = bundle.descriptor().frozen().map(|shot| shot.guid).collect();
+    let shots: Vec<Guid> = bundle
+        .descriptor()
+        .frozen()
+        .iter()
+        .map(|shot| shot.guid)
+        .collect();
     let chosen = shots
         .get(usize::from(step.at) % shots.len().max(1))
         .copied();
