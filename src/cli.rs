@@ -34,6 +34,7 @@ pub mod serve;
 pub mod size;
 pub mod snapshot;
 pub mod source;
+mod trim;
 pub mod umount;
 
 use crate::admin;

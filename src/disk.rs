@@ -70,6 +70,8 @@ pub struct DiskOptions {
     pub bat_cache: u64,
     /// Bytes by which a file grows.
     pub grow_step: u64,
+    /// What is copied up from a lower delta shares its blocks where the host can do that.
+    pub reflink: bool,
     /// What happens when the host has no space.
     pub enospc: EnospcPolicy,
     /// Drop a dirty bitmap that writing would make a lie.
@@ -87,6 +89,7 @@ impl Default for DiskOptions {
             inline_order: INLINE_ORDER_DEFAULT.0,
             bat_cache: 32 << 20,
             grow_step: 16 << 20,
+            reflink: true,
             enospc: EnospcPolicy::Seconds(60),
             drop_bitmaps: false,
             pool_threads: 4,

@@ -51,6 +51,8 @@ pub enum ErrorKind {
     Missing,
     /// The descriptor cannot be understood or contradicts itself.
     Descriptor,
+    /// A manifest of sums cannot be understood, or is not whole.
+    Manifest,
     /// No snapshot has that GUID or name.
     NoSuchSnapshot,
     /// A name leads out of the bundle, or to something that is no plain file.
@@ -85,6 +87,7 @@ impl ErrorKind {
             Self::OutOfRange => "out-of-range",
             Self::Missing => "missing",
             Self::Descriptor => "descriptor",
+            Self::Manifest => "manifest",
             Self::NoSuchSnapshot => "no-such-snapshot",
             Self::OutsideBundle => "outside-bundle",
             Self::Usage => "usage",
@@ -112,6 +115,7 @@ impl ErrorKind {
             Self::OutOfRange => "position past the end of the disk",
             Self::Missing => "a file of the disk is missing",
             Self::Descriptor => "bad disk descriptor",
+            Self::Manifest => "bad manifest",
             Self::NoSuchSnapshot => "no such snapshot",
             Self::OutsideBundle => "refusing to open a file outside the bundle",
             Self::Usage => "wrong usage",

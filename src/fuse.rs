@@ -4,11 +4,12 @@
 //! Never: decides what the bytes are, waits for another request on a session thread, or allocates
 //! for a READ or a WRITE.
 //!
-//! [`PloopFs`] is what fuser calls, from several session threads at once; its handlers are in
-//! `fuse/requests.rs`, one a verb, and what they have in common is here. READ and WRITE of
-//! `disk.img` carry the file handle 0 and go straight to the live disk with the thread's own
-//! buffer; every other open file has an entry in a table. The disk answers through the reply
-//! object, at once or later from a thread of its own, so a handler that returns has not always
+//! [`PloopFs`] is the file system; one place decides what a request means, and doors carry requests
+//! to it and answers back, from several threads at once. Its verbs are in `fuse/requests.rs`, and
+//! what they have in common is here; the door that fuser keeps is `fuse/library.rs`. READ and WRITE
+//! of `disk.img` carry the file handle 0 and go straight to the live disk with the memory that the
+//! door has for them; every other open file has an entry in a table. The disk answers through the
+//! reply object, at once or later from a thread of its own, so a verb that returns has not always
 //! answered. What is neither data nor quick runs on one thread aside.
 //!
 //! What the mount promises to those who use it:
@@ -28,6 +29,7 @@
 //! * FSYNC answers when all that was answered before it is durable. The last close of a writer
 //!   starts a flush that nobody waits for.
 
+mod answer;
 mod aside;
 pub mod attach;
 mod buffer;
@@ -35,35 +37,32 @@ pub mod daemon;
 pub mod dead;
 pub mod errno;
 pub mod holders;
+mod library;
 mod locks;
 pub mod logging;
 pub mod mount;
 mod nodes;
 pub mod partitions;
 pub mod registry;
-mod reply;
 mod requests;
 mod rules;
 pub mod session;
 pub mod signals;
+pub mod trim;
 mod views;
+pub mod volumes;
 
 pub use nodes::Shape;
 pub use views::Opener;
 
 use crate::chain::bundle::SnapshotInfo;
-use crate::disk::{Disk, ReadReply};
-use crate::error::Error;
+use crate::disk::Disk;
 use crate::units::DiskOffset;
 use aside::Aside;
-use buffer::Buffers;
-use fuser::{
-    Errno, FopenFlags, INodeNo, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyLseek,
-    ReplyXattr,
-};
+use fuser::{Errno, FopenFlags, InitFlags};
 use nodes::Node;
-use reply::ReadAnswer;
 use std::ffi::OsStr;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use views::{View, Views};
@@ -80,6 +79,19 @@ const WRITE_MAX: u32 = 1 << 20;
 
 /// Requests of a loop device that the kernel lets out at a time.
 const BACKGROUND_MAX: u16 = 64;
+
+/// What is asked of the kernel, each where it can: parallel direct I/O, without which loop devices
+/// are slow; leaving to us the bits that a write clears, of which there are none here; directories
+/// that are looked into by many at a time; files mapped into memory beside direct I/O.
+const WANTED: [InitFlags; 4] = [
+    InitFlags::FUSE_ASYNC_DIO,
+    InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+    InitFlags::FUSE_PARALLEL_DIROPS,
+    InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+];
+
+/// More threads than there are beside those of a door: the disk's pool and flusher, signals...
+const OTHER_THREADS: usize = 24;
 
 const SOURCE_XATTR: &str = "user.ploopfs.source";
 
@@ -109,15 +121,12 @@ pub struct Settings {
     pub info_json: String,
     /// Keep `disk.img` out of the page cache; for mounts that only serve a loop device.
     pub direct_io: bool,
-    /// Session threads: the number of buffers made at start. Give the session the same number.
-    pub threads: usize,
 }
 
-/// The file system that fuser serves.
+/// The file system.
 #[derive(Debug)]
 pub struct PloopFs {
     views: Arc<Views>,
-    buffers: Buffers,
     aside: Option<Aside>,
     /// Without it the kernel asks for an extended attribute before every write, unless told once
     /// that there are none.
@@ -125,8 +134,8 @@ pub struct PloopFs {
 }
 
 impl PloopFs {
-    /// The mount of a disk. No thread is started and no buffer made before INIT, so this may be
-    /// called before the process forks; nothing of the disk is read before somebody looks.
+    /// The mount of a disk. No thread is started before INIT, so this may be called before the
+    /// process forks; nothing of the disk is read before somebody looks.
     #[must_use]
     pub fn new(
         disk: Arc<Disk>,
@@ -142,14 +151,35 @@ impl PloopFs {
         let views = Arc::new(Views::new(disk, shape, settings, guids, opener));
         Self {
             views,
-            buffers: Buffers::new(0),
             aside: None,
             has_xattrs: false,
         }
     }
 
-    fn node(&self, ino: INodeNo) -> Result<Node, Errno> {
-        self.views.tree.node(ino.0).ok_or(Errno::ENOENT)
+    /// Gets ready for requests on so many threads; called at INIT with what the kernel granted.
+    pub(crate) fn start(&mut self, granted: InitFlags, threads: usize) -> io::Result<()> {
+        if !granted.contains(InitFlags::FUSE_ASYNC_DIO) {
+            log::warn!("this kernel sends direct I/O one request at a time; loop devices are slow");
+        }
+        // No set-user-ID bits or file capabilities exist here to be cleared by a write.
+        self.has_xattrs = granted.contains(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
+        if let Err(e) = locks::prepare(threads.saturating_add(OTHER_THREADS)) {
+            log::warn!("locks may need memory later: {e}");
+        }
+        self.aside = Some(Aside::start()?);
+        Ok(())
+    }
+
+    /// Ends what runs aside and closes the snapshots; called after the last request.
+    pub(crate) fn end(&mut self) {
+        self.aside = None;
+        if let Some(views) = Arc::get_mut(&mut self.views) {
+            views.close_snapshots();
+        }
+    }
+
+    fn node(&self, ino: u64) -> Result<Node, Errno> {
+        self.views.tree.node(ino).ok_or(Errno::ENOENT)
     }
 
     /// Runs a job on the thread for slow requests.
@@ -169,35 +199,6 @@ impl PloopFs {
         }
     }
 
-    fn read_view(&self, view: &View, offset: u64, size: u32, reply: ReplyData) {
-        let len = rules::read_len(offset, size, view.len);
-        let (at, answer) = (view.at(offset), ReadAnswer { reply, len });
-        match len {
-            0 => answer.done(Ok(&[])),
-            // Without a buffer the answer is dropped unsent, which says EIO.
-            1..=buffer::SIZE => drop(
-                self.buffers
-                    .with(|buf| view.disk.read(at, len, buf, answer)),
-            ),
-            _ => self.read_huge(view, at, answer),
-        }
-    }
-
-    /// A read larger than the kernel's own limit, should there ever be one: in one piece all the
-    /// same, since a short answer would end the file.
-    fn read_huge(&self, view: &View, at: DiskOffset, answer: ReadAnswer) {
-        let disk = Arc::clone(&view.disk);
-        self.run_aside(move |_| {
-            let mut bytes = Vec::new();
-            if bytes.try_reserve_exact(answer.len).is_err() {
-                return answer.done(Err(Error::errno(libc::ENOMEM)));
-            }
-            bytes.resize(answer.len, 0);
-            let result = disk.read_at(at, &mut bytes);
-            answer.done(result.map(|()| bytes.as_slice()));
-        });
-    }
-
     /// How an open file of this node uses the page cache.
     fn open_flags(&self, node: Node) -> FopenFlags {
         let frozen = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
@@ -214,7 +215,7 @@ impl PloopFs {
         }
     }
 
-    fn xattr(&self, ino: INodeNo, name: &OsStr) -> Result<&[u8], Errno> {
+    fn xattr(&self, ino: u64, name: &OsStr) -> Result<&[u8], Errno> {
         if !self.has_xattrs {
             return Err(Errno::ENOSYS);
         }
@@ -237,28 +238,6 @@ fn believe(node: Node) -> Duration {
     }
 }
 
-fn is_for_writing(flags: OpenFlags) -> bool {
-    flags.acc_mode() != OpenAccMode::O_RDONLY
-}
-
-fn answer_attr(views: &Views, node: Node, reply: ReplyAttr) {
-    match views.attr(node) {
-        Ok(attr) => reply.attr(&believe(node), &attr),
-        Err(errno) => reply.error(errno),
-    }
-}
-
-fn answer_xattr(value: Result<&[u8], Errno>, size: u32, reply: ReplyXattr) {
-    match value {
-        Ok(value) => match u32::try_from(value.len()) {
-            Ok(len) if size == 0 => reply.size(len),
-            Ok(len) if len <= size => reply.data(value),
-            _ => reply.error(Errno::ERANGE),
-        },
-        Err(errno) => reply.error(errno),
-    }
-}
-
 /// Looks for data or a hole; both may read BAT pages.
 fn look_for(view: &View, at: u64, sought: rules::Seek) -> Result<u64, Errno> {
     let inside = |found: DiskOffset| found.get().saturating_sub(view.start);
@@ -276,12 +255,5 @@ fn look_for(view: &View, at: u64, sought: rules::Seek) -> Result<u64, Errno> {
         Ok(Some(found)) if found < view.len || sought == rules::Seek::Hole => Ok(found),
         Ok(_) => Err(Errno::ENXIO),
         Err(e) => Err(errno::answer("lseek", &e)),
-    }
-}
-
-fn answer_seek(result: Result<u64, Errno>, reply: ReplyLseek) {
-    match result.and_then(|at| i64::try_from(at).map_err(|_| Errno::EOVERFLOW)) {
-        Ok(at) => reply.offset(at),
-        Err(errno) => reply.error(errno),
     }
 }

@@ -34,6 +34,8 @@ bugs! {
     OneBarrierForCopies,
     /// One barrier instead of two where freed clusters have been used again.
     OneBarrierForReused,
+    /// One barrier instead of two where the file became longer since the last sync.
+    GrowthStable,
     /// A sync that fails is taken for one that did not.
     SyncErrorSwallowed,
     /// After a failed sync the next one is believed.

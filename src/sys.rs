@@ -15,3 +15,4 @@ pub mod process;
 #[cfg(all(test, loom))]
 pub mod raced;
 pub mod random;
+pub mod trim;

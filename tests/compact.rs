@@ -2,6 +2,8 @@
 
 #[path = "compact/cases.rs"]
 mod cases;
+#[path = "compact/combos.rs"]
+mod combos;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
 #[path = "compact/interop.rs"]
@@ -11,6 +13,8 @@ mod net;
 #[path = "sim/mod.rs"]
 mod sim;
 mod support;
+#[path = "compact/trim.rs"]
+mod trim;
 
 use libtest_mimic::Trial;
 use support::harness;
@@ -38,5 +42,8 @@ fn simulated() -> Vec<Trial> {
 fn main() {
     let mut trials = simulated();
     trials.extend(interop::trials());
+    trials.extend(trim::trials());
+    let announced = combos::announced_is_done;
+    trials.push(harness::trial("what_is_announced_is_done", &[], announced));
     harness::main(trials)
 }

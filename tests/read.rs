@@ -53,6 +53,7 @@ fn commands() -> Vec<Trial> {
         test!(map::map_of_chains_and_parts_agrees_with_the_model),
         test!(map::deltas_named_by_hand_are_mapped),
         test!(map::huge_disks_are_mapped_at_once),
+        test!(map::a_million_extents_are_no_trouble),
         test!(map::measure_agrees_with_qemu, Qemu),
         test!(map::measure_counts_what_images_need),
         test!(compare::equal_disks_are_equal_and_a_byte_is_found),

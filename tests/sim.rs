@@ -375,3 +375,39 @@ fn the_timer_syncs_what_was_written_in_place() {
         pool.stop();
     });
 }
+
+/// Syncs of the file in a flush after a small write to a cluster that the top does not map.
+fn syncs_of_a_fresh_cluster(kind: &kinds::DiskKind) -> usize {
+    let world = World::new(kind.files(), Manners::default(), true);
+    let resources = Resources::new(1).expect("threads and memory");
+    let mut syncs = 0;
+    scheduler::run(1, 8, None, "fresh clusters", || {
+        let pool = SimPool::start(1, None);
+        let resources = resources.with_pool(pool.clone());
+        let opened = disk::open_with(kind.open(&world), &DiskOptions::default(), resources);
+        let (disk, _) = opened.expect("it opens");
+        // The file grows by more than this cluster, for good once the flush is through.
+        disk.write_at(DiskOffset::ZERO, &[1; 512])
+            .expect("it is written");
+        disk.flush_now().expect("it is durable");
+        let before = world.log().len();
+        disk.write_at(DiskOffset::new(5 * 4096 + 512), &[2; 512])
+            .expect("it is written");
+        disk.flush_now().expect("it is durable");
+        let since = world.log().split_off(before);
+        let synced = |event: &&Event| matches!(event, Event::Synced { .. });
+        syncs = since.iter().filter(synced).count();
+        disk.close().expect("it closes");
+        pool.stop();
+    });
+    syncs
+}
+
+/// Zeros where a hole was need no barrier before the table; zeros over other content do.
+#[test]
+fn a_fresh_cluster_over_a_hole_takes_one_sync() {
+    let kind = |name| kinds::all().iter().find(|kind| kind.name == name);
+    let syncs = |name| syncs_of_a_fresh_cluster(kind(name).expect("it is one of them"));
+    assert_eq!(syncs("v2"), 1);
+    assert_eq!(syncs("over a plain base"), 2);
+}

@@ -7,8 +7,12 @@ mod commands;
 mod cuts;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
+#[path = "snapshot/manners.rs"]
+mod manners;
 #[path = "sim/mod.rs"]
 mod sim;
+#[path = "snapshot/sizes.rs"]
+mod sizes;
 #[path = "snapshot/steps.rs"]
 mod steps;
 #[path = "snapshot/world.rs"]

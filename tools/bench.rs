@@ -1,19 +1,30 @@
-//! Measures ploopfs beside a loop device over a flat raw file, to choose its defaults and to know
-//! where it stands.
+//! Measures ploopfs beside other ways to the same bytes, and judges its targets.
 //!
-//! `cargo run --release --example bench -- --help`. All subjects are up at once, each over a file
-//! of its own, and every sample of one is followed at once by the same sample of the others, in an
-//! order that is reversed from round to round: what the rest of the machine does meanwhile hits all
-//! alike. What is told is the median over the rounds, and its ratio to the raw loop's.
+//! `tools/bench --help`. The contestants of a scene are up at once, each over a file of its own,
+//! and every job goes over all of them in an order that a seed shuffles, for several rounds: what
+//! the rest of the machine does meanwhile hits all alike. What is told is medians, and how many
+//! times as good as a named other a contestant was.
 
-#[path = "bench/inside.rs"]
-mod inside;
-#[path = "bench/jobs.rs"]
+#[path = "contest/contestants.rs"]
+mod contestants;
+#[path = "contest/host.rs"]
+mod host;
+#[path = "contest/identity.rs"]
+mod identity;
+#[path = "contest/jobs.rs"]
 mod jobs;
-#[path = "bench/stand.rs"]
-mod stand;
-#[path = "bench/table.rs"]
-mod table;
+#[path = "contest/opening.rs"]
+mod opening;
+#[path = "contest/plot.rs"]
+mod plot;
+#[path = "contest/races.rs"]
+mod races;
+#[path = "contest/render.rs"]
+mod render;
+#[path = "contest/report.rs"]
+mod report;
+#[path = "contest/verdicts.rs"]
+mod verdicts;
 
 // The images are made by the same code that serves the tests.
 #[path = "forge/mod.rs"]
@@ -21,181 +32,279 @@ mod forge;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use jobs::Job;
-use nix::sys::signal::{SigSet, Signal};
-use stand::Stand;
+use report::{About, Report, Unit};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use table::Results;
 
-#[derive(Parser)]
-#[command(about = "Measures ploopfs beside a loop device over a flat raw file (root only)")]
+#[derive(Debug, Parser)]
+#[command(
+    name = "tools/bench",
+    about = "Measures ploopfs beside other ways to the same bytes (root only)"
+)]
 struct Cli {
-    /// A directory to measure in (repeatable) [default: /dev/shm and the build directory]
-    #[arg(long, value_name = "DIR")]
-    on: Vec<PathBuf>,
-    /// A subject: a name and the options of `ploopfs attach` (repeatable)
-    #[arg(long, value_name = "NAME=OPTIONS")]
-    set: Vec<String>,
-    /// Run only these jobs (repeatable)
-    #[arg(long, value_name = "NAME", value_parser = Job::names())]
-    job: Vec<String>,
-    /// MiB of each disk, of which there is one more than subjects. On a real disk, what is read
-    /// twice in a sample comes from the page cache the second time, but not for the raw loop
-    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    /// Three rounds of half a second over the image in the page cache, and one of the rest
+    #[arg(long)]
+    quick: bool,
+    /// Only these jobs of the races, separated by commas
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    jobs: Vec<String>,
+    /// Only these scenes: loop, file, cold, direct, fresh, sync, cow, depth, open, inside
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    scenes: Vec<String>,
+    /// Only these contestants: raw, identity, identity2, ploopfs, uring, qemu, nbd; or ploopfs with
+    /// options, as NAME=OPTIONS
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    contestants: Vec<String>,
+    /// Samples of each contestant and job [default: 5]
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// Seconds of one sample [default: 1]
+    #[arg(long, value_name = "N")]
+    seconds: Option<f64>,
+    /// MiB of each disk
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
     size: u64,
     /// Sectors of a cluster
     #[arg(long, value_name = "SECTORS", default_value_t = 2048)]
     cluster: u32,
-    /// Seconds of one sample
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    seconds: u64,
-    /// Samples of each subject and job
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    rounds: usize,
+    /// Where images are made that are read from the page cache
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    image_dir: PathBuf,
+    /// Where images are made for the scenes that need a real disk
+    #[arg(long, value_name = "DIR", default_value = "target")]
+    disk_dir: PathBuf,
+    /// Decides the order of everything [default: the time]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     /// Begin no sample after this many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
     limit: u64,
-    /// Print the results as JSON instead of a table
+    /// Where bench.json and bench.svg go
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    out: PathBuf,
+    /// Weight of all processes of the run, -20 to 19, on a machine that does other things as well
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    nice: Option<i8>,
+    /// Put the tables into README.md
     #[arg(long)]
-    json: bool,
-    /// Measure only what a request costs inside the program, without kernel and loop
-    #[arg(long)]
-    inside: bool,
-    /// Leave that part out
-    #[arg(long, conflicts_with = "inside")]
-    no_inside: bool,
+    readme: bool,
+    /// Measure nothing; show a report that was written before
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
+    /// Where the micro-benchmark has left its estimates
+    #[arg(long, value_name = "DIR", hide = true)]
+    criterion: Option<PathBuf>,
 }
 
-/// Subjects when none is named: thresholds from "all to the pool" to "nothing to the pool".
-const SETS: [&str; 6] = [
-    "order 0=--inline-order 0",
-    "order 4=--inline-order 4",
-    "order 6=--inline-order 6",
-    "order 8=--inline-order 8",
-    "order 9=--inline-order 9",
-    "order 6, 2 threads=--inline-order 6 --threads 2",
-];
+impl Cli {
+    fn rounds(&self) -> usize {
+        self.rounds.unwrap_or(if self.quick { 3 } else { 5 })
+    }
 
-/// Set by a signal; the run ends at the next sample and cleans up.
-static STOP: AtomicBool = AtomicBool::new(false);
+    fn seconds(&self) -> f64 {
+        self.seconds.unwrap_or(if self.quick { 0.5 } else { 1.0 })
+    }
+
+    /// True for a scene that is asked for; a quick run leaves out what needs a real disk.
+    fn wants(&self, scene: &str) -> bool {
+        if self.scenes.is_empty() {
+            return !(self.quick && ["file", "cold", "direct"].contains(&scene));
+        }
+        self.scenes.iter().any(|name| name == scene)
+    }
+}
 
 /// What limits a run.
 struct Bounds {
     begun: Instant,
     limit: Duration,
+    /// Set by a signal; the run ends at the next sample and cleans up.
+    stop: Arc<AtomicBool>,
 }
 
 impl Bounds {
     /// Fails when the user has had enough; false when there is no time for another sample.
     fn allow(&self) -> Result<bool> {
-        if STOP.load(Ordering::Relaxed) {
+        if self.stop.load(Ordering::Relaxed) {
             bail!("stopped by a signal");
         }
         Ok(self.begun.elapsed() < self.limit)
     }
 }
 
-/// Turns the signals that end a program into a flag, so that everything is taken down.
-fn catch_signals() -> Result<()> {
-    let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]
-        .into_iter()
-        .collect();
-    set.thread_block()?;
-    std::thread::spawn(move || {
-        while set.wait().is_err() {}
-        STOP.store(true, Ordering::Relaxed);
-    });
-    Ok(())
-}
-
-fn parse_set(text: &str) -> Result<(String, Vec<String>)> {
-    let (name, options) = text
-        .split_once('=')
-        .with_context(|| format!("'{text}': a subject is NAME=OPTIONS"))?;
-    let options = options.split_whitespace().map(str::to_owned).collect();
-    Ok((name.to_owned(), options))
-}
-
-fn places(cli: &Cli) -> Result<Vec<PathBuf>> {
-    if !cli.on.is_empty() {
-        return Ok(cli.on.clone());
+/// Turns the signals that end a program into a flag, so that everything is taken down. Handlers are
+/// not inherited by programs that are started, as blocked signals would be.
+fn catch_signals() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
     }
-    let built = std::env::current_exe()?;
-    let disk = built.parent().context("the program is nowhere")?;
-    Ok(vec![PathBuf::from("/dev/shm"), disk.to_owned()])
+    Ok(stop)
 }
 
-fn measure(cli: &Cli, place: &Path, bounds: &Bounds, results: &mut Results) -> Result<()> {
-    let sets = if cli.set.is_empty() {
-        SETS.map(str::to_owned).to_vec()
-    } else {
-        cli.set.clone()
+fn load() -> String {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').take(3).collect::<Vec<_>>().join(" ")
+}
+
+fn about(cli: &Cli, seed: u64) -> Result<About> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    // What tools/bench adds by itself is nobody's business.
+    let typed = words
+        .chunk_by(|a, _| a == "--criterion")
+        .filter(|pair| pair[0] != "--criterion")
+        .flatten()
+        .cloned();
+    let words = std::iter::once("tools/bench".to_owned()).chain(typed);
+    Ok(About {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        date: host::said(Command::new("date").arg("+%Y-%m-%d"))?,
+        kernel: host::said(Command::new("uname").arg("-r"))?,
+        cpus: std::thread::available_parallelism()?.get(),
+        command: words.collect::<Vec<_>>().join(" "),
+        seed,
+        rounds: cli.rounds(),
+        seconds: cli.seconds(),
+        size_mib: cli.size,
+        image_fs: host::file_system(&cli.image_dir)?,
+        disk_fs: host::file_system(&cli.disk_dir)?,
+        load: vec![load()],
+    })
+}
+
+/// Takes up what the micro-benchmark has found out: nanoseconds of a request inside the program.
+fn add_inside(dir: &Path, report: &mut Report) -> Result<()> {
+    let estimate = |name: &str| -> Result<f64> {
+        let path = dir.join("request").join(name).join("new/estimates.json");
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let all: serde_json::Value = serde_json::from_str(&text)?;
+        all["median"]["point_estimate"]
+            .as_f64()
+            .context("no median")
     };
-    let sets = sets
-        .iter()
-        .map(|text| parse_set(text))
-        .collect::<Result<Vec<_>>>()?;
-    let stand = Stand::new(place, cli.size << 20, cli.cluster, &sets)?;
-    let wanted = |job: &&Job| cli.job.is_empty() || cli.job.iter().any(|name| name == job.name);
-    let jobs: Vec<&Job> = jobs::ALL.iter().filter(wanted).collect();
-    for round in 0..cli.rounds {
-        for job in &jobs {
-            let mut order: Vec<_> = stand.subjects().iter().collect();
-            if round % 2 == 1 {
-                order.reverse();
-            }
-            for subject in order {
-                if !bounds.allow()? {
-                    eprintln!("out of time in round {}", round + 1);
-                    return Ok(());
-                }
-                stand.forget(subject, job)?;
-                for (measured, value) in job.run(&subject.device, cli.seconds)? {
-                    results.add(&stand.place, measured, &subject.name, value);
-                }
-            }
-        }
-        eprintln!("{}: round {} of {}", stand.place, round + 1, cli.rounds);
+    let mut add = |job: &str, value| {
+        let key = (verdicts::INSIDE, job, verdicts::OURS);
+        report.add(key, Unit::Nanoseconds, 0, value);
+    };
+    for name in ["hole", "read", "read_4_levels", "pread", "write", "pwrite"] {
+        add(name, estimate(name)?);
     }
+    let beside = |own, bare| Ok::<_, anyhow::Error>(estimate(own)? - estimate(bare)?);
+    add("read of 4 KiB beside its pread", beside("read", "pread")?);
+    add(
+        "write of 4 KiB beside its pwrite",
+        beside("write", "pwrite")?,
+    );
     Ok(())
 }
 
-fn run(cli: &Cli) -> Result<()> {
+fn measure(cli: &Cli) -> Result<Report> {
     ensure!(nix::unistd::geteuid().is_root(), "loop devices need root");
     ensure!(
-        cli.size >= 16 && cli.rounds >= 1 && cli.seconds >= 1,
+        cli.size >= 16 && cli.rounds() >= 1 && cli.seconds() > 0.0,
         "too small to measure"
     );
-    catch_signals()?;
+    let known = |list: &[String], names: &[&str]| {
+        let stray = list.iter().find(|name| !names.contains(&name.as_str()));
+        stray.map_or(Ok(()), |name| {
+            bail!("'{name}' is none of {}", names.join(", "))
+        })
+    };
+    let mut scenes: Vec<&str> = races::ALL.iter().map(|scene| scene.name).collect();
+    scenes.push(verdicts::INSIDE);
+    known(&cli.scenes, &scenes)?;
+    known(&cli.jobs, &jobs::ALL.map(|job| job.name))?;
+    let contestants = contestants::chosen(&cli.contestants)?;
+    let stop = catch_signals()?;
+    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+    let seed = cli.seed.unwrap_or(time.as_secs());
+    let mut report = Report {
+        schema_version: 2,
+        about: about(cli, seed)?,
+        ..Report::default()
+    };
+    if let Some(nice) = cli.nice {
+        host::WEIGHT.store(nice, Ordering::Relaxed);
+        host::weigh(std::process::id() as i32)?;
+    }
+    let image_dir = host::WorkDir::below(&cli.image_dir)?;
+    let disk_dir = host::WorkDir::below(&cli.disk_dir)?;
+    let _rings = match contestants::enable_rings(&contestants) {
+        Some(Ok(rings)) => Some(rings),
+        Some(Err(error)) => {
+            report.skip(format!("uring: {error:#}"));
+            None
+        }
+        None => None,
+    };
     let bounds = Bounds {
         begun: Instant::now(),
         limit: Duration::from_secs(cli.limit),
+        stop,
     };
-    let mut results = Results::default();
-    if !cli.no_inside {
-        inside::measure(&places(cli)?[0], cli.cluster, &mut results)?;
+    let mut run = races::Run {
+        cli,
+        bounds: &bounds,
+        report: &mut report,
+        contestants,
+        random: seed,
+        image_dir: image_dir.path(),
+        disk_dir: disk_dir.path(),
+    };
+    for scene in races::ALL.iter().filter(|scene| cli.wants(scene.name)) {
+        run.play(scene)?;
     }
-    if !cli.inside {
-        for place in places(cli)? {
-            measure(cli, &place, &bounds, &mut results)?;
-        }
+    if let Some(dir) = cli
+        .criterion
+        .as_ref()
+        .filter(|_| cli.wants(verdicts::INSIDE))
+    {
+        add_inside(dir, &mut report)?;
     }
-    if cli.json {
-        println!("{:#}", results.json());
-    } else {
-        print!("{}", results.text());
+    report.about.load.push(load());
+    Ok(report)
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let mut report = match &cli.from {
+        Some(file) => serde_json::from_str(&fs::read_to_string(file)?)
+            .with_context(|| format!("{} is no report", file.display()))?,
+        None => measure(cli)?,
+    };
+    report.verdicts = verdicts::judge(&report);
+    print!("{}", render::text(&report));
+    if cli.from.is_none() {
+        fs::create_dir_all(&cli.out)?;
+        let json = cli.out.join("bench.json");
+        fs::write(&json, serde_json::to_string_pretty(&report)?)?;
+        eprintln!("written: {}", json.display());
+    }
+    let svg = cli.out.join("bench.svg");
+    plot::draw(&report, &svg)?;
+    if cli.readme {
+        let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
+        render::readme(&report, &readme)?;
     }
     Ok(())
 }
 
 fn main() -> ExitCode {
-    if std::env::var_os(stand::AS_PLOOPFS).is_some() {
+    let is = |variable| std::env::var_os(variable).is_some();
+    if is(host::AS_PLOOPFS) {
         return ploopfs::cli::main();
     }
-    match run(&Cli::parse()) {
+    let result = if is(identity::AS_IDENTITY) {
+        identity::main()
+    } else if is(opening::AS_OPENER) {
+        opening::main()
+    } else {
+        run(&Cli::parse())
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");

@@ -24,6 +24,7 @@ pub mod host;
 mod pending;
 
 use crate::admin::bundle::pending::Pending;
+pub use crate::chain::bundle::PENDING;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::edit::{Edit, EditError, edit};
 use crate::format::descriptor::{Descriptor, Image};
@@ -36,8 +37,6 @@ use std::path::Path;
 
 /// What a new descriptor is named until it is the descriptor.
 pub const NEW: &str = ".new";
-/// What the list of files that come and go is named.
-pub const PENDING: &str = ".pending";
 /// What Parallels Desktop names the descriptor before this one.
 pub const BACKUP: &str = ".Backup";
 
@@ -50,6 +49,11 @@ pub trait Files: std::fmt::Debug {
     /// The name in the bundle's directory of an image that has been opened, or `None` where the
     /// file is elsewhere.
     fn own_name(&self, image: &Image) -> Option<String>;
+
+    /// Called before each change of the bundle, for whoever must keep others out of it first.
+    fn claim(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// A bundle whose descriptor nobody else changes.
@@ -152,6 +156,7 @@ impl<'a> Bundle<'a> {
     /// Removes what an interrupted change has left: files that the descriptor does not name, and a
     /// descriptor that was not finished. Nothing that another program left is touched.
     pub fn settle(&self) -> Result<()> {
+        self.files.claim()?;
         let there = self.directory.entries()?;
         let has = |name: &str| there.iter().any(|found| found == name);
         let mut gone = false;
@@ -160,7 +165,7 @@ impl<'a> Bundle<'a> {
             self.directory.remove(&name)?;
             gone = true;
         }
-        let ends = ["", BACKUP, names::OWN_END];
+        let ends = ["", BACKUP, names::OWN_END, ".lck"];
         for end in ends.map(|end| format!("{end}{NEW}")) {
             let name = format!("{}{end}", self.name);
             if has(&name) {
@@ -214,6 +219,7 @@ impl<'a> Bundle<'a> {
         if names.is_empty() || planted(Bug::NothingAnnounced) {
             return Ok(());
         }
+        self.files.claim()?;
         let list = format!("{}{PENDING}", self.name);
         let pending = Pending {
             names: names.to_vec(),
@@ -225,6 +231,7 @@ impl<'a> Bundle<'a> {
     /// Replaces a small file beside the descriptor, or removes it where there are no bytes.
     pub fn put(&self, end: &str, bytes: &[u8]) -> Result<()> {
         let name = format!("{}{end}", self.name);
+        self.files.claim()?;
         let there = self.directory.entries()?;
         if bytes.is_empty() {
             if there.contains(&name) {
@@ -267,6 +274,7 @@ impl<'a> Bundle<'a> {
     pub fn replace(&mut self, edits: &[Edit]) -> Result<(), Failure> {
         let new = self.edited(edits).map_err(Failure::Before)?;
         let descriptor = self.descriptor.edited(edits);
+        self.files.claim().map_err(Failure::Before)?;
         self.prepare(&new).map_err(Failure::Before)?;
         let name = format!("{}{NEW}", self.name);
         if let Err(e) = self.directory.rename(&name, &self.name) {

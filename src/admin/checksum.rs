@@ -13,7 +13,7 @@ use crate::admin::progress::Progress;
 use crate::admin::source::work::{Buffers, DataCursor, in_order, is_zero, read_padded};
 use crate::admin::source::{Source, What};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{DiskOffset, FileOffset, len_usize};
+use crate::units::{DiskOffset, FileOffset, len_u64, len_usize};
 use manifest::{Manifest, Sum};
 use serde::Serialize;
 use std::path::PathBuf;
@@ -25,7 +25,9 @@ pub const CLUSTER_DEFAULT: u64 = 1 << 20;
 pub const CLUSTER_MIN: u64 = 512;
 /// Larger clusters would tell less and need more memory.
 pub const CLUSTER_MAX: u64 = 64 << 20;
-/// Ranges that differ, of which each is told with its file.
+/// Ranges that differ and are told; more are counted.
+pub const TOLD_MAX: usize = 10_000;
+/// Those of which each is told with its file.
 const PLACED_MAX: usize = 1000;
 
 /// Sums up a disk. `each` gets the sums in disk order.
@@ -75,7 +77,11 @@ pub struct Verified {
     pub size_bytes: u64,
     /// Bytes of the disk that the manifest was made of.
     pub manifest_size_bytes: u64,
-    /// Where they differ, in whole clusters of the manifest.
+    /// Ranges in which they differ.
+    pub different_ranges: u64,
+    /// Bytes of those, in whole clusters of the manifest.
+    pub different_bytes: u64,
+    /// The first [`TOLD_MAX`] of those ranges.
     pub differences: Vec<Difference>,
 }
 
@@ -92,7 +98,7 @@ pub struct Difference {
     /// Where it is in the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
-    /// Why it could not be read.
+    /// Why its first cluster could not be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -118,7 +124,7 @@ pub fn verify(source: &dyn Source, manifest: &Manifest, progress: &Progress) -> 
         Some(Ok((found, crc)))
     });
     let before = AtomicU64::new(0);
-    let mut differences: Vec<Difference> = Vec::new();
+    let mut found = Found::default();
     in_order(
         clusters,
         progress,
@@ -137,22 +143,24 @@ pub fn verify(source: &dyn Source, manifest: &Manifest, progress: &Progress) -> 
             if let Some(error) = differs {
                 let start = number * cluster;
                 let length = longest.min((number + 1) * cluster) - start;
-                push(&mut differences, start, length, error);
+                found.push(start, length, error);
             }
             Ok(true)
         },
     )?;
-    for difference in differences.iter_mut().take(PLACED_MAX) {
+    for difference in found.told.iter_mut().take(PLACED_MAX) {
         if let Some((file, at)) = place_of(source, difference.start) {
             difference.file = Some(file.display().to_string());
             difference.offset = Some(at.get());
         }
     }
     Ok(Verified {
-        equal: differences.is_empty(),
+        equal: found.ranges == 0,
         size_bytes: source.size(),
         manifest_size_bytes: manifest.size,
-        differences,
+        different_ranges: found.ranges,
+        different_bytes: found.bytes,
+        differences: found.told,
     })
 }
 
@@ -177,20 +185,39 @@ fn is_as_listed(
         })
 }
 
-fn push(differences: &mut Vec<Difference>, start: u64, length: u64, error: Option<String>) {
-    if let Some(last) = differences.last_mut() {
-        if last.start + last.length == start && last.error == error {
-            last.length += length;
-            return;
+/// Differences as they are found, in disk order.
+#[derive(Default)]
+struct Found {
+    told: Vec<Difference>,
+    ranges: u64,
+    bytes: u64,
+    /// Where the last one ends, and whether it could not be read.
+    last: Option<(u64, bool)>,
+}
+
+impl Found {
+    fn push(&mut self, start: u64, length: u64, error: Option<String>) {
+        let is_unread = error.is_some();
+        let continues = self.last == Some((start, is_unread));
+        self.last = Some((start + length, is_unread));
+        self.bytes += length;
+        if !continues {
+            self.ranges += 1;
+            if self.told.len() < TOLD_MAX {
+                self.told.push(Difference {
+                    start,
+                    length,
+                    file: None,
+                    offset: None,
+                    error,
+                });
+            }
+        } else if self.ranges == len_u64(self.told.len()) {
+            if let Some(last) = self.told.last_mut() {
+                last.length += length;
+            }
         }
     }
-    differences.push(Difference {
-        start,
-        length,
-        file: None,
-        offset: None,
-        error,
-    });
 }
 
 fn place_of(source: &dyn Source, at: u64) -> Option<(&PathBuf, FileOffset)> {
@@ -239,4 +266,30 @@ pub fn check_cluster(cluster: u64) -> Result<u64> {
 pub fn usual_cluster(source: &dyn Source) -> u64 {
     let own = source.cluster_bytes().unwrap_or(CLUSTER_DEFAULT);
     check_cluster(own).unwrap_or(CLUSTER_DEFAULT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_are_counted_however_many_there_are() {
+        let mut found = Found::default();
+        let most = len_u64(TOLD_MAX) * 4;
+        for number in 0..most {
+            // Each is two clusters long, and every other one cannot be read.
+            let error = |at| (number % 2 == 0).then(|| format!("offset {at}"));
+            found.push(number * 30, 10, error(0));
+            found.push(number * 30 + 10, 10, error(10));
+        }
+        assert_eq!((found.ranges, found.bytes), (most, most * 20));
+        assert_eq!(found.told.len(), TOLD_MAX);
+        assert!(found.told.iter().all(|told| told.length == 20));
+        assert_eq!(found.told[0].error.as_deref(), Some("offset 0"));
+        // What could be read is no part of what could not.
+        let mut found = Found::default();
+        found.push(0, 10, Some(String::new()));
+        found.push(10, 10, None);
+        assert_eq!((found.ranges, found.bytes), (2, 20));
+    }
 }

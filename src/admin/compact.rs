@@ -130,10 +130,14 @@ fn plan(
     let facts = &sound.checked.facts;
     let (before, leaked) = (facts.file_len, facts.table.leaked);
     let drops_bitmaps = !sound.checked.bitmaps.is_empty();
-    let found = match request.zeroes {
+    let mut found = match request.zeroes {
         true => zeros::find(storage, &mut sound, lower, progress)?,
         false => zeros::Found::new(&sound)?,
     };
+    if request.fill_holes {
+        // Each would get its blocks back at once.
+        found.punched.clear();
+    }
     let cluster_bytes = sound.header.layout().cluster().bytes();
     let first = sound.first();
     let end = first + sound.mapped();

@@ -19,7 +19,7 @@ use crate::admin::source::Source;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Version;
 use crate::storage::Directory;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What a disk is converted to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,15 +75,19 @@ pub struct Converted {
     pub notes: Vec<String>,
 }
 
-/// Makes a disk of a source's content.
+/// Makes a disk of the content of a source, which people call `path`.
 pub fn convert(
     source: &dyn Source,
+    path: &Path,
     target: &Path,
     wanted: &Wanted,
     progress: &Progress,
 ) -> Result<Converted> {
     let (plan, made) = begin(source, wanted)?;
     let (parent, name) = create::place_for(target)?;
+    create::check_name(name, &plan)?;
+    let files: Vec<&Path> = source.files().iter().map(PathBuf::as_path).collect();
+    create::refuse_within(&parent, path, &files)?;
     if wanted.output == Output::Qcow2 {
         source.prepare(progress)?;
         progress.check()?;

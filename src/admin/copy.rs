@@ -4,23 +4,29 @@
 //! stay holes, and where the file system can, blocks are shared. Only what the descriptor names
 //! goes with it, and what belongs to the descriptor, as the names of snapshots: images that nothing
 //! names, undo files and lock files stay behind.
+//!
+//! 1. The bundle is locked, and then every image of it, shared: a branch that somebody writes to,
+//!    or a lower image that was not closed, would be torn in the copy.
+//! 2. What an interrupted change has left is looked for. Before the locks were taken, a change
+//!    could have begun behind the look.
+//! 3. The images are copied, and then the descriptor, unless it is another one by now.
 
 use crate::admin::bundle::{BACKUP, NEW, PENDING, read_small};
 use crate::admin::create::{self, Ids, Place, make_in};
 use crate::admin::progress::Progress;
-use crate::chain::bundle::{self, DESCRIPTOR, OpenedFile, Selection};
+use crate::chain::bundle::{self, Changing, DESCRIPTOR, NEW_LOCK, Selection};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::descriptor::edit::{Edit, edit};
-use crate::format::descriptor::{Descriptor, write};
+use crate::format::descriptor::Descriptor;
+use crate::format::descriptor::edit::{Edit, edit, with_uid};
 use crate::format::guid::Guid;
+use crate::format::header::{HEADER_LEN, IN_USE, RawHeader, Version};
 use crate::format::{names, xml};
-use crate::journal;
+use crate::journal::RUNNING;
 use crate::storage::beside;
-use crate::storage::directory::HostDirectory;
 use crate::storage::{Directory, SharedStorage, Storage};
 use crate::sys::random;
-use crate::units::{FileOffset, len_usize};
-use std::collections::{BTreeSet, HashMap};
+use crate::units::{FileOffset, len_u64, len_usize};
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 /// Bytes that the host copies at a time.
@@ -37,102 +43,61 @@ pub struct Copied {
     pub bytes: u64,
 }
 
-/// A bundle that is copied.
-#[derive(Clone, Copy, Debug)]
-pub struct Original<'a> {
-    /// Its directory.
-    pub directory: &'a dyn Directory,
-    /// The directory's own name.
-    pub name: &'a str,
-    /// The same for messages.
-    pub path: &'a Path,
-}
-
-/// A bundle as it is found.
+/// A bundle as it is found, every image of it open and locked.
 struct Found<'a> {
-    from: Original<'a>,
+    directory: &'a dyn Directory,
+    /// The same for messages.
+    path: &'a Path,
+    /// The descriptor's name.
+    descriptor: &'a str,
+    /// The bundle's own name.
+    name: String,
     text: Vec<u8>,
-    images: Vec<String>,
+    images: BTreeMap<String, SharedStorage>,
     names: Vec<String>,
 }
 
 /// Copies a disk to a new name. With `new_guids` the snapshots and the disk itself get other ones.
 pub fn copy(source: &Path, target: &Path, new_guids: bool, progress: &Progress) -> Result<Copied> {
-    let selection = Selection::default();
-    // It stays open, and with it the locks, until the end.
-    let opened = bundle::open(source, &selection)?;
-    let subject = bundle::subject(source)?;
-    let (parent, name) = create::place_for(target)?;
-    let ids = Ids::new()?;
-    if opened.descriptor().is_none() {
-        if new_guids {
-            let why = "a single image has no GUIDs";
-            return Err(Error::why(ErrorKind::Usage, why).in_file(source));
-        }
-        let only = opened.parts.first().and_then(|part| part.files.last());
-        let only = only.ok_or_else(|| Error::errno(libc::EIO))?;
-        refuse_half_mended(only)?;
-        return copy_image(&only.storage, (&parent, name), &ids, progress);
+    match Changing::hold_still(source)? {
+        // It stays open, and with it the locks, until the end.
+        Some(still) => copy_bundle(source, &still, target, new_guids, progress),
+        None => copy_image(source, target, new_guids, progress),
     }
-    let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| Error::from(e).in_file(path));
-    let full = real(&subject)?;
-    if real(parent.path())?.starts_with(&full) {
-        let why = "the copy would lie in the disk itself";
-        return Err(Error::why(ErrorKind::Usage, why).in_file(source));
-    }
-    let own_name = full.file_name().map(|name| name.to_string_lossy());
-    let from = Original {
-        directory: &HostDirectory::open(&subject)?,
-        name: &own_name.unwrap_or_default(),
-        path: &subject,
-    };
-    copy_bundle(from, (&parent, name), new_guids, &ids, progress)
 }
 
-/// Copies a bundle to a new name in a directory. Nobody else may change it meanwhile.
-pub fn copy_bundle(
-    from: Original<'_>,
-    (parent, name): (&dyn Directory, &str),
+fn copy_image(
+    source: &Path,
+    target: &Path,
     new_guids: bool,
-    ids: &Ids,
     progress: &Progress,
 ) -> Result<Copied> {
-    let found = find(from)?;
-    let (text, new) = if new_guids {
-        renamed(&found.text, ids)?
-    } else {
-        (found.text.clone(), HashMap::new())
-    };
-    let mut files = Vec::new();
-    let mut bytes = 0_u64;
-    for image in &found.images {
-        let file = from.directory.open(image, false)?;
-        bytes = bytes.saturating_add(file.len()?.get());
-        files.push((image, file));
+    let opened = bundle::open(source, &Selection::default())?;
+    if new_guids {
+        let why = "a single image has no GUIDs";
+        return Err(Error::why(ErrorKind::Usage, why).in_file(source));
     }
-    progress.step("copying", bytes);
-    make_in(parent, name, true, ids, progress, |place| {
-        let Place::Bundle(inner) = place else {
-            return Err(Error::errno(libc::EIO));
-        };
-        for (image, file) in &files {
-            copy_file(file, &inner.create_new(image)?, progress)?;
+    let (parent, name) = create::place_for(target)?;
+    let files = opened.parts.iter().flat_map(|part| &part.files);
+    let files: Vec<&Path> = files.map(|file| file.path.as_path()).collect();
+    create::refuse_within(&parent, source, &files)?;
+    let only = opened.parts.first().and_then(|part| part.files.last());
+    let only = only.ok_or_else(|| Error::errno(libc::EIO))?;
+    if let Some(file) = only.storage.as_host_fd() {
+        let home = beside::home(file, &only.path);
+        let home = home.map_err(|e| Error::from(e).in_file(&only.path))?;
+        let left = home.map(|home| home.with(RUNNING));
+        if let Some(left) = left.filter(|left| left.symlink_metadata().is_ok()) {
+            // Its copy would be half mended, without its way back.
+            return Err(left_over(&left.display().to_string(), &only.path));
         }
-        found.small_files(&**inner, name, new_guids)?;
-        found.people_names(&**inner, &new)?;
-        if read_small(&*from.directory.open(DESCRIPTOR, false)?, xml::BYTES_MAX)? != found.text {
-            let why = "its descriptor was changed while it was copied";
-            return Err(Error::why(ErrorKind::Locked, why).in_file(from.path));
-        }
-        put(&**inner, DESCRIPTOR, &text)?;
-        inner.sync()
-    })?;
-    let images = files.len();
-    Ok(Copied { images, bytes })
+    }
+    closed(&*only.storage).map_err(|e| e.in_file(&only.path))?;
+    copy_image_in(&only.storage, (&parent, name), &Ids::new()?, progress)
 }
 
-/// Copies an image to a new name in a directory. Nobody else may change it meanwhile.
-pub fn copy_image(
+/// Copies an image, which nobody else changes, to a new name in any directory.
+pub fn copy_image_in(
     image: &SharedStorage,
     (parent, name): (&dyn Directory, &str),
     ids: &Ids,
@@ -147,101 +112,245 @@ pub fn copy_image(
     Ok(Copied { images: 1, bytes })
 }
 
-/// The copy of an image whose repair was interrupted would be half mended, without its way back.
-fn refuse_half_mended(image: &OpenedFile) -> Result<()> {
-    let Some(file) = image.storage.as_host_fd() else {
-        return Ok(());
-    };
-    let home = beside::home(file, &image.path).map_err(|e| Error::from(e).in_file(&image.path))?;
-    let left = home.map(|home| home.with(journal::RUNNING));
-    match left.filter(|left| left.symlink_metadata().is_ok()) {
-        None => Ok(()),
-        Some(left) => {
-            let why = format!(
-                "{} is left of a repair that was interrupted",
-                left.display()
-            );
-            let fix = "`ploopfs check` tells what is to be done first";
-            Err(Error::why(ErrorKind::InUse, why)
-                .in_file(&image.path)
-                .fix(fix))
-        }
+fn copy_bundle(
+    source: &Path,
+    still: &Changing,
+    target: &Path,
+    new_guids: bool,
+    progress: &Progress,
+) -> Result<Copied> {
+    let subject = bundle::subject(source)?;
+    let found = Found::of(still, &subject)?;
+    let (parent, name) = create::place_for(target)?;
+    let ids = Ids::new()?;
+    let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| Error::from(e).in_file(path));
+    if real(parent.path())?.starts_with(real(&subject)?) {
+        let why = "the copy would lie in the disk itself";
+        return Err(Error::why(ErrorKind::Usage, why).in_file(source));
     }
+    make_copy(&found, source, (&parent, name), new_guids, &ids, progress)
 }
 
-/// Looks at a bundle, and refuses one that cannot be copied file by file.
-fn find(from: Original<'_>) -> Result<Found<'_>> {
-    let (directory, subject) = (from.directory, from.path);
-    let names = directory.entries()?;
-    let text = read_small(&*directory.open(DESCRIPTOR, false)?, xml::BYTES_MAX)?;
-    let path = subject.join(DESCRIPTOR);
-    let descriptor = Descriptor::parse(&text)
-        .map_err(|e| Error::new(ErrorKind::Descriptor).because(e).in_file(&path))?;
-    let images: BTreeSet<String> = descriptor
-        .parts
-        .iter()
-        .flat_map(|part| part.images.iter().map(|image| image.file.clone()))
-        .collect();
-    for image in &images {
-        if !names.contains(image) {
-            let why = format!("its image {image:?} is not in the bundle itself");
-            let fix = "`ploopfs convert` makes a new disk of what it shows";
-            return Err(Error::why(ErrorKind::Unsupported, why)
-                .in_file(subject)
-                .fix(fix));
-        }
+/// A bundle in any directory, which nobody else changes.
+#[derive(Clone, Copy, Debug)]
+pub struct Original<'a> {
+    /// The directory.
+    pub directory: &'a dyn Directory,
+    /// Its own name.
+    pub name: &'a str,
+    /// The same for messages.
+    pub path: &'a Path,
+}
+
+/// Copies such a bundle to a new name in any directory.
+pub fn copy_in(
+    from: Original<'_>,
+    target: (&dyn Directory, &str),
+    new_guids: bool,
+    ids: &Ids,
+    progress: &Progress,
+) -> Result<Copied> {
+    let text = read_small(&*from.directory.open(DESCRIPTOR, false)?, xml::BYTES_MAX)?;
+    let descriptor = Descriptor::parse(&text).map_err(|e| {
+        Error::new(ErrorKind::Descriptor)
+            .because(e)
+            .in_file(from.path)
+    })?;
+    let mut images = BTreeMap::new();
+    for image in descriptor.parts.iter().flat_map(|part| &part.images) {
+        let storage = from.directory.open(&image.file, false)?;
+        closed(&*storage)?;
+        images.insert(image.file.clone(), storage);
     }
-    let own = std::iter::once(DESCRIPTOR.to_owned()).chain(images.iter().cloned());
-    for name in own {
-        for end in [".tmp", ".idx", ".repair", NEW, PENDING] {
-            let left = format!("{name}{end}");
-            if names.contains(&left) && !images.contains(&left) {
-                let why = format!("{left} is left of a change that was interrupted");
-                let fix = "`ploopfs check` tells what is to be done first";
-                return Err(Error::why(ErrorKind::InUse, why).in_file(subject).fix(fix));
+    let found = Found {
+        directory: from.directory,
+        path: from.path,
+        descriptor: DESCRIPTOR,
+        name: from.name.to_owned(),
+        text,
+        images,
+        names: from.directory.entries()?,
+    };
+    found.settled(&found.names)?;
+    make_copy(&found, from.path, target, new_guids, ids, progress)
+}
+
+fn make_copy(
+    found: &Found<'_>,
+    source: &Path,
+    (parent, name): (&dyn Directory, &str),
+    new_guids: bool,
+    ids: &Ids,
+    progress: &Progress,
+) -> Result<Copied> {
+    let (text, new) = if new_guids {
+        renamed(&found.text, ids)?
+    } else {
+        (found.text.clone(), HashMap::new())
+    };
+    let people = found.people_names(&new)?;
+    let mut bytes = 0_u64;
+    for file in found.images.values() {
+        bytes = bytes.saturating_add(file.len()?.get());
+    }
+    progress.step("copying", bytes);
+    make_in(parent, name, true, ids, progress, |place| {
+        let Place::Bundle(inner) = place else {
+            return Err(Error::errno(libc::EIO));
+        };
+        for (image, file) in &found.images {
+            copy_file(file, &inner.create_new(image)?, progress)?;
+        }
+        found.small_files(&**inner, name, new_guids, progress)?;
+        if let Some(people) = &people {
+            put(&**inner, &format!("{DESCRIPTOR}{}", names::OWN_END), people)?;
+        }
+        found.same_as_before(source)?;
+        put(&**inner, DESCRIPTOR, &text)?;
+        inner.sync()
+    })?;
+    let images = found.images.len();
+    Ok(Copied { images, bytes })
+}
+
+fn left_over(what: &str, path: &Path) -> Error {
+    let why = format!("{what} is left of a change that was interrupted");
+    let fix = "repeat the command that was interrupted, or see what `ploopfs check` tells";
+    Error::why(ErrorKind::InUse, why).in_file(path).fix(fix)
+}
+
+/// Refuses an image that was not closed: its copy would be no better. Nobody has it open, since it
+/// is locked.
+fn closed(storage: &dyn Storage) -> Result<()> {
+    if storage.len()?.get() < len_u64(HEADER_LEN) {
+        return Ok(());
+    }
+    let mut bytes = [0; HEADER_LEN];
+    storage.read_at(FileOffset::ZERO, &mut bytes)?;
+    if Version::of(&bytes).is_none() || RawHeader::decode(&bytes).in_use != IN_USE {
+        return Ok(());
+    }
+    let why = "the in-use mark is set, and nobody has the image open";
+    Err(Error::why(ErrorKind::InUse, why).fix(
+        "`ploopfs check` tells how the disk is; `ploopfs repair`, or mounting it to be written to, \
+         closes the top; what merely is to be kept as it is, can be copied with `cp -a`",
+    ))
+}
+
+impl<'a> Found<'a> {
+    /// Opens and locks every image that the descriptor names, also those that the disk does not
+    /// show now, and refuses a bundle that cannot be copied file by file. What was left by an
+    /// interrupted change is looked for behind the locks: whoever changes something has them.
+    fn of(still: &'a Changing, subject: &Path) -> Result<Self> {
+        let (directory, own) = (still.directory(), still.descriptor());
+        let text = read_small(&*directory.open(own, false)?, xml::BYTES_MAX)?;
+        let descriptor = Descriptor::parse(&text).map_err(|e| {
+            let path = subject.join(own);
+            Error::new(ErrorKind::Descriptor).because(e).in_file(&path)
+        })?;
+        let mut images = BTreeMap::new();
+        for image in descriptor.parts.iter().flat_map(|part| &part.images) {
+            let storage = still.image(image)?;
+            closed(&*storage).map_err(|e| e.in_file(&still.path_of(image)))?;
+            let is_in = still.own_name(image).as_ref() == Some(&image.file);
+            // In the copy the descriptor has its usual name, by which it is found.
+            let is_hidden = own != DESCRIPTOR && image.file.starts_with(DESCRIPTOR);
+            if !is_in || is_hidden {
+                let why = format!("its image {:?} is not in the bundle itself", image.file);
+                let fix = "`ploopfs convert` makes a new disk of what it shows";
+                return Err(Error::why(ErrorKind::Unsupported, why)
+                    .in_file(subject)
+                    .fix(fix));
+            }
+            images.insert(image.file.clone(), storage);
+        }
+        let full = std::fs::canonicalize(subject).map_err(|e| Error::from(e).in_file(subject))?;
+        let name = full.file_name().map(|name| name.to_string_lossy());
+        let found = Self {
+            directory,
+            path: directory.path(),
+            descriptor: own,
+            name: name.map(std::borrow::Cow::into_owned).unwrap_or_default(),
+            text,
+            images,
+            names: directory.entries()?,
+        };
+        found.settled(&found.names)?;
+        Ok(found)
+    }
+
+    /// Refuses what an interrupted change has left.
+    fn settled(&self, names: &[String]) -> Result<()> {
+        let own = std::iter::once(self.descriptor);
+        for name in own.chain(self.images.keys().map(String::as_str)) {
+            for end in [".tmp", ".idx", RUNNING, NEW, PENDING, NEW_LOCK] {
+                let left = format!("{name}{end}");
+                if names.contains(&left) && !self.images.contains_key(&left) {
+                    return Err(left_over(&left, self.path));
+                }
             }
         }
+        Ok(())
     }
-    Ok(Found {
-        from,
-        text,
-        images: images.into_iter().collect(),
-        names,
-    })
-}
 
-impl Found<'_> {
+    /// Programs that know nothing of the locks may have been at work.
+    fn same_as_before(&self, source: &Path) -> Result<()> {
+        self.settled(&self.directory.entries()?)?;
+        let now = self.directory.open(self.descriptor, false)?;
+        if read_small(&*now, xml::BYTES_MAX)? != self.text {
+            let why = "its descriptor was changed while it was copied";
+            return Err(Error::why(ErrorKind::Locked, why).in_file(source));
+        }
+        Ok(())
+    }
+
     /// What belongs to the descriptor: the one before it, and the empty file of the bundle's name.
-    fn small_files(&self, inner: &dyn Directory, name: &str, new_guids: bool) -> Result<()> {
-        let backup = format!("{DESCRIPTOR}{BACKUP}");
+    fn small_files(
+        &self,
+        inner: &dyn Directory,
+        name: &str,
+        new_guids: bool,
+        progress: &Progress,
+    ) -> Result<()> {
+        let backup = format!("{}{BACKUP}", self.descriptor);
         // One with the old GUIDs would be none of the copy's.
         if self.names.contains(&backup) && !new_guids {
-            let old = read_small(&*self.from.directory.open(&backup, false)?, xml::BYTES_MAX)?;
-            put(inner, &backup, &old)?;
+            let old = self.directory.open(&backup, false)?;
+            let new = inner.create_new(&format!("{DESCRIPTOR}{BACKUP}"))?;
+            copy_file(&old, &new, progress)?;
         }
-        let own = self.from.name;
-        let is_image = |name: &str| self.images.iter().any(|image| image == name);
-        if self.names.iter().any(|there| there == own) && !is_image(own) && !is_image(name) {
-            let stub = self.from.directory.open(own, false)?;
+        let is_image = |name: &str| self.images.contains_key(name);
+        if self.names.contains(&self.name) && !is_image(&self.name) && !is_image(name) {
+            let stub = self.directory.open(&self.name, false)?;
             if stub.is_empty()? {
                 put(inner, name, b"")?;
             }
         }
         Ok(())
     }
-}
 
-impl Found<'_> {
     /// What people called the snapshots, by the GUIDs that they have in the copy.
-    fn people_names(&self, inner: &dyn Directory, new: &HashMap<Guid, Guid>) -> Result<()> {
-        let own = format!("{DESCRIPTOR}{}", names::OWN_END);
+    fn people_names(&self, new: &HashMap<Guid, Guid>) -> Result<Option<Vec<u8>>> {
+        let own = format!("{}{}", self.descriptor, names::OWN_END);
         if !self.names.contains(&own) {
-            return Ok(());
+            return Ok(None);
         }
-        let old = read_small(&*self.from.directory.open(&own, false)?, xml::BYTES_MAX)?;
-        let in_copy = |(guid, name)| (new.get(&guid).copied().unwrap_or(guid), name);
-        let kept = names::parse_own(&old).into_iter().map(in_copy).collect();
-        put(inner, &own, &names::encode_own(&kept))
+        let old = read_small(&*self.directory.open(&own, false)?, xml::BYTES_MAX)?;
+        let known = names::parse_own_whole(&old);
+        match known {
+            _ if new.is_empty() && len_u64(old.len()) <= xml::BYTES_MAX => Ok(Some(old)),
+            Some(known) => {
+                let in_copy = |(guid, name)| (new.get(&guid).copied().unwrap_or(guid), name);
+                let known = known.into_iter().map(in_copy).collect();
+                Ok(Some(names::encode_own(&known)))
+            }
+            None => {
+                let why = "the file of the snapshots' names is not as this program writes it";
+                Err(Error::why(ErrorKind::Unsupported, why)
+                    .in_file(&self.path.join(own))
+                    .fix("move it away, or copy without --new-guids"))
+            }
+        }
     }
 }
 
@@ -267,7 +376,8 @@ fn renamed(text: &[u8], ids: &Ids) -> Result<(Vec<u8>, HashMap<Guid, Guid>)> {
     }
     let text = edit(text, &edits).map_err(|e| failed(e.into()))?;
     let text = String::from_utf8(text).map_err(|e| failed(e.into()))?;
-    Ok((write::with_uid(&text, ids.uid).into_bytes(), new))
+    let text = with_uid(&text, ids.uid).map_err(|e| failed(e.into()))?;
+    Ok((text.into_bytes(), new))
 }
 
 /// Copies a file's bytes and holes, and syncs the copy.

@@ -3,7 +3,8 @@
 //! Order, and what each reordering would break:
 //!
 //! 1. all files are made and synced, the last of them the descriptor, under a temporary name
-//!    (`NAME.creating.` and eight digits), which no program takes for a disk;
+//!    (`NAME.creating.` and eight digits, of a long name its start), which no program takes for a
+//!    disk;
 //! 2. a bundle's directory is synced;
 //! 3. the temporary name becomes the disk's, unless somebody has taken that meanwhile. Before 1 or
 //!    2, a power cut could leave a disk under its own name with files that are not whole;
@@ -18,13 +19,14 @@ pub mod mkfs;
 pub use content::NewFile;
 
 use crate::admin::progress::Progress;
-use crate::chain::bundle::DESCRIPTOR;
+use crate::chain::bundle::{self, DESCRIPTOR};
 use crate::delta::create::{NewImage, Shape};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::ImageType;
 use crate::format::descriptor::write::{self, NewDescriptor, Style};
 use crate::format::guid::Guid;
 use crate::format::header::Version;
+use crate::format::xml;
 use crate::storage::directory::HostDirectory;
 use crate::storage::{Directory, SharedStorage};
 use crate::sys::random;
@@ -36,7 +38,11 @@ use std::sync::Arc;
 /// Bytes of a cluster where none are asked for.
 pub const CLUSTER_BYTES: u64 = 1 << 20;
 /// What a temporary name has behind the disk's.
-pub(super) const CREATING: &str = ".creating.";
+const CREATING: &str = ".creating.";
+/// What a flat file has behind that.
+const FLAT: &str = ".flat";
+/// The most bytes of a name on any usual file system.
+const NAME_MAX: usize = 255;
 
 /// How the disk's bytes are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -132,6 +138,17 @@ pub fn plan(path: &Path, request: &Request) -> Result<Plan> {
             return Err(usage("the name ends neither in .hdd nor in .hds").fix(fix));
         }
     };
+    if request.kind == Kind::Plain {
+        if !is_bundle {
+            let why = "a plain disk has no header: only a bundle's descriptor says what it is";
+            let fix = "NAME.hdd makes such a bundle; `truncate -s SIZE NAME.img` a raw disk";
+            return Err(usage(why).fix(fix));
+        }
+        if request.version.is_some() {
+            let why = "a plain disk has no header, and so no version";
+            return Err(usage(why).fix("leave --image-version away, or take another format"));
+        }
+    }
     plan_as(is_bundle, request, true)
 }
 
@@ -199,17 +216,31 @@ impl Ids {
             uid,
         })
     }
+
+    /// What a disk of this name is called until it is whole. Long names lose their end: theirs and
+    /// what is put behind it have room together.
+    #[must_use]
+    pub fn temporary_name(&self, name: &str) -> String {
+        let end = format!("{CREATING}{}", self.temporary);
+        let most = NAME_MAX.saturating_sub(end.len() + FLAT.len());
+        let mut kept = name.len().min(most);
+        while !name.is_char_boundary(kept) {
+            kept -= 1;
+        }
+        format!("{}{end}", &name[..kept])
+    }
 }
 
 /// Makes the disk that a request asks for.
 pub fn create(path: &Path, request: &Request, progress: &Progress) -> Result<Plan> {
     let plan = plan(path, request)?;
     let (parent, name) = place_for(path)?;
+    check_name(name, &plan)?;
     let ids = Ids::new()?;
     match &request.file_system {
         None => create_in(&parent, name, &plan, &ids, progress, |_| Ok(()))?,
         Some(file_system) => {
-            let flat = format!("{name}{CREATING}{}.flat", ids.temporary);
+            let flat = format!("{}{FLAT}", ids.temporary_name(name));
             let content = mkfs::content(&parent, &flat, plan.size_bytes(), file_system, progress)?;
             create_in(&parent, name, &plan, &ids, progress, |file| {
                 content.copy_to(file, plan.shape.cluster, progress)
@@ -228,8 +259,55 @@ pub(super) fn place_for(path: &Path) -> Result<(HostDirectory, &str)> {
         _ => Path::new("."),
     };
     let parent = HostDirectory::open(parent)?;
+    // A link counts for itself; what else is there is refused with the other names.
+    let kind = path.symlink_metadata().map(|meta| meta.file_type());
+    if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_dir() && !kind.is_symlink()) {
+        let why = format!("{name} is a device, a pipe or a socket, and no place for a new disk");
+        let fix = "for its bytes as they are: `ploopfs convert SRC - >DST`";
+        return Err(usage(why).fix(fix));
+    }
     refuse_existing(&parent, name)?;
     Ok((parent, name))
+}
+
+/// Refuses a name that the descriptor of such a disk would have to hold and cannot.
+pub(super) fn check_name(name: &str, plan: &Plan) -> Result<()> {
+    let is_held = plan.is_bundle && plan.product == Product::Desktop;
+    match name.chars().find(|character| !xml::can_hold(*character)) {
+        Some(character) if is_held => {
+            let code = u32::from(character);
+            let why = format!(
+                "the descriptor has the disk's name in it, and XML cannot hold U+{code:04X}"
+            );
+            Err(usage(why).fix("choose a name without control characters"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses to make something in a bundle of which it is made: that would change the source, which
+/// is what people call `source` and has these files.
+pub(super) fn refuse_within(parent: &HostDirectory, source: &Path, files: &[&Path]) -> Result<()> {
+    let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| Error::from(e).in_file(path));
+    let target = real(parent.path())?;
+    let is_bundle = |place: &&Path| place.join(DESCRIPTOR).symlink_metadata().is_ok();
+    let around = files.iter().filter_map(|file| file.parent());
+    let around = around.map(|place| {
+        if place == Path::new("") {
+            Path::new(".")
+        } else {
+            place
+        }
+    });
+    // A bundle may have all of its files elsewhere.
+    let subject = bundle::subject(source).ok();
+    for place in around.chain(subject.as_deref()).filter(is_bundle) {
+        if target.starts_with(real(place)?) {
+            let why = "what is made would lie in the disk that it is made of";
+            return Err(usage(why).in_file(place).fix("choose another directory"));
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn exists(name: &str) -> Error {
@@ -285,7 +363,7 @@ pub(super) fn make_in(
     make: impl FnOnce(&Place) -> Result<()>,
 ) -> Result<()> {
     refuse_existing(parent, name)?;
-    let temporary = format!("{name}{CREATING}{}", ids.temporary);
+    let temporary = ids.temporary_name(name);
     // Nothing of that name is ours yet, so what fails here has nothing to remove.
     let place = if is_bundle {
         Place::Bundle(parent.create_directory(&temporary)?)

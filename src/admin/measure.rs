@@ -3,11 +3,10 @@
 //! Only the extents of the source are looked at. What is told is an upper bound: a conversion finds
 //! zeros that the source has written as data.
 
+use crate::admin::create::{Kind, Product, Request, plan_as};
 use crate::admin::source::Source;
 use crate::admin::source::work::DataCursor;
-use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::HEADER_LEN;
-use crate::units::len_u64;
+use crate::error::Result;
 use serde::Serialize;
 
 /// Cluster size of images that we make without being told another.
@@ -113,17 +112,19 @@ fn of(size: u64, clusters: u64, data: u64, target: Target) -> Result<Measured> {
     })
 }
 
-/// Header and table of an image, in whole clusters.
+/// Header and table of an image, in whole clusters; an error where no conversion can make it.
 fn table(size: u64, cluster: u64) -> Result<u64> {
-    let entries = size.div_ceil(cluster);
-    if u32::try_from(entries).is_err() {
-        let why = format!("{entries} clusters of {cluster} bytes are more than an image can have");
-        return Err(Error::why(ErrorKind::Unsupported, why).fix("take larger clusters"));
-    }
-    let bytes = entries
-        .saturating_mul(4)
-        .saturating_add(len_u64(HEADER_LEN));
-    Ok(bytes.next_multiple_of(cluster))
+    let request = Request {
+        size,
+        kind: Kind::Expanding,
+        version: None,
+        cluster: Some(cluster),
+        product: Product::Any,
+        file_system: None,
+    };
+    let layout = plan_as(false, &request, false)?.shape.layout()?;
+    let first = layout.first_cluster();
+    Ok(layout.cluster().file_start(first).get())
 }
 
 /// Header, mapping tables and reference counts of a qcow2, in whole clusters.
@@ -156,6 +157,8 @@ fn qcow2_metadata(size: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
+    use crate::format::header::ENTRY_COUNT_MAX;
 
     #[test]
     fn clusters_that_two_ranges_share_count_once() {
@@ -177,7 +180,19 @@ mod tests {
         // One entry more than fits beside the header takes another cluster.
         assert_eq!(table(262_128 * mib, mib).unwrap(), mib);
         assert_eq!(table(262_129 * mib, mib).unwrap(), 2 * mib);
-        assert!(table(u64::MAX, 512).is_err());
+        // As `convert` would refuse them: too many clusters, a size that none has, no disk.
+        let most = u64::from(ENTRY_COUNT_MAX) * (64 << 10);
+        assert!(table(most, 64 << 10).is_ok());
+        for (size, cluster) in [
+            (most + 1, 64 << 10),
+            (u64::MAX, 64 << 20),
+            (mib, 16 << 10),
+            (mib, 48 << 10),
+            (0, mib),
+        ] {
+            let refused = measure_size(size, Target::Bundle(cluster)).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::Usage, "{size} {cluster}");
+        }
     }
 
     #[test]

@@ -13,7 +13,8 @@
 //! 3. Where the upper disk is larger: room for its entries, cleared, and then the header that says
 //!    so. Entries that the header already counts could be garbage otherwise. Where clusters must
 //!    make way for the table, that is done before step 2, by [`crate::admin::resize`], which leaves
-//!    a whole image of the larger size.
+//!    a whole image of the larger size. So it is where the upper disk is smaller: what lies behind
+//!    its end is given up, and the disk keeps its size.
 //! 4. The content of a run of clusters, to where the lower image has them or to free clusters.
 //! 5. The entries of that run, for clusters that got a new place. An entry that became durable
 //!    before its data would name what was there before. Then 4 for the next run.
@@ -121,13 +122,6 @@ impl Merge<'_> {
                 return Err(bad_size(why, image));
             }
         }
-        for pair in self.uppers.windows(2) {
-            if pair[0].header().is_some() && pair[0].disk_len() > pair[1].disk_len() {
-                let (own, above) = (pair[0].disk_len(), pair[1].disk_len());
-                let why = format!("a disk of {own} bytes here, of {above} bytes above it");
-                return Err(bad_size(why, &pair[0]));
-            }
-        }
         for image in self.uppers {
             self.readable(image)?;
         }
@@ -182,14 +176,8 @@ impl Merge<'_> {
         }
         let found = survey(self.lower, header)?;
         self.sound(&found)?;
-        let grown = self.grown(header)?;
-        let layout = Layout::new(
-            header.version(),
-            self.cluster,
-            grown.entry_count,
-            grown.first_block,
-        );
-        if let Some(request) = self.longer_table(&layout) {
+        let layout = self.grown_layout(header)?;
+        if let Some(request) = self.resize_first(&layout) {
             resize::plan_image(&**self.lower.storage(), &[], &request)
                 .map_err(|e| e.in_file(self.lower.path()))?;
         } else if layout.table_end() > layout.data_start() {
@@ -200,27 +188,38 @@ impl Merge<'_> {
         Ok(found.used.len())
     }
 
-    /// How the lower image gets a table for the upper disk, where that takes the place of clusters.
-    fn longer_table(&self, grown: &Layout) -> Option<resize::Request> {
+    fn grown_layout(&self, header: &Header) -> Result<Layout> {
+        let grown = self.grown(header)?;
+        let (entries, first) = (grown.entry_count, grown.first_block);
+        Ok(Layout::new(header.version(), self.cluster, entries, first))
+    }
+
+    /// How the lower image gets the size of the upper disk, where it is larger, or where the table
+    /// takes the place of clusters.
+    fn resize_first(&self, grown: &Layout) -> Option<resize::Request> {
+        let size = SectorCount::new(self.disk_len() / SECTOR);
+        if self.lower_is_larger() {
+            // What lies behind the end of the upper disk would come up with the next growth.
+            return Some(resize::Request {
+                shrink: true,
+                force_discard: true,
+                drop_bitmaps: true,
+                exact: true,
+                ..resize::Request::new(size)
+            });
+        }
         // A disk that is resized has whole clusters.
         let is_whole = self.disk_len() % self.cluster.bytes() == 0;
         let is_longer = grown.table_end() > grown.data_start();
         (is_longer && is_whole).then(|| resize::Request {
             drop_bitmaps: true,
-            ..resize::Request::new(SectorCount::new(self.disk_len() / SECTOR))
+            ..resize::Request::new(size)
         })
     }
 
-    /// Step 2 where clusters must make room for the table, which has an order of its own.
-    fn lengthen(&self, header: &Header, progress: &Progress) -> Result<Option<Image>> {
-        let grown = self.grown(header)?;
-        let layout = Layout::new(
-            header.version(),
-            self.cluster,
-            grown.entry_count,
-            grown.first_block,
-        );
-        let Some(request) = self.longer_table(&layout) else {
+    /// What comes before step 2, where the image is to be resized, which has an order of its own.
+    fn resize(&self, header: &Header, progress: &Progress) -> Result<Option<Image>> {
+        let Some(request) = self.resize_first(&self.grown_layout(header)?) else {
             return Ok(None);
         };
         let storage = self.lower.storage();
@@ -314,7 +313,7 @@ impl Merge<'_> {
         let here = |e: Error| e.in_file(self.lower.path());
         storage.sync_data().map_err(here)?;
         match self.lower.header() {
-            Some(header) => match self.lengthen(header, progress).map_err(here)? {
+            Some(header) => match self.resize(header, progress).map_err(here)? {
                 Some(lower) => Merge {
                     lower: &lower,
                     ..*self
@@ -340,9 +339,21 @@ impl Merge<'_> {
             });
             self.copy(&join(runs), progress)
         })?;
+        self.cut(storage)?;
         storage
             .sync_data()
             .map_err(|e| e.in_file(self.lower.path()))
+    }
+
+    /// A plain file that is longer than the upper disk ends with the last cluster of that.
+    fn cut(&self, storage: &dyn Storage) -> Result<()> {
+        let (len, end) = (storage.len()?.get(), self.disk_len());
+        if len <= end {
+            return Ok(());
+        }
+        let whole = self.cluster.count_for(end).get() * self.cluster.bytes();
+        storage.set_len(FileOffset::new(len.min(whole)))?;
+        storage.zero(FileOffset::new(end)..storage.len()?, Keep::Nothing)
     }
 
     /// The copy of a cluster, whose rest becomes zeros up to `end` of the file.
@@ -350,16 +361,12 @@ impl Merge<'_> {
         let rest = (to + self.cluster.bytes())
             .min(end)
             .saturating_sub(to + item.len);
-        // What the lower disk has behind the end of the upper one stays.
-        let keeps = item.place != Place::Fresh
-            && item.level + 1 == self.uppers.len()
-            && self.lower.disk_len() > self.disk_len();
         Run {
             level: item.level,
             from: item.from.get(),
             to,
             len: item.len,
-            zeros: if keeps { 0 } else { rest },
+            zeros: rest,
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::process::with_plain_signals;
 use std::io::{self, Read};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -66,6 +67,11 @@ pub(super) fn run(
     if status.success() {
         return Ok(());
     }
+    // A signal from the terminal ends the program, too, and sooner than it is heard here.
+    if status.signal().is_some() {
+        std::thread::sleep(LOOK);
+    }
+    look(&mut child)?;
     let said = said.and_then(|thread| thread.join().ok());
     let said = said.unwrap_or_default();
     let said: Vec<&str> = said.lines().map(str::trim).collect();

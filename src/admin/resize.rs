@@ -61,6 +61,8 @@ pub struct Request {
     pub drop_bitmaps: bool,
     /// Bytes that are moved between two syncs.
     pub batch_bytes: u64,
+    /// The size is not rounded up.
+    pub exact: bool,
 }
 
 impl Request {
@@ -73,6 +75,7 @@ impl Request {
             force_discard: false,
             drop_bitmaps: false,
             batch_bytes: BATCH_BYTES,
+            exact: false,
         }
     }
 }
@@ -134,7 +137,10 @@ fn plan(storage: &dyn Storage, lower: &[Image], request: &Request, change: bool)
     let header = &sound.header;
     let (layout, before) = (header.layout(), header.size());
     let cluster = layout.cluster();
-    let after = rounded(request.size, cluster.sectors(), before);
+    let after = match request.exact {
+        true => request.size,
+        false => rounded(request.size, cluster.sectors(), before),
+    };
     let resized = match after {
         _ if after == before => Some(*header.raw()),
         SectorCount::ZERO => None,
@@ -261,6 +267,7 @@ impl Plan {
             storage.sync_data()?;
         } else {
             self.clear_slots(storage)?;
+            self.clear_tail(storage)?;
             storage.sync_data()?;
             if self.wanted.sources.start < self.sound.space.named_end / self.told.cluster_bytes {
                 // What was cut off has made room.
@@ -298,11 +305,12 @@ impl Plan {
         }
     }
 
-    /// The end of a last cluster that was cut by the old size.
+    /// The end of a last cluster that the smaller size cuts.
     fn clear_tail(&self, storage: &dyn Storage) -> Result<()> {
         let size = self.told.cluster_bytes;
-        let old_bytes = self.sound.header.size_bytes();
-        let (cluster, within) = (old_bytes / size, old_bytes % size);
+        let end = self.told.before.min(self.told.after);
+        let end = end.get().saturating_mul(SECTOR);
+        let (cluster, within) = (end / size, end % size);
         if within == 0 {
             return Ok(());
         }

@@ -205,7 +205,9 @@ fn check_size(opened: &Opened, len: u64) -> Result<()> {
         Some(header) if header.size_bytes() != len => {
             let own = header.size_bytes();
             let why = format!("the descriptor says {len} bytes, the image's header {own}");
-            Err(Error::why(ErrorKind::Descriptor, why).in_file(opened.image.path()))
+            Err(Error::why(ErrorKind::Descriptor, why)
+                .in_file(opened.image.path())
+                .fix("make them agree first: `ploopfs resize` to the size of the header"))
         }
         _ => Ok(()),
     }
@@ -386,11 +388,12 @@ pub fn switch(
     });
     let mut warnings = with_new(bundle, &images, &below, gone, &edits)?;
     if let Some(left) = left.filter(|_| keep.is_none()) {
-        if let Err(error) = remove::collapse(bundle, left, true, progress) {
-            warnings.push(format!(
+        match remove::collapse(bundle, left, true, progress) {
+            Ok(more) => warnings.extend(more),
+            Err(error) => warnings.push(format!(
                 "{left} was to go with what was dropped, and is still there: {error}; \
                  `ploopfs snapshot delete` with its name goes on with that"
-            ));
+            )),
         }
     }
     Ok(Created {

@@ -44,7 +44,7 @@ pub trait Source: Send + Sync + Debug {
 
     /// The extents from `at` to the end of the disk, in order and without gaps. Neighbours need not
     /// be merged.
-    fn extents(&self, at: DiskOffset) -> Box<dyn Iterator<Item = Result<Extent>> + '_>;
+    fn extents(&self, at: DiskOffset) -> Extents<'_>;
 
     /// The files that extents name.
     fn files(&self) -> &[PathBuf];
@@ -58,16 +58,16 @@ pub trait Source: Send + Sync + Debug {
     /// Fills `buf` from `at`; all of it lies on the disk.
     fn read_at(&self, at: DiskOffset, buf: &mut [u8]) -> Result<()>;
 
-    /// The next range at or after `from` that may have something else than zeros, not longer than
-    /// is good for one piece of work; `None` when only zeros follow. What cannot be read counts as
-    /// data, so that reading it fails.
-    fn next_data(&self, from: DiskOffset) -> Result<Option<Range<DiskOffset>>> {
-        next_data_of(self.extents(from), from)
+    /// The ranges from `from` on that may have something else than zeros, in order, none longer
+    /// than is good for one piece of work. What cannot be read is among them, so that reading it
+    /// fails. To go on is cheap; to begin may cost as much as many steps.
+    fn data(&self, from: DiskOffset) -> Ranges<'_> {
+        Box::new(Data::of(self.extents(from)))
     }
 
-    /// Where the bytes at a position are in one file of the host, and how far from there, so that
-    /// the host can share its blocks. `None` where they are not.
-    fn host_place(&self, _at: DiskOffset) -> Result<Option<HostPlace>> {
+    /// Where the bytes at a position are in one file of the host, and how far from there, as far as
+    /// `most` bytes, so that the host can share its blocks. `None` where they are not.
+    fn host_place(&self, _at: DiskOffset, _most: u64) -> Result<Option<HostPlace>> {
         Ok(None)
     }
 
@@ -86,6 +86,11 @@ pub trait Source: Send + Sync + Debug {
         false
     }
 }
+
+/// Extents of a disk, in order and without gaps.
+pub type Extents<'a> = Box<dyn Iterator<Item = Result<Extent>> + Send + 'a>;
+/// Ranges of a disk, in order.
+pub type Ranges<'a> = Box<dyn Iterator<Item = Result<Range<DiskOffset>>> + Send + 'a>;
 
 /// Bytes of a disk that lie together in a file.
 #[derive(Clone, Debug)]
@@ -125,31 +130,55 @@ pub enum What {
     Bad,
 }
 
-/// The next data that extents tell of, neighbours merged.
-fn next_data_of(
-    extents: impl Iterator<Item = Result<Extent>>,
-    from: DiskOffset,
-) -> Result<Option<Range<DiskOffset>>> {
-    let mut found: Option<Range<DiskOffset>> = None;
-    for extent in extents {
-        let extent = extent?;
-        let is_data = matches!(extent.what, What::Data | What::Bad);
-        match &mut found {
-            None if is_data => found = Some(extent.range.start.max(from)..extent.range.end),
-            None => continue,
-            Some(range) if is_data => range.end = extent.range.end,
-            Some(_) => break,
-        }
-        let is_long = |range: &Range<DiskOffset>| range.end.get() - range.start.get() >= DATA_MAX;
-        if found.as_ref().is_some_and(is_long) {
-            break;
-        }
+/// The data that extents tell of, neighbours merged, in pieces of [`DATA_MAX`] at most.
+struct Data<I> {
+    extents: I,
+    held: Range<u64>,
+}
+
+impl<I> Data<I> {
+    fn of(extents: I) -> Self {
+        let held = 0..0;
+        Self { extents, held }
     }
-    // One extent can be as long as the disk.
-    Ok(found.map(|range| {
-        let longest = DiskOffset::new(range.start.get().saturating_add(DATA_MAX));
-        range.start..range.end.min(longest)
-    }))
+
+    /// The first piece of what is held.
+    fn take(&mut self) -> Range<DiskOffset> {
+        let end = self.held.start.saturating_add(DATA_MAX).min(self.held.end);
+        let piece = DiskOffset::new(self.held.start)..DiskOffset::new(end);
+        self.held.start = end;
+        piece
+    }
+}
+
+impl<I: Iterator<Item = Result<Extent>>> Iterator for Data<I> {
+    type Item = Result<Range<DiskOffset>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.held.end - self.held.start < DATA_MAX {
+            let extent = match self.extents.next() {
+                Some(Ok(extent)) => extent,
+                Some(Err(e)) => {
+                    self.held = 0..0;
+                    return Some(Err(e));
+                }
+                None if self.held.is_empty() => return None,
+                None => break,
+            };
+            let range = extent.range.start.get()..extent.range.end.get();
+            if matches!(extent.what, What::Data | What::Bad) {
+                let start = if self.held.is_empty() {
+                    range.start
+                } else {
+                    self.held.start
+                };
+                self.held = start..range.end;
+            } else if !self.held.is_empty() {
+                break;
+            }
+        }
+        Some(Ok(self.take()))
+    }
 }
 
 /// What is to be opened, and as what.

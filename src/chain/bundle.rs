@@ -1,8 +1,8 @@
 //! From what the user named to open, locked files.
 //!
 //! 1. Find out what IMAGE is: a bare image, or a bundle's descriptor (`find`).
-//! 2. Lock the bundle (for writing: ploop's lock file), then read the descriptor: another order
-//!    could read what an operation of ploop is about to replace.
+//! 2. Lock the bundle (`claim`), then read the descriptor: another order could read what an
+//!    operation of ploop is about to replace.
 //! 3. Open every file of the chosen chain in every part, the top last; refuse a file met twice,
 //!    lock all, and only then look at the first bytes of each, and whether the undo file of an
 //!    interrupted repair lies beside it (`files`).
@@ -11,19 +11,23 @@
 //! the bundle as long as the [`OpenedImages`] or any clone of its [`BundleLock`].
 
 mod change;
+mod claim;
 mod files;
 mod find;
 mod survey;
 
 pub use change::Changing;
-pub use find::{role_in_bundle, subject};
+pub use claim::NEW_LOCK;
+pub use find::{Going, going, role_in_bundle, subject};
 pub use survey::{Survey, SurveyedFile, SurveyedPart};
 
-use crate::chain::bundle::change::lock_bundle;
+use crate::chain::bundle::claim::{Held, Use};
 use crate::chain::bundle::files::{Opening, Registry, Wanted};
 use crate::chain::bundle::find::{Found, Naming};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::descriptor::{Descriptor, DescriptorError, Encryption, ImageType, Part, Shot};
+use crate::format::descriptor::{
+    Descriptor, DescriptorError, Encryption, ImageType, Oddity, Part, Shot,
+};
 use crate::format::guid::Guid;
 use crate::format::xml;
 use crate::storage::SharedStorage;
@@ -31,12 +35,13 @@ use crate::storage::host::Roots;
 use crate::sys::open as sys;
 use crate::units::SectorCount;
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Name of the descriptor in a bundle.
 pub const DESCRIPTOR: &str = "DiskDescriptor.xml";
+/// What the list of files that come and go with a change is named, behind the descriptor's name.
+pub const PENDING: &str = ".pending";
 /// The word that selects the newest frozen snapshot.
 pub const LATEST: &str = "latest";
 
@@ -145,7 +150,7 @@ struct Bundle {
     no_lock: bool,
     mending: bool,
     trust_header: bool,
-    _lock: Option<File>,
+    held: Option<Held>,
 }
 
 /// Opens and locks.
@@ -243,7 +248,16 @@ fn open_bundle(
 ) -> Result<OpenedImages> {
     let directory = roots.path().to_owned();
     let mut warnings = Vec::new();
-    let lock = lock_bundle(&roots, descriptor_name, selection, &mut warnings)?;
+    let purpose = if selection.write {
+        Use::Change
+    } else {
+        Use::Reading
+    };
+    let lock = if selection.no_lock {
+        None
+    } else {
+        Held::take(&roots, descriptor_name, purpose, &mut warnings)?
+    };
     let path = directory.join(descriptor_name);
     let descriptor = read_descriptor(&roots, descriptor_name)?;
     let names = find::snapshot_names(&directory, descriptor_name);
@@ -273,7 +287,7 @@ fn open_bundle(
         no_lock: selection.no_lock,
         mending: selection.mending,
         trust_header: selection.trust_header,
-        _lock: kept,
+        held: kept,
     });
     let mut images = open_chain(&bundle, target, selection.write)?;
     if selection.write || selection.mending {
@@ -288,8 +302,14 @@ fn open_bundle(
 
 /// What is odd about a bundle, for people.
 fn told(directory: &Path, descriptor_name: &str, descriptor: &Descriptor) -> Vec<String> {
-    let oddities = descriptor.oddities.iter().map(ToString::to_string);
-    let mut told = find::few(oddities.collect());
+    // What goes away is told in other words, where there is something to be done about it.
+    let going =
+        |oddity: &&Oddity| matches!(oddity, Oddity::Temporary(guid) if *guid != descriptor.top);
+    let oddities = descriptor.oddities.iter().filter(|oddity| !going(oddity));
+    let mut told = find::few(oddities.map(ToString::to_string).collect());
+    let going = find::going(directory, descriptor_name, descriptor).into_iter();
+    let undone = going.filter(|going| !going.waits).map(|going| going.text);
+    told.extend(find::few(undone.collect()));
     told.extend(find::few(find::leftovers(
         directory,
         descriptor_name,

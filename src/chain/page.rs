@@ -167,6 +167,8 @@ pub struct MapPage {
     dirty: AtomicBool,
     /// Counts the changes; changed under the `table` lock.
     generation: AtomicU64,
+    /// True when a change names bytes that must be durable first; changed under the `table` lock.
+    needs_barrier: AtomicBool,
 }
 
 impl MapPage {
@@ -181,6 +183,7 @@ impl MapPage {
             users: AtomicU32::new(0),
             dirty: AtomicBool::new(false),
             generation: AtomicU64::new(0),
+            needs_barrier: AtomicBool::new(false),
         })
     }
 
@@ -252,9 +255,22 @@ impl MapPage {
         self.generation.load(Ordering::Relaxed)
     }
 
+    /// Notes that a change names bytes that must be durable before the page is written. Under the
+    /// `table` lock only.
+    pub fn ask_barrier(&self) {
+        self.needs_barrier.store(true, Ordering::Relaxed);
+    }
+
+    /// True when the data must be synced before the page is written. Under the `table` lock only.
+    #[must_use]
+    pub fn needs_barrier(&self) -> bool {
+        self.needs_barrier.load(Ordering::Relaxed)
+    }
+
     /// The file holds what the page says. Under the `table` lock only.
     pub fn cleaned(&self) {
         self.dirty.store(false, Ordering::Relaxed);
+        self.needs_barrier.store(false, Ordering::Relaxed);
     }
 
     /// Writes the entries of a range of slots as the top's file has them: 0 wherever another level

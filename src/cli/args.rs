@@ -167,6 +167,9 @@ pub struct ServeArgs {
     /// Where descriptor and header differ about the disk's size, the header is right
     #[arg(long, help_heading = "Writing")]
     pub trust_header: bool,
+    /// Copy what lower deltas have, even where the host could share it
+    #[arg(long, help_heading = "Writing")]
+    pub no_reflink: bool,
     /// Bytes by which the file grows (16M)
     #[arg(long, value_name = "SIZE", value_parser = parse_step, help_heading = "Writing")]
     pub grow_step: Option<u64>,
@@ -209,6 +212,7 @@ impl ServeArgs {
         }
         let disk = &mut settings.disk;
         disk.drop_bitmaps |= self.drop_bitmaps;
+        disk.reflink &= !self.no_reflink;
         settings.selection.trust_header |= self.trust_header;
         disk.grow_step = self.grow_step.unwrap_or(disk.grow_step);
         disk.enospc = self.enospc.unwrap_or(disk.enospc);
@@ -416,8 +420,15 @@ pub struct ResizeArgs {
 Examples:
   ploopfs compact disk.hdd
   ploopfs compact --zeroes disk.hdd       and free clusters that hold only zeros
+  ploopfs compact --trim --yes disk.hdd   and what its file systems do not use
   ploopfs compact --dry-run --zeroes disk.hdd")]
 pub struct CompactArgs {
+    /// First let the file systems on the disk discard what they do not use (root only)
+    #[arg(long)]
+    pub trim: bool,
+    /// Trim file systems that were not unmounted, too
+    #[arg(long, requires = "trim")]
+    pub force: bool,
     /// Free clusters that hold nothing but zeros
     #[arg(long)]
     pub zeroes: bool,
@@ -433,6 +444,9 @@ pub struct CompactArgs {
     /// Show what would be done and change nothing
     #[arg(short = 'n', long)]
     pub dry_run: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
     /// Say nothing when it worked
     #[arg(short, long)]
     pub quiet: bool,

@@ -117,7 +117,7 @@ pub fn detach(args: &DetachArgs) -> Result<(), Box<Report>> {
     let shown = args.target.display();
     let failed = |e: Error| Report::new(&format!("cannot detach {shown}"), &e);
     let registry = Registry::open().map_err(failed)?;
-    let watched = detach_now(&args.target, &registry).map_err(failed)?;
+    let watched = detach_now(&args.target, &registry, false).map_err(failed)?;
     let slow = || note(&waiting(watched.record().pid));
     wait_closed(
         &registry,
@@ -128,7 +128,7 @@ pub fn detach(args: &DetachArgs) -> Result<(), Box<Report>> {
     .map_err(|e| Report::new(&format!("{shown} is detached, but not closed"), &e))
 }
 
-fn detach_now(target: &Path, registry: &Registry) -> Result<Watched> {
+fn detach_now(target: &Path, registry: &Registry, lazy: bool) -> Result<Watched> {
     let records = registry.all()?;
     let record = find(target, &records)?;
     let watched = registry.watch(record);
@@ -137,9 +137,18 @@ fn detach_now(target: &Path, registry: &Registry) -> Result<Watched> {
         if let Some(place) = &record.file_system {
             unmount_file_system(&device, &place.0)?;
         }
-        device.clear(false)?;
+        device.clear(lazy)?;
     }
     Ok(watched)
+}
+
+/// Lets go of a device, which goes with those who still look at it, and waits until its disk is
+/// closed.
+pub(super) fn detach_and_wait(device: &Path) -> Result<()> {
+    let registry = Registry::open()?;
+    let watched = detach_now(device, &registry, true)?;
+    let slow = || note(&waiting(watched.record().pid));
+    wait_closed(&registry, &watched, None, slow)
 }
 
 fn find<'a>(target: &Path, records: &'a [Record]) -> Result<&'a Record> {

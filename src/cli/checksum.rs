@@ -8,13 +8,14 @@ use super::progress::Shown as Progress;
 use super::size::{parse_size, show_size};
 use super::source::{self, ReadArgs, trouble};
 use crate::admin::checksum::manifest::{Manifest, Writer};
-use crate::admin::checksum::{Verified, check_cluster, sum_up, usual_cluster, verify};
+use crate::admin::checksum::{TOLD_MAX, Verified, check_cluster, sum_up, usual_cluster, verify};
 use crate::error::{Error, ErrorKind, Shown};
-use crate::units::SECTOR;
+use crate::units::{SECTOR, len_u64};
 use clap::{Args, ValueHint};
 use serde::Serialize;
 use std::fmt::Write;
-use std::io::Read;
+use std::fs::File;
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 /// The disk is not as the manifest says.
@@ -94,19 +95,16 @@ fn make(args: &ChecksumArgs, json: bool) -> Result<u8, Box<Report>> {
 }
 
 fn read_manifest(path: &Path) -> Result<Manifest, Error> {
-    let mut bytes = Vec::new();
     if path == Path::new("-") {
-        std::io::stdin().lock().read_to_end(&mut bytes)?;
-    } else {
-        let read = std::fs::read(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::why(ErrorKind::Usage, "there is no such manifest").in_file(path)
-            }
-            _ => Error::from(e).in_file(path),
-        });
-        bytes = read?;
+        return Manifest::read(std::io::stdin().lock());
     }
-    Manifest::parse(&bytes).map_err(|e| e.in_file(path))
+    let file = File::open(path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => {
+            Error::why(ErrorKind::Usage, "there is no such manifest").in_file(path)
+        }
+        _ => Error::from(e).in_file(path),
+    });
+    Manifest::read(BufReader::new(file?)).map_err(|e| e.in_file(path))
 }
 
 fn hold_against(args: &ChecksumArgs, manifest: &Path, json: bool) -> Result<u8, Box<Report>> {
@@ -161,11 +159,12 @@ fn write_all(verified: &Verified, text: &mut String) -> std::fmt::Result {
             None => writeln!(text)?,
         }
     }
-    if let Some(more) = verified.differences.len().checked_sub(SHOWN + 1) {
-        writeln!(text, "... {} more ranges; --json lists all", more + 1)?;
+    let shown = len_u64(verified.differences.len().min(SHOWN));
+    match verified.different_ranges - shown {
+        0 => {}
+        more => writeln!(text, "... {more} more ranges; --json lists {TOLD_MAX}")?,
     }
-    let bytes: u64 = verified.differences.iter().map(|found| found.length).sum();
-    match bytes {
+    match verified.different_bytes {
         0 => writeln!(text, "the disk is as the manifest says"),
         bytes => writeln!(
             text,

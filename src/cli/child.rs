@@ -14,7 +14,7 @@ use crate::fuse::mount::{self, Mounted, Shape, shell_word};
 use crate::fuse::partitions::Partition;
 use crate::fuse::registry::{Record, RecordedPath, Registry};
 use crate::fuse::signals::Signals;
-use crate::fuse::{holders, session};
+use crate::fuse::{holders, session, volumes};
 use parking_lot::Mutex;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -190,6 +190,7 @@ impl Daemon<'_> {
             Target::Loop(file_system) => {
                 self.serve_loop(opened, signals, file_system.as_ref(), &entry)
             }
+            Target::Private => self.serve_loop(opened, signals, None, &entry),
         };
         let entry = entry.lock().take();
         match (served, entry) {
@@ -273,13 +274,17 @@ impl Daemon<'_> {
         let filesystem = build_filesystem(&opened, &View::Named(name.clone()), plan)?;
         self.watch_statistics(signals, &opened.disk);
         let read_only = plan.settings.disk.read_only;
+        let mut served = served(&opened, plan);
+        if plan.target == Target::Private {
+            served.volumes = volumes::examine(&opened.disk, &opened.partitions)?;
+        }
         let job = LoopJob {
             shown: plan.shown.clone(),
             name: PathBuf::from(name),
             read_only,
             partitions: opened.partitions.clone(),
             file_system: file_system.cloned(),
-            served: served(&opened, plan),
+            served,
             state: Arc::new(Mutex::new(LoopState::default())),
             entry: Arc::clone(entry),
             answer: Arc::clone(&self.answer),

@@ -173,7 +173,13 @@ fn to_file(args: &ConvertArgs, progress: &Progress) -> Result<Done> {
         product: product(args.product),
     };
     let opened = open(args)?;
-    let made = convert::convert(&*opened.source, &args.target, &wanted, progress)?;
+    let made = convert::convert(
+        &*opened.source,
+        &args.source,
+        &args.target,
+        &wanted,
+        progress,
+    )?;
     let mut notes = opened.notes;
     notes.extend(made.notes);
     Ok(Done {

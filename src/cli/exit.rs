@@ -34,6 +34,7 @@ pub fn status(kind: ErrorKind) -> u8 {
         | ErrorKind::OutOfRange
         | ErrorKind::Missing
         | ErrorKind::Descriptor
+        | ErrorKind::Manifest
         | ErrorKind::NoSuchSnapshot
         | ErrorKind::OutsideBundle
         | ErrorKind::Usage
@@ -75,6 +76,7 @@ pub const fn is_refusal(kind: ErrorKind) -> bool {
         | ErrorKind::BitmapPresent
         | ErrorKind::Missing
         | ErrorKind::Descriptor
+        | ErrorKind::Manifest
         | ErrorKind::NoSuchSnapshot
         | ErrorKind::OutsideBundle
         | ErrorKind::Truncated

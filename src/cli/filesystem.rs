@@ -77,7 +77,6 @@ pub(super) fn build_filesystem(opened: &Opened, view: &View, plan: &Plan) -> Res
         partitions: plan.settings.partitions,
         info_json: info_json(plan)?,
         direct_io: matches!(view, View::Named(_)),
-        threads: plan.settings.threads,
     };
     let (disk, images) = (Arc::downgrade(&opened.disk), Arc::clone(&opened.images));
     let opener = move |guid: &str| {
@@ -118,6 +117,7 @@ fn info_json(plan: &Plan) -> Result<String> {
             "inline_order": plan.settings.disk.inline_order,
             "bat_cache": plan.settings.disk.bat_cache,
             "grow_step": plan.settings.disk.grow_step,
+            "reflink": plan.settings.disk.reflink,
             "threads": plan.settings.threads,
         },
     });

@@ -124,6 +124,7 @@ fn run_mount(request: &Request) -> Result<(), Box<Report>> {
             replace_dead: false,
             drop_bitmaps: false,
             trust_header: false,
+            no_reflink: false,
             grow_step: None,
             enospc: None,
             flush_interval: None,

@@ -7,7 +7,7 @@ use super::args::MergeArgs;
 use super::output::{Report, note};
 use super::progress::Shown;
 use super::repair::confirm;
-use super::snapshot::{half_way, merged_document, merged_text, tell};
+use super::snapshot::{half_way, merged_document, merged_text, tell, warn};
 use crate::admin::snapshot::session::{MergeWish, Session};
 
 /// Runs the command.
@@ -37,7 +37,8 @@ pub fn run(args: &MergeArgs, json: bool) -> Result<(), Box<Report>> {
     let shown = Shown::start(args.quiet || json);
     let done = session.merge(&wish, shown.progress());
     drop(shown);
-    done.map_err(|e| half_way(&what, &e))?;
+    let (_, warnings) = done.map_err(|e| half_way(&what, &e))?;
+    warn(&warnings);
     tell(&text, "merged", document, json, args.quiet);
     Ok(())
 }

@@ -43,7 +43,7 @@ const IGNORED: [&str; 26] = [
 ];
 
 /// Words with no value that do something.
-const FLAGS: [&str; 15] = [
+const FLAGS: [&str; 16] = [
     "ro",
     "noexec",
     "noatime",
@@ -56,6 +56,7 @@ const FLAGS: [&str; 15] = [
     "nofail",
     "drop_bitmaps",
     "trust_header",
+    "no_reflink",
     "raw",
     "replace_dead",
     "lock_memory",
@@ -262,6 +263,7 @@ impl Settings {
             "nonempty" => self.mount.nonempty = true,
             "nofail" => self.nofail = true,
             "drop_bitmaps" => self.disk.drop_bitmaps = true,
+            "no_reflink" => self.disk.reflink = false,
             "trust_header" => self.selection.trust_header = true,
             "raw" => self.selection.raw = true,
             "replace_dead" => self.replace_dead = true,

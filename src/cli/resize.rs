@@ -30,11 +30,14 @@ pub fn run(args: &ResizeArgs, json: bool) -> Result<(), Box<Report>> {
     if args.dry_run {
         return show(&plan, json, args.quiet, &what, "would be");
     }
+    // Before a question it goes, so that signals do what they do then.
+    drop(shown);
     let is_smaller = plan.after_bytes < plan.before_bytes;
     if (is_smaller || plan.drops_bitmaps) && !args.yes {
         note(text(&plan, "will be").trim_end());
         confirm("Resize now?", &what)?;
     }
+    let shown = progress::Shown::start(args.quiet);
     let done = session.resize(shown.progress()).map_err(|e| {
         let mut report = Report::new(&what, &e);
         if !plan.is_done {

@@ -1,6 +1,6 @@
 //! From a parsed command to a daemon that serves a disk: common to `mount` and `attach`.
 //!
-//! Imports: `error`, `chain`, `disk`, `fuse`.
+//! Imports: `error`, `chain`, `disk`, `fuse`, `sys`.
 //! Never: opens an image, takes a lock or starts a thread before the fork.
 //!
 //! [`launch`] forks; what runs in the child (or, with `-f`, in the only process there is) is
@@ -17,18 +17,22 @@ use crate::fuse::attach::FileSystemTarget;
 use crate::fuse::daemon::{self, Outcome, Reporter, Side};
 use crate::fuse::logging;
 use crate::fuse::mount::Shape;
+use crate::fuse::volumes::Volume;
+use crate::sys::process;
 use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Where the disk is to appear.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     /// In the file tree.
     Mountpoint(PathBuf, Shape),
     /// As a loop device; perhaps with a file system of it mounted.
     Loop(Option<FileSystemTarget>),
+    /// As a loop device for this process alone, which goes when this process ends.
+    Private,
 }
 
 /// All that a daemon needs to know; every path in it is absolute.
@@ -63,6 +67,8 @@ pub struct Served {
     pub snapshots: usize,
     /// The loop device.
     pub device: Option<PathBuf>,
+    /// What lies on the disk, where it is served to this process alone.
+    pub volumes: Vec<Volume>,
 }
 
 /// Makes a path absolute before the daemon changes its directory.
@@ -92,6 +98,10 @@ pub fn launch(plan: &Plan) -> Result<Option<Served>, Box<Report>> {
     match daemon::fork(&keep).map_err(|e| Report::refused(&what, &e))? {
         Side::Child(reporter) => {
             logging::start(level, false);
+            if plan.target == Target::Private {
+                // Before the parent is watched: who dies later than now is noticed by one of both.
+                let _ = process::end_with_parent();
+            }
             let answer = Answer::new(reporter);
             let daemon = Daemon {
                 plan,
@@ -119,6 +129,7 @@ pub(super) fn what(plan: &Plan) -> String {
     match plan.target {
         Target::Mountpoint(..) => format!("cannot mount {}", plan.shown),
         Target::Loop(_) => format!("cannot attach {}", plan.shown),
+        Target::Private => format!("cannot trim {}", plan.shown),
     }
 }
 
@@ -134,6 +145,7 @@ pub(super) fn served(opened: &Opened, plan: &Plan) -> Served {
             .collect(),
         snapshots: opened.images.snapshots.len(),
         device: None,
+        volumes: Vec::new(),
     }
 }
 

@@ -92,7 +92,7 @@ fn show(
     Ok(())
 }
 
-fn warn(warnings: &[String]) {
+pub(super) fn warn(warnings: &[String]) {
     for warning in warnings {
         note(&Shown(warning).to_string());
     }
@@ -197,7 +197,8 @@ fn delete(args: &super::args::DeleteArgs, json: bool) -> Result<(), Box<Report>>
     let shown = Progress::start(args.quiet || json);
     let done = session.delete(target, args.drop_bitmaps, shown.progress());
     drop(shown);
-    done.map_err(|e| half_way(&what, &e))?;
+    let (_, warnings) = done.map_err(|e| half_way(&what, &e))?;
+    warn(&warnings);
     let word = match plan {
         Deleted::Marked { .. } => "marked",
         _ => "deleted",
@@ -243,7 +244,6 @@ pub(super) fn merged_document(merged: &Merged) -> Value {
         "clusters": merged.amount.clusters,
         "bytes": merged.amount.bytes,
         "files": merged.files,
-        "disk_size_bytes": merged.disk_size.map(|sectors| sectors * 512),
     })
 }
 
@@ -258,9 +258,5 @@ pub(super) fn merged_text(merged: &Merged) -> String {
         out,
         "{survivor} stays; {clusters} clusters ({bytes}) move for that"
     );
-    if let Some(sectors) = merged.disk_size {
-        let size = show_size(sectors * 512);
-        let _ = writeln!(out, "the disk gets the size of the lower image: {size}");
-    }
     out
 }

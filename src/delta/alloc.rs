@@ -19,6 +19,12 @@
 //! A free cluster is *zero-known* when this process extended the file by it, or punched it, and
 //! nobody has written to it since: then the bytes around a small write need no zeroing. Clusters
 //! that lay inside the file at open are never zero-known.
+//!
+//! It is *zero-stable* when a power cut, too, leaves zeros in it: this process extended the file by
+//! it, a sync has made that durable since, and it was never handed out before. The lowest free
+//! cluster goes first, so two marks tell: everything from `virgin` on was never handed out, and
+//! everything below `durable_end` is in the file for good. A punched cluster is not counted among
+//! them: what the last owner left comes back when the cut takes the punch.
 
 use super::bits::BitSet;
 use crate::error::Result;
@@ -33,6 +39,8 @@ pub struct Reserved {
     pub cluster: FileCluster,
     /// True when all of it reads as zeros.
     pub zero_known: bool,
+    /// True when it does so after a power cut, too, until somebody writes to it.
+    pub zero_stable: bool,
 }
 
 /// The free map of one image file and the quarantine of what was freed.
@@ -48,6 +56,10 @@ pub struct Allocator {
     limit: u64,
     /// Whole clusters inside the file.
     file_end: u64,
+    /// From here on no cluster was in the file at open, and none was handed out since.
+    virgin: u64,
+    /// Below this the file's length is durable.
+    durable_end: u64,
     mapped: u64,
     reserved_ever: u64,
 }
@@ -75,6 +87,8 @@ impl Allocator {
             first,
             limit,
             file_end,
+            virgin: file_end,
+            durable_end: file_end,
             mapped,
             reserved_ever: 0,
         })
@@ -129,9 +143,13 @@ impl Allocator {
         self.free.remove(cluster);
         self.reserved_ever += 1;
         let zero_known = self.zero_known.remove(cluster);
+        let virgin = cluster >= self.virgin || zero_known && planted(Bug::OneBarrierForReused);
+        let durable = cluster < self.durable_end || planted(Bug::GrowthStable);
+        self.virgin = self.virgin.max(cluster + 1);
         Some(Reserved {
             cluster: FileCluster::new(cluster),
             zero_known,
+            zero_stable: virgin && durable,
         })
     }
 
@@ -201,6 +219,11 @@ impl Allocator {
         self.file_end = self.file_end.max(file_end);
     }
 
+    /// A sync that began when the file had this many whole clusters has returned.
+    pub fn synced(&mut self, file_end: u64) {
+        self.durable_end = self.durable_end.max(file_end);
+    }
+
     /// The next run of free clusters at or above `from`, for punching at close.
     #[must_use]
     pub fn free_run(&self, from: u64, longest: u64) -> Option<Range<u64>> {
@@ -232,6 +255,7 @@ impl Allocator {
             next = self.free.first_from(cluster + 1);
         }
         self.file_end = file_end;
+        self.durable_end = self.durable_end.min(file_end);
     }
 }
 
@@ -254,13 +278,46 @@ mod tests {
             first,
             Reserved {
                 cluster: FileCluster::new(2),
-                zero_known: false
+                zero_known: false,
+                zero_stable: false
             }
         );
         assert_eq!(alloc.reserve().unwrap().cluster.get(), 4);
         alloc.extended(8);
         assert!(!alloc.reserve().unwrap().zero_known);
         assert!(alloc.reserve().unwrap().zero_known);
+    }
+
+    #[test]
+    fn only_a_new_cluster_of_a_synced_length_is_zero_stable() {
+        let mut alloc = allocator();
+        let stable = |alloc: &mut Allocator| {
+            let taken = alloc.reserve().unwrap();
+            (taken.cluster.get(), taken.zero_stable)
+        };
+        // Inside the file at open, even after a sync.
+        alloc.synced(6);
+        assert_eq!(stable(&mut alloc), (2, false));
+        alloc.extended(10);
+        while alloc.free() > 4 {
+            alloc.reserve();
+        }
+        // Longer, but not for good yet.
+        assert_eq!(stable(&mut alloc), (6, false));
+        // A sync that began before the file had the last of them.
+        alloc.synced(9);
+        assert_eq!(stable(&mut alloc), (7, true));
+        // Written perhaps, and given back.
+        alloc.abort(FileCluster::new(7));
+        assert_eq!(stable(&mut alloc), (7, false));
+        // Freed and punched: the punch may not outlive a power cut.
+        alloc.published();
+        alloc.unmapped(FileCluster::new(7));
+        assert!(alloc.seal());
+        alloc.release(7..8, true);
+        assert_eq!(stable(&mut alloc), (7, false));
+        assert_eq!(stable(&mut alloc), (8, true));
+        assert_eq!(stable(&mut alloc), (9, false));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 /// Bytes that are planned at a time.
-const PLANNED: u64 = 1 << 30;
+const PLANNED: u64 = 64 << 20;
 
 /// A range of the disk of which one thing can be said.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +47,7 @@ pub enum Content {
 pub struct Extents<'a> {
     disk: &'a Disk,
     at: u64,
+    most: u64,
     planned: VecDeque<Extent>,
 }
 
@@ -54,9 +55,17 @@ impl Disk {
     /// The extents from `at` to the end of the disk.
     #[must_use]
     pub fn extents(&self, at: DiskOffset) -> Extents<'_> {
+        self.extents_by(at, PLANNED)
+    }
+
+    /// The same, with so many bytes planned at a time: for those who need the first extent only,
+    /// and only its beginning.
+    #[must_use]
+    pub fn extents_by(&self, at: DiskOffset, most: u64) -> Extents<'_> {
         Extents {
             disk: self,
             at: at.get(),
+            most: most.clamp(1, PLANNED),
             planned: VecDeque::new(),
         }
     }
@@ -80,7 +89,7 @@ impl Disk {
     }
 
     /// Plans what is at a position. Gives at least one extent that starts there.
-    fn plan_extents(&self, at: u64, planned: &mut VecDeque<Extent>) -> Result<()> {
+    fn plan_extents(&self, at: u64, most: u64, planned: &mut VecDeque<Extent>) -> Result<()> {
         let parts = self.parts();
         let (index, within) = Self::locate(&parts, DiskOffset::new(at));
         let part = parts.get(index).ok_or(Error::new(ErrorKind::OutOfRange))?;
@@ -99,7 +108,7 @@ impl Disk {
             return Ok(());
         }
         let mut segments = Segments::inline();
-        let mut len = PLANNED.min(part.disk_len() - from);
+        let mut len = most.min(part.disk_len() - from);
         let cluster_size = part.chain.geometry().cluster;
         loop {
             segments.clear();
@@ -157,7 +166,10 @@ impl Iterator for Extents<'_> {
             if self.at >= self.disk.size_bytes() {
                 return None;
             }
-            if let Err(e) = self.disk.plan_extents(self.at, &mut self.planned) {
+            if let Err(e) = self
+                .disk
+                .plan_extents(self.at, self.most, &mut self.planned)
+            {
                 self.at = u64::MAX;
                 return Some(Err(e));
             }

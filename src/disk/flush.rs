@@ -8,7 +8,10 @@
 //! 2. clear the note of unsynced data. After 4, the note of bytes written meanwhile would be lost;
 //! 3. copy the dirty pages (entries of lower levels as 0, never past the table's end);
 //! 4. sync the data. After 5, an entry could be durable before the bytes it names: after a power
-//!    cut the disk would show what another cluster left there;
+//!    cut the disk would show what another cluster left there. Left out where every changed entry
+//!    of these pages was a hole at all levels before and names a cluster of durable zeros that
+//!    nobody had before ([`crate::delta::alloc`]): what a power cut leaves then, entry or bytes or
+//!    both, reads as the zeros of the hole or as what was written;
 //! 5. write the copies, not the live pages: an entry published after 4 names bytes that 4 did not
 //!    cover;
 //! 6. sync again: what the caller is told is durable must be;
@@ -32,6 +35,7 @@ use super::part::Part;
 use super::stats::bump;
 use super::table::{Table, Wait};
 use crate::chain::page::MapPage;
+use crate::delta::alloc::Allocator;
 use crate::delta::in_use::InUseMark;
 use crate::error::{Error, Result};
 use crate::format::layout::{BAT_PAGE_LEN, PageIndex};
@@ -165,7 +169,7 @@ impl Disk {
 
     fn round_of_part(&self, part: &Part, flush: &mut PartFlush, area: &mut [u8]) -> Result<()> {
         debug_assert!(flush.pages.is_empty());
-        {
+        let file_end = {
             let mut table = part.table.lock();
             let table = &mut *table;
             flush
@@ -175,26 +179,27 @@ impl Disk {
             if !planted(Bug::SealLate) {
                 seal(part, table, flush);
             }
-        }
+            table.alloc.as_ref().map(Allocator::file_end)
+        };
         let was_dirty = part.data_dirty.take();
         if flush.pages.is_empty() {
             if was_dirty {
-                part.top_storage().sync_data()?;
+                sync_part(part, file_end)?;
             }
         } else {
             // In table order, so that neighbours go to the file in one write.
             flush.pages.sort_unstable_by_key(|(page, _)| page.index());
             for pages in flush.pages.chunks_mut(AREA_PAGES) {
-                copy_pages(part, pages, area);
-                if !skips_data_sync(part, was_dirty) {
-                    part.top_storage().sync_data()?;
+                let needs_barrier = copy_pages(part, pages, area);
+                if needs_barrier && !skips_data_sync(was_dirty) {
+                    sync_part(part, file_end)?;
                 }
                 if planted(Bug::LivePages) {
                     copy_pages(part, pages, area);
                 }
                 self.write_pages(part, pages, area)?;
             }
-            let synced = part.top_storage().sync_data();
+            let synced = sync_part(part, file_end);
             if !planted(Bug::SyncErrorSwallowed) {
                 synced?;
             }
@@ -342,11 +347,20 @@ fn seal(part: &Part, table: &mut Table, flush: &mut PartFlush) {
     }
 }
 
+/// Syncs the file. `file_end` is how long the allocator knew it to be before: that, and the zeros
+/// of what it grew by, are durable now.
+fn sync_part(part: &Part, file_end: Option<u64>) -> Result<()> {
+    part.top_storage().sync_data()?;
+    let mut table = part.table.lock();
+    if let (Some(alloc), Some(file_end)) = (table.alloc.as_mut(), file_end) {
+        alloc.synced(file_end);
+    }
+    Ok(())
+}
+
 /// True when a planted bug leaves out step 4.
-fn skips_data_sync(part: &Part, was_dirty: bool) -> bool {
+fn skips_data_sync(was_dirty: bool) -> bool {
     planted(Bug::NoDataSync)
-        || planted(Bug::OneBarrierForCopies) && part.chain.levels().len() > 1
-        || planted(Bug::OneBarrierForReused) && part.epochs.current() > 0
         || !was_dirty && (planted(Bug::PunchBelieved) || planted(Bug::GrowthBelieved))
 }
 
@@ -359,18 +373,23 @@ fn keep_pages(part: &Part, flush: &mut PartFlush) {
     table.in_flush = 0;
 }
 
-/// Step 3: copies pages into the area, one after the other, each under the lock for itself.
-fn copy_pages(part: &Part, pages: &mut [(Arc<MapPage>, u64)], area: &mut [u8]) {
+/// Step 3: copies pages into the area, one after the other, each under the lock for itself. `true`
+/// when an entry among them needs step 4; asked under the same lock, since entries are published
+/// while the round runs.
+fn copy_pages(part: &Part, pages: &mut [(Arc<MapPage>, u64)], area: &mut [u8]) -> bool {
     let Some(layout) = part.chain.top().layout() else {
-        return;
+        return true;
     };
+    let mut needs_barrier = false;
     for ((page, generation), bytes) in pages.iter_mut().zip(area.chunks_exact_mut(BAT_PAGE_LEN)) {
         let slots = layout.slots_of(page.index());
         let target = &mut bytes[4 * slots.start..4 * slots.end];
         let _table = part.table.lock();
         *generation = page.generation();
         page.encode(part.chain.geometry().top, slots, target);
+        needs_barrier |= page.needs_barrier();
     }
+    needs_barrier
 }
 
 /// The copies as runs of neighbouring pages: where they go in the file, where they are in the area.

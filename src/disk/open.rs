@@ -88,6 +88,7 @@ pub fn open_with(
 ) -> Result<(Arc<Disk>, Vec<String>)> {
     let caches = look_at_parts(&images, options)?;
     if !options.read_only {
+        images.claim()?;
         images.parts.iter().try_for_each(prepare::settle)?;
     }
     check_split(&images.parts, options)?;
@@ -111,7 +112,7 @@ pub fn open_with(
             chain,
             alloc,
             bat_cache,
-            options.grow_step,
+            options,
             Arc::clone(&resources.pool),
         )?;
         if is_marked {

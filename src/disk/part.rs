@@ -3,6 +3,7 @@
 //! Lock order, outermost first: the disk's `flush`, this part's `grow`, this part's `table`; debug
 //! builds check it ([`Rank`]).
 
+use super::DiskOptions;
 use super::epoch::Epochs;
 use super::flags::{Gate, Unsynced};
 use super::pool::Spawn;
@@ -50,6 +51,8 @@ pub struct Part {
     pub grow: Mutex<()>,
     /// Clusters by which the file grows at a time.
     pub grow_clusters: u64,
+    /// What is copied up shares its blocks with the lower file where the host can do that.
+    pub reflink: bool,
     /// Where requests that waited go on.
     pub pool: Arc<dyn Spawn>,
 }
@@ -80,7 +83,7 @@ impl Part {
         chain: Chain,
         alloc: Option<Allocator>,
         bat_cache: u64,
-        grow_step: u64,
+        options: &DiskOptions,
         pool: Arc<dyn Spawn>,
     ) -> Result<Self> {
         let map = PageMap::new(&chain)?;
@@ -97,7 +100,8 @@ impl Part {
             // A plain file has no header to carry a mark.
             marked: Gate::new(chain.is_plain()),
             grow: Mutex::ranked(Rank::Grow, ()),
-            grow_clusters: (grow_step / cluster).max(1),
+            grow_clusters: (options.grow_step / cluster).max(1),
+            reflink: options.reflink,
             pool,
             chain,
         })

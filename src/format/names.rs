@@ -37,6 +37,14 @@ pub fn parse_own(bytes: &[u8]) -> HashMap<Guid, String> {
     known.collect()
 }
 
+/// The same for whoever will write the file again: `None` where something of it would be lost.
+#[must_use]
+pub fn parse_own_whole(bytes: &[u8]) -> Option<HashMap<Guid, String>> {
+    let own: Own = serde_json::from_slice(bytes).ok()?;
+    let known = parse_own(bytes);
+    (own.schema_version == 1 && known.len() == own.names.len()).then_some(known)
+}
+
 /// The bytes of such a file.
 #[must_use]
 pub fn encode_own(names: &HashMap<Guid, String>) -> Vec<u8> {
@@ -93,7 +101,11 @@ mod tests {
         let odd = br#"{"schema_version":1,"names":{"x":"y","{5fbaabe3}":"z"}}"#;
         for bytes in [&b""[..], b"[]", odd] {
             assert!(parse_own(bytes).is_empty());
+            assert_eq!(parse_own_whole(bytes), None);
         }
+        assert_eq!(parse_own_whole(&encode_own(&names)), Some(names));
+        assert!(parse_own_whole(br#"{"schema_version":1,"names":{}}"#).is_some());
+        assert_eq!(parse_own_whole(br#"{"schema_version":2,"names":{}}"#), None);
     }
 
     #[test]

@@ -185,6 +185,16 @@ pub fn text(node: Node<'_, '_>) -> String {
         .collect()
 }
 
+/// True for what a document can hold, be it as a reference.
+#[must_use]
+pub const fn can_hold(character: char) -> bool {
+    match character {
+        '\t' | '\n' | '\r' => true,
+        '\u{fffe}' | '\u{ffff}' => false,
+        other => other >= ' ',
+    }
+}
+
 /// At most so many bytes of a text that came from a file, fit to be shown: control characters could
 /// do things to a terminal, and line breaks tear tables.
 #[must_use]

@@ -9,6 +9,7 @@
 //! BLKPG, as not every kernel can read a GPT itself.
 
 use super::partitions::Partition;
+use super::volumes::{self, Class};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::loopdev::{self, Setup, Status};
 use crate::sys::mount::mount_table;
@@ -369,31 +370,10 @@ fn mount_by_trying(device: &Path, directory: &Path, read_only: bool) -> Result<(
     .in_file(device))
 }
 
-/// Signatures of file systems: where, what bytes, and the name.
-const SIGNATURES: [(u64, &[u8], &str); 11] = [
-    (0x438, &[0x53, 0xef], "ext"),
-    (0, b"XFSB", "xfs"),
-    (0x1_0040, b"_BHRfS_M", "btrfs"),
-    (3, b"NTFS    ", "ntfs"),
-    (3, b"EXFAT   ", "exfat"),
-    (0x36, b"FAT", "fat"),
-    (0x52, b"FAT32", "fat"),
-    (0x8001, b"CD001", "iso9660"),
-    (0x400, b"H+", "hfsplus"),
-    (0x400, b"HX", "hfsplus"),
-    (0, b"hsqs", "squashfs"),
-];
-
 fn file_system_on(device: &Path) -> Option<&'static str> {
     let device = File::open(device).ok()?;
-    let found = SIGNATURES.iter().find(|(at, bytes, _)| {
-        let mut buf = [0_u8; 8];
-        let Some(buf) = buf.get_mut(..bytes.len()) else {
-            return false;
-        };
-        device.read_exact_at(buf, *at).is_ok() && &*buf == *bytes
-    });
-    found.map(|(_, _, name)| *name)
+    let found = volumes::recognise(|at, buf| device.read_exact_at(buf, at));
+    found.and_then(|(name, class)| (class == Class::FileSystem).then_some(name))
 }
 
 #[cfg(test)]
@@ -403,13 +383,14 @@ mod tests {
     #[test]
     fn file_systems_are_known_by_their_signatures() {
         let directory = tempfile::tempdir().unwrap();
-        for (at, bytes, name) in SIGNATURES {
+        for (at, bytes, name, class) in volumes::SIGNATURES {
             let path = directory.path().join("x");
             let file = File::create(&path).unwrap();
             file.set_len(1 << 20).unwrap();
             assert_eq!(file_system_on(&path), None);
             file.write_all_at(bytes, at).unwrap();
-            assert_eq!(file_system_on(&path), Some(name));
+            let expected = (class == Class::FileSystem).then_some(name);
+            assert_eq!(file_system_on(&path), expected);
         }
         assert_eq!(file_system_on(Path::new("/nonexistent")), None);
     }

@@ -32,6 +32,7 @@ pub fn of_kind(kind: ErrorKind) -> Errno {
         | ErrorKind::Latched
         | ErrorKind::Missing
         | ErrorKind::Descriptor
+        | ErrorKind::Manifest
         | ErrorKind::NoSuchSnapshot
         | ErrorKind::OutsideBundle
         | ErrorKind::Mountpoint
@@ -74,7 +75,7 @@ pub fn answer(verb: &str, error: &Error) -> Errno {
 mod tests {
     use super::*;
 
-    const KINDS: [ErrorKind; 19] = [
+    const KINDS: [ErrorKind; 20] = [
         ErrorKind::Truncated,
         ErrorKind::NotAnImage,
         ErrorKind::Unsupported,
@@ -87,6 +88,7 @@ mod tests {
         ErrorKind::OutOfRange,
         ErrorKind::Missing,
         ErrorKind::Descriptor,
+        ErrorKind::Manifest,
         ErrorKind::NoSuchSnapshot,
         ErrorKind::OutsideBundle,
         ErrorKind::Usage,

@@ -62,7 +62,7 @@ pub struct Partition {
 }
 
 /// Positional reads that are complete or fail.
-trait Bytes {
+pub(super) trait Bytes {
     fn size(&self) -> u64;
     fn read(&self, at: u64, buf: &mut [u8]) -> io::Result<()>;
 }

@@ -3,13 +3,13 @@
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
-use nix::sys::stat::{Mode, fchmod, fstat, fstatat, mkdirat};
+use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat, fstatat, mkdirat};
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fsync, unlinkat};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -40,7 +40,17 @@ pub fn take_after(new: BorrowedFd<'_>, old: BorrowedFd<'_>) -> io::Result<()> {
 pub fn create_new(dir: BorrowedFd<'_>, name: &Path) -> io::Result<File> {
     let how = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
     let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-    Ok(File::from(openat(dir, name, how, mode)?))
+    for_owner(File::from(openat(dir, name, how, mode)?))
+}
+
+/// A mask that takes the owner's own bits would leave a file that he cannot open again.
+fn for_owner(file: File) -> io::Result<File> {
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    if !Mode::from_bits_truncate(fstat(&file)?.st_mode).contains(mode) {
+        // A file system that has no modes does not mind.
+        let _ = fchmod(&file, mode);
+    }
+    Ok(file)
 }
 
 /// Creates a file (mode 0600) in a directory that has no name there, and so goes away with its last
@@ -51,7 +61,7 @@ pub fn nameless(dir: &Path) -> io::Result<File> {
     match openat(AT_FDCWD, dir, how, mode) {
         // File systems of the network lack this.
         Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::ENOENT | Errno::EINVAL) => {}
-        other => return Ok(File::from(other?)),
+        other => return for_owner(File::from(other?)),
     }
     let dir = open(dir)?;
     let pid = std::process::id();
@@ -93,7 +103,35 @@ pub fn rename_new(dir: BorrowedFd<'_>, from: &Path, to: &Path) -> io::Result<()>
 pub fn create_directory(dir: BorrowedFd<'_>, name: &Path) -> io::Result<OwnedFd> {
     mkdirat(dir, name, Mode::S_IRWXU)?;
     let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    Ok(openat(dir, name, how, Mode::empty())?)
+    let opened = match openat(dir, name, how, Mode::empty()) {
+        // A mask that takes the owner's own bits. Only he may change the mode, and no link is
+        // followed: a handle is taken first, and the mode is that of what it leads to.
+        Err(Errno::EACCES) => {
+            let path = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            openat(dir, name, path, Mode::empty()).and_then(|handle| {
+                let itself = format!("/proc/self/fd/{}", handle.as_raw_fd());
+                fchmodat(
+                    AT_FDCWD,
+                    itself.as_str(),
+                    Mode::S_IRWXU,
+                    FchmodatFlags::FollowSymlink,
+                )?;
+                openat(dir, name, how, Mode::empty())
+            })
+        }
+        other => other,
+    };
+    let made = opened.and_then(|opened| {
+        // For root nothing is refused, but the directory's next user may be another.
+        if !Mode::from_bits_truncate(fstat(&opened)?.st_mode).contains(Mode::S_IRWXU) {
+            let _ = fchmod(&opened, Mode::S_IRWXU);
+        }
+        Ok(opened)
+    });
+    made.map_err(|e| {
+        let _ = unlinkat(dir, name, UnlinkatFlags::RemoveDir);
+        e.into()
+    })
 }
 
 /// Removes an empty directory.

@@ -119,21 +119,10 @@ fn beneath_by_steps(dir: BorrowedFd<'_>, name: &Path, write: bool) -> io::Result
     Err(io::Error::from_raw_os_error(libc::EISDIR))
 }
 
-/// Opens a lock file directly in a directory, making it (mode 0600) where `create` says so. What is
-/// no plain file is an error without an errno.
-pub fn lock_file(dir: BorrowedFd<'_>, name: &Path, create: bool) -> io::Result<File> {
-    let how = flags(create) | OFlag::O_NOFOLLOW;
-    let found = patiently(|| openat(dir, name, how, Mode::empty()));
-    // First without making it: in a directory that all may write to, the kernel forbids O_CREAT on
-    // another user's file.
-    let opened = match found {
-        Err(e) if create && e.raw_os_error() == Some(libc::ENOENT) => {
-            let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-            patiently(|| openat(dir, name, how | OFlag::O_CREAT, mode))
-        }
-        other => other,
-    };
-    let file = File::from(opened?);
+/// Opens a lock file directly in a directory. What is no plain file is an error without an errno.
+pub fn lock_file(dir: BorrowedFd<'_>, name: &Path, write: bool) -> io::Result<File> {
+    let how = flags(write) | OFlag::O_NOFOLLOW;
+    let file = File::from(patiently(|| openat(dir, name, how, Mode::empty()))?);
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -215,29 +204,23 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn lock_files_are_made_for_the_owner_only_and_never_through_a_link() {
-        use std::os::unix::fs::PermissionsExt;
+    fn lock_files_are_plain_files_and_never_made() {
         let dir = tempfile::tempdir().unwrap();
         let fd = directory(dir.path()).unwrap();
-        let open = |name: &str, create| lock_file(fd.as_fd(), Path::new(name), create);
-        assert_eq!(errno(open("a.lck", false)), Some(libc::ENOENT));
-        let mode = open("a.lck", true)
-            .unwrap()
-            .metadata()
-            .unwrap()
-            .permissions()
-            .mode();
-        assert_eq!(mode & 0o7077, 0);
-        assert!(open("a.lck", false).is_ok());
+        let open = |name: &str, write| lock_file(fd.as_fd(), Path::new(name), write);
+        std::fs::write(dir.path().join("a.lck"), "").unwrap();
         symlink("elsewhere", dir.path().join("b.lck")).unwrap();
-        assert_eq!(errno(open("b.lck", true)), Some(libc::ELOOP));
         nix::unistd::mkfifo(&dir.path().join("c.lck"), Mode::S_IRWXU).unwrap();
         std::fs::create_dir(dir.path().join("d.lck")).unwrap();
-        for name in ["c.lck", "d.lck"] {
-            for create in [false, true] {
-                assert!(open(name, create).is_err(), "{name}");
+        for write in [false, true] {
+            assert!(open("a.lck", write).is_ok());
+            assert_eq!(errno(open("b.lck", write)), Some(libc::ELOOP));
+            for name in ["c.lck", "d.lck"] {
+                assert!(open(name, write).is_err(), "{name}");
             }
+            assert_eq!(errno(open("e.lck", write)), Some(libc::ENOENT));
         }
+        assert!(!dir.path().join("e.lck").exists());
     }
 
     #[test]

@@ -160,6 +160,19 @@ pub fn ignores_memory_limits() -> io::Result<bool> {
     Ok(mask.unwrap_or(0) & (1 << CAP_IPC_LOCK) != 0)
 }
 
+/// Lets this process get SIGTERM when the thread that forked it ends, whatever ends that.
+pub fn end_with_parent() -> io::Result<()> {
+    let signal = libc::c_ulong::try_from(libc::SIGTERM).map_err(io::Error::other)?;
+    // SAFETY: this operation takes plain numbers only.
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// A descriptor of a process: it becomes readable when the process has ended.
 pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: plain numbers; the result is a new descriptor that nothing else owns.

@@ -25,8 +25,6 @@ fn contents(dir: &Path) -> BTreeMap<PathBuf, (Vec<u8>, std::time::SystemTime)> {
         (path, (bytes, time.expect("it has a time")))
     };
     let files = entries.map(|entry| entry.path());
-    // ploop's lock file is made by whoever locks the bundle.
-    let files = files.filter(|path| !text(path).ends_with(".lck"));
     files.map(of).collect()
 }
 

@@ -1,31 +1,13 @@
 //! Images with gaps, zeros and disorder.
 
 use crate::forge::image::{IN_USE, ImageSpec, Layout, Mapped};
-use crate::net::{Act, Case, shown, sound};
-use crate::sim::storage::{Manners, SimStorage, World};
+use crate::net::{Act, Case, forged, levels, shown};
 use ploopfs::admin::compact::{Request, compact_image, plan_image};
 use ploopfs::admin::progress::Progress;
 use ploopfs::delta::image::Image;
-use ploopfs::error::{ErrorKind, Result};
 use ploopfs::storage::SharedStorage;
 use std::path::Path;
 use std::sync::Arc;
-
-fn forged(spec: &ImageSpec) -> Vec<u8> {
-    let dir = tempfile::tempdir().expect("a directory");
-    let path = dir.path().join("image");
-    spec.write(&path).expect("an image");
-    std::fs::read(path).expect("its bytes")
-}
-
-fn levels(files: &[Arc<SimStorage>]) -> Result<Vec<Image>> {
-    let below = &files[..files.len() - 1];
-    let open = |file: &Arc<SimStorage>| {
-        let storage: SharedStorage = Arc::<SimStorage>::clone(file);
-        Image::expanding(Path::new("lower"), storage)
-    };
-    below.iter().map(open).collect()
-}
 
 fn request(zeroes: bool, defrag: bool) -> Request {
     Request {
@@ -170,22 +152,12 @@ pub(crate) fn the_host_may_fail() {
 
 pub(crate) fn stopping_leaves_a_closed_disk() {
     for case in cases() {
-        let world = World::new(case.files.clone(), Manners::default(), false);
-        let last = case.files.len() - 1;
-        let files: Vec<_> = (0..=last).map(|n| world.open(n, n == last)).collect();
-        let (lower, progress) = (levels(&files).expect("forged"), Progress::default());
-        progress.cancel();
-        let done = compact_image(&*files[last], &lower, &request(false, true), &progress);
-        if case.name == "zeros over a base" || case.name == "zeros" {
-            // In order already, and closed: there is nothing to stop.
-            assert!(done.is_ok(), "{}", case.name);
-            continue;
+        // In order already, and closed: there is nothing to stop.
+        if case.name != "zeros over a base" && case.name != "zeros" {
+            case.stopped(|files, progress| {
+                let (lower, top) = (levels(files)?, files.last().expect("a top"));
+                compact_image(&**top, &lower, &request(false, true), progress).map(|_| ())
+            });
         }
-        let error = done.expect_err("it was stopped");
-        assert_eq!(error.kind(), ErrorKind::Interrupted, "{}", case.name);
-        let now = world.files();
-        assert_eq!(now[last][44..48], [0; 4], "{}: closed", case.name);
-        assert_eq!(shown(&case.files), shown(&now), "{}", case.name);
-        sound(&now[last]).unwrap_or_else(|why| panic!("{}: {why}", case.name));
     }
 }

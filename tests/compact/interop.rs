@@ -12,10 +12,12 @@ use crate::support::probe::Need;
 use crate::support::{self, Outcome, command, fingerprint, scratch, scratch_tmpfs};
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
-use std::fs;
+use nix::pty::openpty;
+use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
@@ -24,12 +26,13 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("ploop_agrees", &[Need::Ploop], ploop_agrees),
         trial("zeros_are_given_back", &[], zeros),
         trial("holes_are_filled_on_request", &[], holes),
+        trial("a_plan_is_shown_and_asked_for", &[], questions),
         trial("refusals_and_dry_runs_change_nothing", &[], refusals),
     ]
 }
 
 fn compact(path: &Path, args: &[&str]) -> Result<String> {
-    let all = [&["compact"], args].concat();
+    let all = [&["compact", "--yes"], args].concat();
     command::ok(command::ploopfs(&all).arg(path))
 }
 
@@ -181,9 +184,45 @@ fn holes() -> Outcome {
     Ok(())
 }
 
+/// The command at a terminal where somebody types this.
+fn answered(path: &Path, answer: &[u8]) -> Result<command::Finished> {
+    let terminal = openpty(None, None)?;
+    File::from(terminal.master.try_clone()?).write_all(answer)?;
+    let mut line = command::ploopfs(&["compact", "--zeroes"]);
+    let done = command::run(line.stdin(Stdio::from(terminal.slave)).arg(path));
+    drop(terminal.master);
+    done
+}
+
+fn questions() -> Outcome {
+    let dir = scratch()?;
+    let path = dir.path().join("x.hds");
+    let mut spec = ImageSpec::new(2, 64, 6400).mapping(Mapped::Percent(50));
+    spec.layout = Layout::Gaps(1);
+    spec.write(&path)?;
+    let (before, len) = (fingerprint(&path)?, fs::metadata(&path)?.len());
+    for args in [&[][..], &["--zeroes"], &["--fill-holes", "--json"]] {
+        let all = [&["compact"], args].concat();
+        let done = command::run(command::ploopfs(&all).arg(&path))?.expect_code(1)?;
+        let done = done.expect_words(&["--yes", "nobody can be asked", "nothing was changed"])?;
+        ensure!(done.stdout.is_empty(), "{}", done.story());
+    }
+    let plan = ["Compact now?", "would be", "not confirmed"];
+    answered(&path, b"n\n")?
+        .expect_code(1)?
+        .expect_words(&plan)?;
+    ensure!(fingerprint(&path)? == before);
+    answered(&path, b"y\n")?.expect_code(0)?;
+    ensure!(fs::metadata(&path)?.len() < len);
+    // With nothing to do there is nothing to ask.
+    let done = command::run(command::ploopfs(&["compact"]).arg(&path))?.expect_code(0)?;
+    ensure!(done.text().contains("nothing to do"), "{}", done.story());
+    Ok(())
+}
+
 fn refused(path: &Path, args: &[&str], words: &[&str]) -> Outcome {
     let before = fingerprint(path)?;
-    let all = [&["compact"], args].concat();
+    let all = [&["compact", "--yes"], args].concat();
     let done = command::run(command::ploopfs(&all).arg(path))?.expect_code(1)?;
     done.expect_words(words)?;
     ensure!(

@@ -35,6 +35,12 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("refused_conversions_touch_nothing", &[], refusals),
         trial("failed_conversions_leave_nothing", &[Need::Root], failures),
         trial(
+            "names_that_may_not_last_are_taken_back",
+            &[Need::Strace, Need::Qemu],
+            unsynced,
+        ),
+        trial("nothing_is_made_in_its_own_source", &[], within),
+        trial(
             "examples_of_convert_run",
             &[Need::Qemu, Need::E2fsprogs],
             examples,
@@ -397,6 +403,65 @@ fn failures() -> Outcome {
         ensure!(told, "{name}: {}", done.story());
     }
     Ok(())
+}
+
+/// The directory cannot be synced, so the new name might be gone after a power cut.
+fn unsynced() -> Outcome {
+    let dir = scratch()?;
+    let source = dir.path().join("a.hds");
+    let spec = ImageSpec::new(2, 64, 6400).mapping(Mapped::Percent(50));
+    spec.write(&source)?;
+    let out = scratch()?;
+    for name in ["x.raw", "x.hds", "x.hdd", "x.qcow2"] {
+        let mut line = command::new("strace");
+        line.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fsync"]);
+        line.args(["-e", "inject=fsync:error=EIO", support::PLOOPFS, "convert"]);
+        let done = command::run(line.arg(&source).arg(out.path().join(name)))?;
+        if done.stderr.contains("ptrace") {
+            return Err(harness::skip("strace may not trace here"));
+        }
+        let done = done.expect_code(1)?.expect_words(&["nothing was left"])?;
+        let left = names(out.path())?;
+        ensure!(left.is_empty(), "{name}: {left:?}: {}", done.story());
+    }
+    Ok(())
+}
+
+fn within() -> Outcome {
+    let dir = scratch()?;
+    let like = ImageSpec::new(2, 64, 64 * 20).mapping(Mapped::Percent(40));
+    let bundle = dir.path().join("b.hdd");
+    BundleSpec::chain(Style::Ploop, &like, 2, |_, _| {}).write(&bundle)?;
+    fs::create_dir(bundle.join("deeper"))?;
+    std::os::unix::fs::symlink("b.hdd/deeper", dir.path().join("link"))?;
+    let base = bundle.join("root.hds");
+    let before = support::fingerprint(dir.path())?;
+    let descriptor = bundle.join("DiskDescriptor.xml");
+    for target in [
+        "b.hdd/in.hds",
+        "b.hdd/deeper/in.hdd",
+        "link/in.raw",
+        "b.hdd/in.qcow2",
+    ] {
+        for source in [&bundle, &descriptor, &base] {
+            for verb in [&["convert"][..], &["copy"], &["convert", "--format", "raw"]] {
+                if verb.len() > 1 && source != &base {
+                    continue;
+                }
+                let mut line = command::ploopfs(verb);
+                let done = command::run(line.arg(source).arg(dir.path().join(target)))?;
+                let done = done.expect_code(1)?;
+                done.expect_words(&["would lie in the disk"])?;
+                ensure!(support::fingerprint(dir.path())? == before, "{target}");
+            }
+        }
+    }
+    // Named from within, too.
+    let mut line = command::ploopfs(&["convert", ".", "in.raw"]);
+    let done = command::run(line.current_dir(&bundle))?.expect_code(1)?;
+    done.expect_words(&["would lie in the disk"])?;
+    let mut line = command::ploopfs(&["convert", "-q", ".", "../out.raw"]);
+    command::ok(line.current_dir(&bundle)).map(|_| ())
 }
 
 fn examples() -> Outcome {

@@ -21,6 +21,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("holes_stay_holes", &[], holes),
         trial("new_guids_are_new_and_fit_together", &[], new_guids),
         trial("refused_copies_touch_nothing", &[], refusals),
+        trial("every_image_is_locked_and_looked_at", &[], every_image),
+        trial("names_of_snapshots_are_not_lost", &[], names_kept),
+        trial("a_descriptor_of_another_name", &[], another_name),
+        trial("masks_and_long_names_are_no_reason_to_fail", &[], odd_hosts),
         trial("failed_copies_leave_nothing", &[Need::Root], failures),
         trial("examples_of_copy_run", &[], examples),
     ]
@@ -203,6 +207,185 @@ fn refusals() -> Outcome {
         let now = (names(dir.path())?, support::fingerprint(dir.path())?);
         ensure!(now == before, "{line}: {:?}", now.0);
     }
+    Ok(())
+}
+
+/// A disk with a branch: the base, two on it, and the top on one of them; the images by their
+/// snapshots' order in the list.
+fn branched(at: &Path) -> Result<Vec<PathBuf>> {
+    let like = ImageSpec::new(2, 64, 6400).mapping(Mapped::Percent(50));
+    BundleSpec::chain(Style::Ploop, &like, 3, |_, _| {}).write(at)?;
+    let base = guids(at)?.first().cloned().context("a base")?;
+    let mut switch = command::ploopfs(&["snapshot", "switch", "-q", "--keep"]);
+    command::ok(switch.arg(at).arg(base))?;
+    let said = command::ok(command::ploopfs(&["snapshot", "list", "--json"]).arg(at))?;
+    let said: serde_json::Value = serde_json::from_str(&said)?;
+    let rows = said["snapshots"].as_array().context("a list")?;
+    let file = |row: &serde_json::Value| row["files"][0].as_str().map(|name| at.join(name));
+    Ok(rows.iter().filter_map(file).collect())
+}
+
+fn expect_refused(dir: &Path, source: &Path, word: &str) -> Outcome {
+    let before = (names(dir)?, support::fingerprint(dir)?);
+    let mut line = command::ploopfs(&["copy"]);
+    let done = command::run(line.arg(source).arg(dir.join("copy.hdd")))?.expect_code(1)?;
+    ensure!(done.stderr.contains(word), "{word}: {}", done.story());
+    let now = (names(dir)?, support::fingerprint(dir)?);
+    ensure!(now == before, "{word}: something was changed: {:?}", now.0);
+    Ok(())
+}
+
+/// Every image counts, not only those that the disk shows now.
+fn every_image() -> Outcome {
+    use ploopfs::storage::lock::{self, Purpose};
+    let dir = scratch()?;
+    let source = dir.path().join("a.hdd");
+    let images = branched(&source)?;
+    ensure!(images.len() == 4, "{images:?}");
+    for image in &images {
+        let what = image.display();
+        let file = fs::OpenOptions::new().read(true).write(true).open(image)?;
+        let now = std::time::Instant::now();
+        let locked = lock::image(&file, image, Purpose::Write, now);
+        locked.map(|_| ()).with_context(|| what.to_string())?;
+        expect_refused(dir.path(), &source, "locked").with_context(|| what.to_string())?;
+        drop(file);
+        let bytes = fs::read(image)?;
+        let mut marked = bytes.clone();
+        marked[44..48].copy_from_slice(&0x746f_6e59_u32.to_le_bytes());
+        fs::write(image, &marked)?;
+        expect_refused(dir.path(), &source, "in-use mark").with_context(|| what.to_string())?;
+        fs::write(image, &bytes)?;
+        let left = PathBuf::from(format!("{}.repair", text(image)));
+        fs::write(&left, "")?;
+        expect_refused(dir.path(), &source, "interrupted").with_context(|| what.to_string())?;
+        fs::remove_file(&left)?;
+    }
+    for end in ["new", "pending", "tmp", "lck.new"] {
+        let left = source.join(format!("DiskDescriptor.xml.{end}"));
+        fs::write(&left, "")?;
+        expect_refused(dir.path(), &source, "interrupted").context(end)?;
+        fs::remove_file(&left)?;
+    }
+    let held = fs::File::open(&source)?;
+    let other = nix::fcntl::Flock::lock(held, nix::fcntl::FlockArg::LockExclusiveNonblock);
+    let other = other.map_err(|(_, e)| e)?;
+    expect_refused(dir.path(), &source, "working on the bundle")?;
+    drop(other);
+    copy(&source, &dir.path().join("copy.hdd"), &[])
+}
+
+/// What is not understood is copied as it is, or not at all.
+fn names_kept() -> Outcome {
+    let dir = scratch()?;
+    let at = |name: &str| dir.path().join(name);
+    let like = ImageSpec::new(2, 64, 6400).mapping(Mapped::Percent(50));
+    BundleSpec::chain(Style::Ploop, &like, 2, |_, _| {}).write(&at("a.hdd"))?;
+    let file = "a.hdd/DiskDescriptor.xml.names";
+    let backup = vec![b'x'; (1 << 20) + 4096];
+    fs::write(at("a.hdd/DiskDescriptor.xml.Backup"), &backup)?;
+    fs::write(at(file), "precious")?;
+    copy(&at("a.hdd"), &at("b.hdd"), &[])?;
+    ensure!(fs::read(at("b.hdd/DiskDescriptor.xml.names"))? == b"precious");
+    ensure!(fs::read(at("b.hdd/DiskDescriptor.xml.Backup"))? == backup);
+    let mut line = command::ploopfs(&["copy", "--new-guids"]);
+    let refused = command::run(line.arg(at("a.hdd")).arg(at("c.hdd")))?.expect_code(1)?;
+    ensure!(
+        refused.stderr.contains("--new-guids"),
+        "{}",
+        refused.story()
+    );
+    fs::remove_file(at(file))?;
+    nix::unistd::mkfifo(&at(file), nix::sys::stat::Mode::S_IRWXU)?;
+    let mut line = command::ploopfs(&["copy"]);
+    let refused = command::run(line.arg(at("a.hdd")).arg(at("c.hdd")))?.expect_code(1)?;
+    ensure!(refused.stderr.contains("plain file"), "{}", refused.story());
+    ensure!(names(dir.path())? == ["a.hdd", "b.hdd"]);
+    Ok(())
+}
+
+fn another_name() -> Outcome {
+    let dir = scratch()?;
+    let (source, target) = (dir.path().join("a.hdd"), dir.path().join("b.hdd"));
+    let like = ImageSpec::new(2, 64, 6400).mapping(Mapped::Percent(50));
+    let bundle = BundleSpec::chain(Style::Ploop, &like, 2, |_, _| {});
+    bundle.write(&source)?;
+    let other = source.join("other.xml");
+    fs::rename(source.join("DiskDescriptor.xml"), &other)?;
+    fs::write(source.join("other.xml.Backup"), "before")?;
+    copy(&other, &target, &[])?;
+    let found = names(&target)?;
+    ensure!(
+        found.contains(&"DiskDescriptor.xml".to_owned()),
+        "{found:?}"
+    );
+    ensure!(
+        found.contains(&"DiskDescriptor.xml.Backup".to_owned()),
+        "{found:?}"
+    );
+    expect(&target, &bundle.model())?;
+    fs::write(source.join("other.xml.pending"), "")?;
+    expect_refused(dir.path(), &other, "interrupted")
+}
+
+fn odd_hosts() -> Outcome {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = scratch()?;
+    let at = |name: &str| dir.path().join(name);
+    let like = ImageSpec::new(2, 64, 6400).mapping(Mapped::Percent(50));
+    let bundle = BundleSpec::chain(Style::Ploop, &like, 2, |_, _| {});
+    bundle.write(&at("a.hdd"))?;
+    let source = at("a.hdd");
+    for mask in ["0777", "0377"] {
+        let target = at(&format!("{mask}.hdd"));
+        let script = "umask $1; shift; exec \"$@\"";
+        let args = [
+            mask,
+            support::PLOOPFS,
+            "copy",
+            "-q",
+            text(&source),
+            text(&target),
+        ];
+        command::ok(&mut command::sh(script, &args)).context(mask)?;
+        let args = [
+            mask,
+            support::PLOOPFS,
+            "snapshot",
+            "create",
+            "-q",
+            text(&target),
+        ];
+        command::ok(&mut command::sh(script, &args)).context(mask)?;
+        let mode =
+            |path: &Path| -> Result<u32> { Ok(fs::metadata(path)?.permissions().mode() & 0o777) };
+        ensure!(mode(&target)? == 0o700, "{mask}");
+        for name in names(&target)? {
+            let own = mode(&target.join(&name))?;
+            ensure!(own == 0o600, "{mask}: {name} has {own:o}");
+        }
+    }
+    let long = |end: &str| at(&format!("{}{end}", "y".repeat(255 - end.len())));
+    copy(&at("a.hdd"), &long("copy.hdd"), &[])?;
+    expect(&long("copy.hdd"), &bundle.model())?;
+    let accents = at(&format!("{}.hdd", "\u{e9}".repeat(125)));
+    copy(&at("a.hdd"), &accents, &[])?;
+    for name in ["made.hds", "made.hdd"] {
+        let mut line = command::ploopfs(&["create", "-q", "-s", "64M", "--mkfs", "ext4"]);
+        command::ok(line.arg(long(name)))?;
+    }
+    convert(&at("a.hdd"), &long("flat.raw"), &[])?;
+    // The bundle keeps to the names of its images.
+    let image = long("made.hds");
+    let inner = long("made.hdd").join(image.file_name().context("a name")?);
+    fs::rename(long("made.hdd").join("root.hds"), &inner)?;
+    let xml = long("made.hdd").join("DiskDescriptor.xml");
+    let new = fs::read_to_string(&xml)?.replace(
+        "root.hds",
+        text(Path::new(inner.file_name().context("a name")?)),
+    );
+    fs::write(&xml, new)?;
+    command::ok(command::ploopfs(&["snapshot", "create", "-q"]).arg(long("made.hdd")))?;
     Ok(())
 }
 

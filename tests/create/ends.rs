@@ -8,7 +8,8 @@ use crate::systems::names;
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -22,8 +23,59 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("signals_leave_nothing", &[Need::E2fsprogs], signals),
         trial("a_kill_leaves_a_temporary_name_at_most", &[], killed),
         trial("json_tells_what_was_made", &[], json),
+        trial("odd_names_are_held_or_refused", &[], odd_names),
     ]
 }
+
+/// What is asked for, and a word of the refusal.
+const REFUSED: &[(&str, &str)] = &[
+    ("-s 1G file.hds", "there already"),
+    ("-s 1G dir.hdd", "there already"),
+    ("-s 1G link.hds", "there already"),
+    ("-s 1G link.hdd", "there already"),
+    ("-s 1G none/x.hdd", "No such file"),
+    ("-s 1G file.hds/x.hdd", "Not a directory"),
+    ("-s 1G x", ".hdd"),
+    ("-s 1G x.img", ".hds"),
+    ("-s 0K x.hds", "no bytes"),
+    ("-s 2048 x.hds", "2048s"),
+    ("-s 1G --cluster-size 48K x.hds", "power of two"),
+    ("-s 1G --cluster-size 16K x.hds", "power of two"),
+    ("-s 1G --cluster-size 128M x.hds", "power of two"),
+    ("-s 1G --cluster-size 1000 x.hds", "power of two"),
+    ("-s 3T --image-version 1 x.hds", "version 2"),
+    ("-s 7E x.hds", "no size"),
+    ("-s 4000000T x.hds", "larger clusters"),
+    ("-s 1G --image-version 3 x.hds", "1..=2"),
+    (
+        "-s 1G --for parallels-desktop --image-version 2 x.hdd",
+        "version 1",
+    ),
+    (
+        "-s 1G --for parallels-desktop --cluster-size 64K x.hdd",
+        "1 MiB",
+    ),
+    ("-s 3T --for parallels-desktop x.hdd", "2 TiB"),
+    ("-s 1M --mkfs ext4 x.hdd", "no room"),
+    ("-s 1G --label x x.hdd", "--mkfs"),
+    (
+        "-s 1G --mkfs ext4 --label 12345678901234567 x.hdd",
+        "16 bytes",
+    ),
+    ("-s 1G --mkfs xfs --label 1234567890123 x.hdd", "12 bytes"),
+    ("-s 64M --mkfs xfs x.hdd", "mkfs.xfs"),
+    ("-s 1G -f plain x.hds", "descriptor"),
+    ("-s 1G -f plain --image-version 1 x.hdd", "no version"),
+    ("-s 1G pipe.hds", "no place for"),
+    (
+        "-s 1G --for parallels-desktop a\u{1}b.hdd",
+        "cannot hold U+0001",
+    ),
+    (
+        "-s 1G --for parallels-desktop --mkfs ext4 a\u{fffe}b.hdd",
+        "cannot hold U+FFFE",
+    ),
+];
 
 fn refusals() -> Outcome {
     let dir = scratch()?;
@@ -32,45 +84,10 @@ fn refusals() -> Outcome {
     fs::create_dir(at("dir.hdd"))?;
     symlink("nowhere", at("link.hds"))?;
     symlink("nowhere", at("link.hdd"))?;
+    mkfifo(Path::new(&at("pipe.hds")), Mode::S_IRWXU)?;
     let before = (names(dir.path())?, support::fingerprint(dir.path())?);
     let modified = fs::metadata(dir.path())?.modified()?;
-    for (line, word) in [
-        ("-s 1G file.hds", "there already"),
-        ("-s 1G dir.hdd", "there already"),
-        ("-s 1G link.hds", "there already"),
-        ("-s 1G link.hdd", "there already"),
-        ("-s 1G none/x.hdd", "No such file"),
-        ("-s 1G file.hds/x.hdd", "Not a directory"),
-        ("-s 1G x", ".hdd"),
-        ("-s 1G x.img", ".hds"),
-        ("-s 0K x.hds", "no bytes"),
-        ("-s 2048 x.hds", "2048s"),
-        ("-s 1G --cluster-size 48K x.hds", "power of two"),
-        ("-s 1G --cluster-size 16K x.hds", "power of two"),
-        ("-s 1G --cluster-size 128M x.hds", "power of two"),
-        ("-s 1G --cluster-size 1000 x.hds", "power of two"),
-        ("-s 3T --image-version 1 x.hds", "version 2"),
-        ("-s 7E x.hds", "no size"),
-        ("-s 4000000T x.hds", "larger clusters"),
-        ("-s 1G --image-version 3 x.hds", "1..=2"),
-        (
-            "-s 1G --for parallels-desktop --image-version 2 x.hdd",
-            "version 1",
-        ),
-        (
-            "-s 1G --for parallels-desktop --cluster-size 64K x.hdd",
-            "1 MiB",
-        ),
-        ("-s 3T --for parallels-desktop x.hdd", "2 TiB"),
-        ("-s 1M --mkfs ext4 x.hdd", "no room"),
-        ("-s 1G --label x x.hdd", "--mkfs"),
-        (
-            "-s 1G --mkfs ext4 --label 12345678901234567 x.hdd",
-            "16 bytes",
-        ),
-        ("-s 1G --mkfs xfs --label 1234567890123 x.hdd", "12 bytes"),
-        ("-s 64M --mkfs xfs x.hdd", "mkfs.xfs"),
-    ] {
+    for (line, word) in REFUSED {
         let mut words: Vec<&str> = line.split(' ').collect();
         let path = at(words.pop().unwrap_or_default());
         let done = command::run(command::ploopfs(&["create"]).args(&words).arg(&path))?;
@@ -117,7 +134,7 @@ fn full() -> Outcome {
         &["x.hds", "-s", "4T"],
         &["x.hdd", "-s", "4T"],
         &["x.hdd", "-s", "200M", "--mkfs", "ext4"],
-        &["x.hds", "-s", "200G", "-f", "plain", "--mkfs", "ext4"],
+        &["x.hdd", "-s", "200G", "-f", "plain", "--mkfs", "ext4"],
     ] {
         let mut create = command::ploopfs(&["create"]);
         let done = command::run(create.args(&line[1..]).arg(small.0.join(line[0])))?;
@@ -227,5 +244,44 @@ fn json() -> Outcome {
     let refused = refused.expect_code(1)?;
     let said: serde_json::Value = serde_json::from_str(&refused.stderr)?;
     ensure!(said["error"]["kind"] == "usage", "{said}");
+    Ok(())
+}
+
+/// Any name makes a disk that opens; what XML cannot hold is in no descriptor.
+fn odd_names() -> Outcome {
+    let dir = scratch()?;
+    let names = [
+        "a&<>\"'b",
+        " a ",
+        "a\nb\tc\rd",
+        "\u{7f}\u{85}",
+        "\u{fffd}\u{1f600}",
+        "]]>",
+    ];
+    let anybody = ["a\u{1}b", "\u{1b}[31m", "\u{fffe}"];
+    let check = |path: &Path| command::ok(command::ploopfs(&["check", "-q"]).arg(path));
+    for name in names {
+        let path = dir.path().join(format!("{name}.hdd"));
+        let product = ["-q", "-s", "3M", "--for", "parallels-desktop"];
+        command::ok(command::ploopfs(&["create"]).args(product).arg(&path))?;
+        check(&path)?;
+        let other = dir.path().join(format!("{name}2.hdd"));
+        let mut convert = command::ploopfs(&["convert", "-q", "--for", "parallels-desktop"]);
+        command::ok(convert.arg(&path).arg(&other))?;
+        check(&other)?;
+    }
+    for name in anybody {
+        let path = dir.path().join(format!("{name}.hdd"));
+        command::ok(command::ploopfs(&["create", "-q", "-s", "3M"]).arg(&path))?;
+        check(&path)?;
+        let before = support::fingerprint(dir.path())?;
+        let mut convert = command::ploopfs(&["convert", "-q", "--for", "parallels-desktop"]);
+        let refused = convert
+            .arg(&path)
+            .arg(dir.path().join(format!("{name}2.hdd")));
+        let refused = command::run(refused)?.expect_code(1)?;
+        refused.expect_words(&["cannot hold"])?;
+        ensure!(support::fingerprint(dir.path())? == before, "{name:?}");
+    }
     Ok(())
 }

@@ -17,7 +17,6 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("qemu_agrees", &[Need::Qemu], qemu_agrees),
         trial("ploop_agrees", &[Need::Ploop], ploop_agrees),
         trial("ploop_minds_no_hole_on_ext4", &[Need::Ploop], ploop_on_ext4),
-        trial("ploop_takes_snapshots", &[Need::Ploop], ploop_snapshots),
         trial("a_huge_disk_is_instant", &[], huge),
         trial("desktop_finds_what_it_writes_itself", &[], desktop),
     ]
@@ -48,7 +47,9 @@ fn shapes(dir: &Path, name: &str, format: &str) -> Result<Vec<(PathBuf, u64)>> {
         }
         let path = dir.join(format!("{format}{number}.{name}"));
         let args = ["--image-version", version, "--cluster-size", cluster];
-        create(&path, &[&args[..], &["-f", format, "-s", size]].concat())?;
+        // A plain disk has no version.
+        let args = &args[if format == "plain" { 2 } else { 0 }..];
+        create(&path, &[args, &["-f", format, "-s", size]].concat())?;
         made.push((path, bytes));
     }
     Ok(made)
@@ -58,11 +59,10 @@ fn every_kind_is_sound() -> Outcome {
     let dir = scratch()?;
     for format in ["expanding", "preallocated", "plain"] {
         for name in ["hds", "hdd"] {
+            if format == "plain" && name == "hds" {
+                continue;
+            }
             for (path, bytes) in shapes(dir.path(), name, format)? {
-                if format == "plain" && name == "hds" {
-                    ensure!(fs::metadata(&path)?.len() == bytes);
-                    continue;
-                }
                 command::ok(command::ploopfs(&["check", "-q"]).arg(&path))?;
                 let disk = Flat::open(&path)?;
                 ensure!(
@@ -164,29 +164,6 @@ fn ploop_on_ext4() -> Outcome {
     let path = dir.path().join("fs.hds");
     create(&path, &["-s", "1G", "--mkfs", "ext4"])?;
     expect_ploop(&path)
-}
-
-/// Version 1 only: for others it asks a kernel module for permission.
-fn ploop_snapshots() -> Outcome {
-    let dir = scratch_tmpfs()?;
-    for (name, product) in [("a.hdd", &[][..]), ("b.hdd", &["--for", "virtuozzo"])] {
-        for format in ["expanding", "preallocated", "plain"] {
-            let path = dir.path().join(format!("{format}-{name}"));
-            let args = ["-s", "20M", "--image-version", "1", "-f", format];
-            create(&path, &[&args[..], product].concat())?;
-            let descriptor = path.join("DiskDescriptor.xml");
-            let done = command::run(&mut ploop(&["snapshot"], &descriptor))?;
-            if format == "plain" && done.stderr.contains("Unknown ploop image version: 2") {
-                continue;
-            }
-            done.expect_code(0)?;
-            let list = command::ok(&mut ploop(&["snapshot-list", "-H"], &descriptor))?;
-            ensure!(list.lines().count() == 2, "{list}");
-            command::ok(command::ploopfs(&["check", "-q"]).arg(&path))?;
-            ensure!(Flat::open(&path)?.bytes() == 20 << 20);
-        }
-    }
-    Ok(())
 }
 
 fn huge() -> Outcome {

@@ -7,7 +7,7 @@ use crate::sim::media::Media;
 use crate::sim::storage::Manners;
 use crate::world::{DESCRIPTOR, chain, load, over_plain, shows, split};
 use ploopfs::admin::convert::{Output, Wanted, convert_in};
-use ploopfs::admin::copy::{Original, copy_bundle, copy_image};
+use ploopfs::admin::copy::{Original, copy_image_in, copy_in};
 use ploopfs::admin::create::{Ids, Kind, NewFile, Plan, Product, Request, create_in, plan};
 use ploopfs::admin::progress::Progress;
 use ploopfs::admin::source::OurDisk;
@@ -144,7 +144,7 @@ fn copies() -> Vec<Course> {
                         path: Path::new(SOURCE),
                     };
                     let to = (host as &dyn Directory, "dst.hdd");
-                    copy_bundle(from, to, new_guids, &ids(), progress).map(drop)
+                    copy_in(from, to, new_guids, &ids(), progress).map(drop)
                 }),
             });
         }
@@ -162,7 +162,7 @@ fn copies() -> Vec<Course> {
             },
             act: Box::new(|host, progress| {
                 let image = source_of(host).open("root.hds", false)?;
-                copy_image(&image, (host, "dst.hds"), &ids(), progress).map(drop)
+                copy_image_in(&image, (host, "dst.hds"), &ids(), progress).map(drop)
             }),
         });
     }

@@ -11,7 +11,8 @@ use crate::support::{MIB, Outcome, command, scratch, sha256};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use nix::fcntl::{FallocateFlags, fallocate};
-use ploopfs::disk::{Disk, DiskOptions, EnospcPolicy};
+use ploopfs::chain::bundle::{self, Selection};
+use ploopfs::disk::{self, Disk, DiskOptions, EnospcPolicy};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,12 +30,19 @@ pub(crate) fn trials() -> Vec<Trial> {
             &[Root, LoopDevices, Xfs],
             table_waits_for_space,
         ),
+        trial(
+            "a_cluster_that_is_copied_up_shares_its_blocks",
+            &[Root, LoopDevices, Xfs],
+            copied_up_by_sharing,
+        ),
     ]
 }
 
 const CLUSTER: u64 = 64 << 10;
 /// Clusters whose entries are in the first page of the table.
 const FIRST_PAGE: u64 = 1008;
+/// Clusters that are copied up.
+const COPIED: u64 = 500;
 
 /// A file system that shares blocks, with an image and its twin.
 struct Host {
@@ -67,9 +75,7 @@ impl Host {
         spec.write(&image)?;
         let mut copy = command::new("cp");
         command::ok(copy.arg("--reflink=always").arg(&image).arg(&twin))?;
-        // Else the copy of one block takes some of its neighbours along, with their space.
-        let mut hint = command::new("xfs_io");
-        command::ok(hint.args(["-c", "cowextsize 4096"]).arg(&image))?;
+        copy_single_blocks(&image)?;
         command::ok(command::new("sync").arg("-f").arg(text(&at)))?;
         Ok(Self {
             before: sha256(&twin)?,
@@ -207,6 +213,63 @@ fn table_waits_for_space() -> Outcome {
     ensure!(
         shown(&host.image)? == expected,
         "the file says something else"
+    );
+    host.end()
+}
+
+/// Else the copy of one block takes some of its neighbours along, with their space.
+fn copy_single_blocks(image: &Path) -> Result<()> {
+    let mut hint = command::new("xfs_io");
+    command::ok(hint.args(["-c", "cowextsize 4096"]).arg(image)).map(drop)
+}
+
+/// Small writes to clusters that only a lower delta has: bytes of the file system that they take.
+/// With `reflink` each new cluster is the lower one's blocks but for the page that was written.
+fn bytes_taken_by_copying_up(host: &Host, reflink: bool) -> Result<u64> {
+    let upper = host.image.with_extension(format!("{reflink}"));
+    ImageSpec::new(2, 128, COPIED * 128).write(&upper)?;
+    copy_single_blocks(&upper)?;
+    let selection = Selection {
+        write: true,
+        lower: vec![host.image.clone()],
+        ..Selection::default()
+    };
+    let free = || -> Result<u64> {
+        let at = host.image.parent().context("a directory")?;
+        command::ok(command::new("sync").arg("-f").arg(text(at)))?;
+        let stat = nix::sys::statvfs::statvfs(at)?;
+        Ok(stat.blocks_free() * stat.fragment_size())
+    };
+    let before = free()?;
+    let options = DiskOptions {
+        reflink,
+        ..options(EnospcPolicy::Fail)
+    };
+    let images = bundle::open(&upper, &selection)?;
+    let (disk, _) = disk::open(Arc::new(images), &options)?;
+    let mut expected = read_all(&disk);
+    for cluster in 0..COPIED {
+        let at = cluster * CLUSTER + 4096;
+        write(&disk, at, &[9; 4096])?;
+        expected[at as usize..][..4096].fill(9);
+    }
+    flush(&disk)?;
+    ensure!(read_all(&disk) == expected, "other bytes have changed");
+    disk.close()?;
+    let taken = before.saturating_sub(free()?);
+    fs::remove_file(&upper)?;
+    Ok(taken)
+}
+
+fn copied_up_by_sharing() -> Outcome {
+    let host = Host::new(&ImageSpec::new(2, 128, COPIED * 128).mapping(Mapped::All))?;
+    let whole = COPIED * CLUSTER;
+    let shared = bytes_taken_by_copying_up(&host, true)?;
+    let copied = bytes_taken_by_copying_up(&host, false)?;
+    ensure!(shared < whole / 2, "{shared} of {whole} bytes: not shared");
+    ensure!(
+        copied >= whole / 10 * 9,
+        "{copied} of {whole} bytes: shared"
     );
     host.end()
 }

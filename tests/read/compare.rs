@@ -252,7 +252,7 @@ pub(crate) fn a_spoilt_manifest_is_trouble() -> Outcome {
         fs::write(&manifest, spoilt)?;
         run(&verify, &[&path])?
             .expect_code(2)?
-            .expect_words(&["manifest"])?;
+            .expect_words(&["bad manifest", "make it anew"])?;
     }
     run(&["checksum", "--verify", "/nonexistent/sums"], &[&path])?.expect_code(2)?;
     // Longer by zeros is as the manifest says; longer by anything else is not.

@@ -1,7 +1,7 @@
 //! `map` and `measure`: against `qemu-img` on single images, against a dumb oracle on chains.
 
 use crate::forge::content::{Level, Part};
-use crate::forge::image::{ImageSpec, Mapped};
+use crate::forge::image::{ImageSpec, Layout, Mapped};
 use crate::kinds::{self, Made};
 use crate::support::{Outcome, command, scratch};
 use anyhow::{Context, Result, ensure};
@@ -258,6 +258,30 @@ pub(crate) fn measure_counts_what_images_need() -> Outcome {
             "{}: {found}",
             path.display()
         );
+    }
+    Ok(())
+}
+
+/// Every other cluster is there, scattered over the file: what is done for each must not look at
+/// those around it.
+pub(crate) fn a_million_extents_are_no_trouble() -> Outcome {
+    let dir = scratch()?;
+    let path = dir.path().join("x.hds");
+    let mut spec = ImageSpec::new(2, 128, 128 << 21).mapping(Mapped::Every { step: 2, phase: 0 });
+    spec.no_data = true;
+    spec.layout = Layout::Shuffled(3);
+    spec.write(&path)?;
+    for (verb, most) in [
+        (&["map", "--json"][..], 20),
+        (&["measure", "-O", "hds"], 20),
+    ] {
+        let started = Instant::now();
+        let done = command::run(command::ploopfs(verb).arg(&path))?.expect_code(0)?;
+        let took = started.elapsed();
+        let told = done.stdout.iter().filter(|byte| **byte == b'\n').count();
+        ensure!(verb[0] != "map" || told == 2 << 20, "{told} lines");
+        ensure!(took.as_secs() < most, "{verb:?} took {took:?}");
+        eprintln!("{verb:?}: {took:?}");
     }
     Ok(())
 }

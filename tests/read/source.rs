@@ -23,7 +23,8 @@ fn flat(source: &dyn Source) -> Result<Vec<u8>> {
     source.prepare(&Progress::default())?;
     let mut bytes = vec![0; usize::try_from(source.size())?];
     let mut at = 0;
-    while let Some(range) = source.next_data(DiskOffset::new(at))? {
+    for range in source.data(DiskOffset::ZERO) {
+        let range = range?;
         let (start, end) = (range.start.get(), range.end.get());
         ensure!(
             at <= start && start < end && end <= source.size(),
@@ -59,7 +60,7 @@ fn expect_extents(source: &dyn Source, bytes: &[u8]) -> Outcome {
                 ensure!(there.len() - read < 512 && here == there, "{extent:?}");
             }
         }
-        if let Some(place) = source.host_place(extent.range.start)? {
+        if let Some(place) = source.host_place(extent.range.start, u64::MAX)? {
             let mut first = [0; 1];
             place.storage.read_at(place.at, &mut first)?;
             ensure!(first[0] == here[0] && place.len > 0, "{place:?}");
@@ -200,7 +201,7 @@ pub(crate) fn samples_are_sources() -> Outcome {
         let source = opened(&sample.path)?.source;
         ensure!(source.size() == sample.bytes, "{}", sample.path.display());
         let Some(sha256) = sample.sha256.filter(|_| sample.bytes < 1 << 30) else {
-            ensure!(source.next_data(DiskOffset::ZERO)?.is_none() || sample.sha256.is_some());
+            ensure!(source.data(DiskOffset::ZERO).next().is_none() || sample.sha256.is_some());
             continue;
         };
         let flat_path = dir.path().join("flat");

@@ -1,13 +1,18 @@
 //! Cuts the power after every operation of a command on images, and judges what is left.
 
+use crate::forge::image::ImageSpec;
 use crate::sim::directory::Names;
 use crate::sim::faults::Fault;
 use crate::sim::media::Media;
 use crate::sim::storage::{Event, Kind, Manners, SimStorage, World};
 use ploopfs::admin::check::check_image;
-use ploopfs::error::Result;
+use ploopfs::admin::progress::Progress;
+use ploopfs::delta::image::Image;
+use ploopfs::error::{ErrorKind, Result};
 use ploopfs::plan::repair::Severity;
+use ploopfs::storage::SharedStorage;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Where the in-use mark is in a header.
@@ -80,6 +85,24 @@ pub(crate) fn shown(files: &[Vec<u8>]) -> Disk {
     disk
 }
 
+/// The bytes of a forged image.
+pub(crate) fn forged(spec: &ImageSpec) -> Vec<u8> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("image");
+    spec.write(&path).expect("an image");
+    std::fs::read(path).expect("its bytes")
+}
+
+/// The levels below the top.
+pub(crate) fn levels(files: &[Arc<SimStorage>]) -> Result<Vec<Image>> {
+    let below = &files[..files.len() - 1];
+    let open = |file: &Arc<SimStorage>| {
+        let storage: SharedStorage = Arc::<SimStorage>::clone(file);
+        Image::expanding(Path::new("lower"), storage)
+    };
+    below.iter().map(open).collect()
+}
+
 /// What is done to the files of a chain, base first.
 pub(crate) type Act = dyn Fn(&[Arc<SimStorage>]) -> Result<()> + Sync;
 
@@ -109,6 +132,22 @@ impl Case {
 
     fn top(&self) -> &[u8] {
         self.files.last().expect("a chain has files")
+    }
+
+    /// Runs `act`, which was told to stop before it began: it must say so, and leave the disk as it
+    /// was, closed and sound.
+    pub(crate) fn stopped(&self, act: impl FnOnce(&[Arc<SimStorage>], &Progress) -> Result<()>) {
+        let world = World::new(self.files.clone(), Manners::default(), false);
+        let last = self.files.len() - 1;
+        let files: Vec<_> = (0..=last).map(|n| world.open(n, n == last)).collect();
+        let (name, progress) = (self.name, Progress::default());
+        progress.cancel();
+        let error = act(&files, &progress).expect_err("it was stopped");
+        assert_eq!(error.kind(), ErrorKind::Interrupted, "{name}");
+        let now = world.files();
+        assert_eq!(now[last][MARK], [0; 4], "{name}: closed");
+        assert_eq!(shown(&self.files), shown(&now), "{name}");
+        sound(&now[last]).unwrap_or_else(|why| panic!("{name}: {why}"));
     }
 
     /// The files after an undisturbed run.

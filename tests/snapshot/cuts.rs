@@ -59,6 +59,16 @@ fn wide() -> BundleSpec {
     })
 }
 
+/// The lower image is cut to the size of the disk, and its clusters are moved for that.
+fn narrow() -> BundleSpec {
+    BundleSpec::chain(Style::Ploop, &like(2), 2, |level, image| {
+        image.disk_sectors = if level == 0 { 8 * 1100 } else { 237 };
+        if level == 0 {
+            image.mapped = Mapped::Every { step: 30, phase: 3 };
+        }
+    })
+}
+
 /// The upper disk needs a table that takes the place of the lower image's first clusters.
 fn longer() -> BundleSpec {
     BundleSpec::chain(Style::Ploop, &like(2), 2, |level, image| {
@@ -136,6 +146,7 @@ fn merges() -> Vec<Case> {
         case("merge all into plain", plain, merge(all)),
         case("merge into a new file", three(), merge(into_new)),
         case("merge into a smaller one", load(&wide()), top()),
+        case("merge into a larger one", load(&narrow()), top()),
         case("merge where the table grows", load(&longer()), top()),
     ]
 }

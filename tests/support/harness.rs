@@ -74,7 +74,11 @@ fn required(need: Need) -> bool {
 }
 
 /// A test with what it needs.
-pub(crate) fn trial(name: &str, needs: &'static [Need], test: fn() -> Outcome) -> Trial {
+pub(crate) fn trial(
+    name: &str,
+    needs: &'static [Need],
+    test: impl FnOnce() -> Outcome + Send + 'static,
+) -> Trial {
     let label = name.to_string();
     Trial::ignorable_test(name, move || {
         for need in needs {
@@ -105,6 +109,11 @@ fn skipped(name: &str, reason: String) -> Completion {
 
 /// Runs the tests, then fails if anything of theirs is left.
 pub(crate) fn main(trials: Vec<Trial>) -> ! {
+    main_then(trials, Vec::new)
+}
+
+/// The same with a last look at the whole, which tells what is wrong with it.
+pub(crate) fn main_then(trials: Vec<Trial>, look: impl FnOnce() -> Vec<String>) -> ! {
     let mut args = Arguments::from_args();
     // Loop devices are few and most tests wait for a disk: more threads only make time limits lie.
     args.test_threads.get_or_insert(2);
@@ -116,8 +125,13 @@ pub(crate) fn main(trials: Vec<Trial>) -> ! {
         eprintln!("capabilities: {}", can.collect::<Vec<_>>().join(" "));
     }
     let conclusion = libtest_mimic::run(&args, trials);
+    let wrong = look();
     let left = guards::leftovers();
     let _ = std::fs::remove_dir_all(root());
+    if !wrong.is_empty() {
+        eprintln!("wrong with the whole:\n  {}", wrong.join("\n  "));
+        std::process::exit(101);
+    }
     if !left.is_empty() {
         eprintln!("left over after the tests:\n  {}", left.join("\n  "));
         std::process::exit(102);

@@ -14,6 +14,10 @@ impl Files for Changing {
     fn own_name(&self, image: &Image) -> Option<String> {
         Changing::own_name(self, image)
     }
+
+    fn claim(&self) -> Result<()> {
+        Changing::claim(self)
+    }
 }
 
 /// Reads the descriptor of a locked bundle.

@@ -9,7 +9,7 @@ use crate::chain;
 use crate::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain, Selection};
 use crate::delta::image::{header_error, version_of};
 use crate::error::{Error, ErrorKind, Result, Shown};
-use crate::format::descriptor::{Descriptor, ImageType, Shot};
+use crate::format::descriptor::{Descriptor, ImageType, Oddity, Shot};
 use crate::format::guid::Guid;
 use crate::format::header::HeaderError;
 use crate::format::oddities;
@@ -196,7 +196,11 @@ impl Look<'_> {
             Some(parent) if parent != Path::new("") => parent,
             _ => Path::new("."),
         };
-        for oddity in &descriptor.oddities {
+        let is_going = |oddity: &&Oddity| match oddity {
+            Oddity::Temporary(guid) => *guid != descriptor.top,
+            _ => false,
+        };
+        for oddity in descriptor.oddities.iter().filter(|odd| !is_going(odd)) {
             let severity = if oddity.forbids_writing() {
                 Severity::Corrupt
             } else {
@@ -338,10 +342,6 @@ impl Look<'_> {
             .collect();
         for shot in &descriptor.snapshots {
             let guid = shot.guid;
-            if shot.temporary {
-                let text = format!("the snapshot {guid} is left over from an operation of ploop");
-                self.found(Severity::Leak, "left-over", text);
-            }
             // What others stand on is looked at with them, unless they stand on themselves.
             if parents.contains(&Some(guid)) && guid != descriptor.top {
                 continue;
@@ -503,7 +503,14 @@ impl Look<'_> {
         }
         let own = path.file_name().and_then(|name| name.to_str());
         let descriptor_name = own.unwrap_or_default();
-        let ends = [bundle::NEW, bundle::PENDING, ".Backup.new", ".names.new"];
+        for going in chain::bundle::going(home, descriptor_name, descriptor) {
+            match going.waits {
+                true => self.found(Severity::Note, "going", going.text),
+                false => self.found(Severity::Leak, "left-over", going.text),
+            }
+        }
+        let beside = [chain::bundle::NEW_LOCK, ".Backup.new", ".names.new"];
+        let ends = [[bundle::NEW, bundle::PENDING].as_slice(), &beside].concat();
         for name in names.iter().take(NAMES_MAX) {
             if known.contains(name.as_str()) || own == Some(name) {
                 continue;
@@ -517,8 +524,8 @@ impl Look<'_> {
                 .any(|end| *name == format!("{descriptor_name}{end}"))
             {
                 let text = format!(
-                    "{name}: a change of the bundle was interrupted; the next snapshot that is \
-                     made or deleted clears that away"
+                    "{name}: a change of the bundle runs or was interrupted; repeating the \
+                     command, or the next change, clears that away"
                 );
                 self.found(Severity::Leak, "left-over", text);
             } else if is_image(&directory, name) {

@@ -17,9 +17,14 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::len_u64;
 use serde::Deserialize;
+use std::io::{BufRead, Read};
 
 /// First words of the text.
 const TITLE: &str = "ploopfs-checksum 1 crc32c";
+/// The most bytes of a line with its end; those of a manifest are shorter.
+const LINE_MAX: u64 = 128;
+/// The most bytes of the JSON, which is read as a whole.
+const JSON_MAX: u64 = 256 << 20;
 /// Version of both forms.
 pub const SCHEMA_VERSION: u32 = 1;
 
@@ -107,46 +112,64 @@ struct Document {
     clusters: Vec<(u64, String)>,
 }
 
+/// What a manifest cannot be used for.
+fn spoilt(why: impl std::fmt::Display) -> Error {
+    let why = format!("it cannot be used: {why}");
+    Error::why(ErrorKind::Manifest, why).fix("make it anew: `ploopfs checksum IMAGE >FILE`")
+}
+
 impl Manifest {
-    /// Reads either form.
-    pub fn parse(bytes: &[u8]) -> Result<Self> {
-        let start = bytes.iter().find(|byte| !byte.is_ascii_whitespace());
-        let read = if start == Some(&b'{') {
-            parse_json(bytes)
+    /// Reads either form. What is no manifest is refused at its first line, however long it is.
+    pub fn read(mut input: impl BufRead) -> Result<Self> {
+        let mut first = input.fill_buf()?.first().copied();
+        // Who made a manifest by hand may have put blanks before it.
+        for _ in 0..LINE_MAX {
+            if !first.is_some_and(|byte| byte.is_ascii_whitespace()) {
+                break;
+            }
+            input.consume(1);
+            first = input.fill_buf()?.first().copied();
+        }
+        let read = if first == Some(b'{') {
+            let mut bytes = Vec::new();
+            input.take(JSON_MAX + 1).read_to_end(&mut bytes)?;
+            if len_u64(bytes.len()) > JSON_MAX {
+                let why = format!("its JSON has more than {JSON_MAX} bytes");
+                return Err(spoilt(why).fix("make it anew without --json"));
+            }
+            parse_json(&bytes)
         } else {
-            parse_text(bytes)
+            parse_text(input)
         };
-        let manifest = read.map_err(|why| {
-            let why = format!("the manifest cannot be used: {why}");
-            Error::why(ErrorKind::Usage, why).fix("make it anew: `ploopfs checksum IMAGE >FILE`")
-        })?;
-        super::check_cluster(manifest.cluster)?;
+        let manifest = read?;
+        super::check_cluster(manifest.cluster)
+            .map_err(|e| spoilt(e.why_text().unwrap_or_default()))?;
         if i64::try_from(manifest.size).is_err() {
-            let why = "the manifest cannot be used: no disk is so large";
-            return Err(Error::why(ErrorKind::Usage, why));
+            return Err(spoilt("no disk is so large"));
         }
         Ok(manifest)
     }
 
-    fn push(&mut self, sum: Sum) -> Result<(), String> {
+    fn push(&mut self, sum: Sum) -> Result<()> {
         let Sum { cluster, .. } = sum;
         let is_in_order = self.sums.last().is_none_or(|last| last.cluster < cluster);
         let start = cluster.checked_mul(self.cluster);
         if !is_in_order || start.is_none_or(|start| start >= self.size) {
-            return Err(format!(
-                "cluster {cluster} is out of order or past the disk's end"
-            ));
+            let why = format!("cluster {cluster} is out of order or past the disk's end");
+            return Err(spoilt(why));
         }
         self.sums.push(sum);
         Ok(())
     }
 }
 
-fn parse_json(bytes: &[u8]) -> Result<Manifest, String> {
-    let found: Document = serde_json::from_slice(bytes).map_err(|e| format!("{e}"))?;
+fn parse_json(bytes: &[u8]) -> Result<Manifest> {
+    let found: Document = serde_json::from_slice(bytes).map_err(spoilt)?;
     if found.schema_version != SCHEMA_VERSION || found.algorithm != "crc32c" {
         let (version, algorithm) = (found.schema_version, found.algorithm);
-        return Err(format!("it is of version {version}, with {algorithm}"));
+        return Err(spoilt(format!(
+            "it is of version {version}, with {algorithm}"
+        )));
     }
     let mut manifest = Manifest {
         size: found.size_bytes,
@@ -160,55 +183,77 @@ fn parse_json(bytes: &[u8]) -> Result<Manifest, String> {
     Ok(manifest)
 }
 
-fn parse_crc(digits: &str) -> Result<u32, String> {
+fn parse_crc(digits: &str) -> Result<u32> {
     let crc = u32::from_str_radix(digits, 16).ok();
     crc.filter(|_| digits.len() == 8)
-        .ok_or_else(|| format!("'{digits}' is no sum of eight digits"))
+        .ok_or_else(|| spoilt(format!("{digits:?} is no sum of eight digits")))
 }
 
-fn parse_text(bytes: &[u8]) -> Result<Manifest, String> {
-    let text = std::str::from_utf8(bytes).map_err(|_| "it is no text".to_owned())?;
-    let mut lines = text.split_inclusive('\n');
-    let mut crc = 0;
-    let mut next = |crc: &mut u32| {
-        let line = lines.next()?;
-        let before = *crc;
-        *crc = crc32c::crc32c_append(*crc, line.as_bytes());
-        Some((line.trim_end_matches('\n'), before))
-    };
-    let title = next(&mut crc).map(|(line, _)| line);
-    if title != Some(TITLE) {
-        return Err(format!("its first line is not {TITLE:?}"));
+/// The lines of a text, and the sum of those that have been read.
+struct Lines<R> {
+    input: R,
+    line: Vec<u8>,
+    crc: u32,
+}
+
+impl<R: BufRead> Lines<R> {
+    /// The next line, and the sum of all before it; `None` at the end.
+    fn next(&mut self) -> Result<Option<(&str, u32)>> {
+        self.line.clear();
+        let mut bounded = self.input.by_ref().take(LINE_MAX);
+        bounded.read_until(b'\n', &mut self.line)?;
+        if self.line.is_empty() {
+            return Ok(None);
+        }
+        if len_u64(self.line.len()) == LINE_MAX {
+            return Err(spoilt("it has lines that are too long for one"));
+        }
+        let before = self.crc;
+        self.crc = crc32c::crc32c_append(before, &self.line);
+        let line = std::str::from_utf8(&self.line).map_err(|_| spoilt("it is no text"))?;
+        Ok(Some((line.trim_end_matches('\n'), before)))
     }
-    let mut number = |name: &str, crc: &mut u32| {
-        let line = next(crc).map_or("", |(line, _)| line);
-        let digits = line
-            .strip_prefix(name)
-            .and_then(|rest| rest.strip_prefix(' '));
+
+    /// The number in a line of this name.
+    fn number(&mut self, name: &str) -> Result<u64> {
+        let line = self.next()?.map_or("", |(line, _)| line);
+        let digits = line.strip_prefix(name);
+        let digits = digits.and_then(|rest| rest.strip_prefix(' '));
         digits
-            .and_then(|digits| digits.parse::<u64>().ok())
-            .ok_or_else(|| format!("it has no line with the {name}"))
+            .and_then(|digits| digits.parse().ok())
+            .ok_or_else(|| spoilt(format!("it has no line with the {name}")))
+    }
+}
+
+fn parse_text(input: impl BufRead) -> Result<Manifest> {
+    let mut lines = Lines {
+        input,
+        line: Vec::new(),
+        crc: 0,
     };
+    if lines.next()?.map(|(line, _)| line) != Some(TITLE) {
+        return Err(spoilt(format!("its first line is not {TITLE:?}")));
+    }
     let mut manifest = Manifest {
-        size: number("size", &mut crc)?,
-        cluster: number("cluster", &mut crc)?,
+        size: lines.number("size")?,
+        cluster: lines.number("cluster")?,
         sums: Vec::new(),
     };
     loop {
-        let Some((line, before)) = next(&mut crc) else {
-            return Err("it is cut, its last line is missing".to_owned());
+        let Some((line, before)) = lines.next()? else {
+            return Err(spoilt("it is cut, its last line is missing"));
         };
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         if word == "end" {
             let count = len_u64(manifest.sums.len());
-            if rest != format!("{count} {before:08x}") || next(&mut crc).is_some() {
-                return Err("it was changed, its own sum is wrong".to_owned());
+            let is_whole = rest == format!("{count} {before:08x}");
+            if !is_whole || lines.next()?.is_some() {
+                return Err(spoilt("it was changed, its own sum is wrong"));
             }
             return Ok(manifest);
         }
-        let cluster = word
-            .parse()
-            .map_err(|_| format!("{line:?} is no line of one"))?;
+        let cluster = word.parse();
+        let cluster = cluster.map_err(|_| spoilt(format!("{line:?} is no line of one")))?;
         let crc = parse_crc(rest)?;
         manifest.push(Sum { cluster, crc })?;
     }
@@ -247,7 +292,7 @@ mod tests {
         for manifest in [some(), empty] {
             for is_json in [false, true] {
                 let text = written(&manifest, is_json);
-                assert_eq!(Manifest::parse(text.as_bytes()).unwrap(), manifest);
+                assert_eq!(Manifest::read(text.as_bytes()).unwrap(), manifest);
             }
         }
     }
@@ -257,7 +302,7 @@ mod tests {
         for is_json in [false, true] {
             let text = written(&some(), is_json);
             for len in 0..text.trim_end().len() {
-                let cut = Manifest::parse(&text.as_bytes()[..len]);
+                let cut = Manifest::read(&text.as_bytes()[..len]);
                 assert!(cut.is_err(), "{len} of {text}");
             }
         }
@@ -265,10 +310,19 @@ mod tests {
         for at in 0..text.len() - 1 {
             let mut bytes = text.clone().into_bytes();
             bytes[at] ^= 1;
-            assert!(Manifest::parse(&bytes).is_err(), "byte {at}");
+            assert!(Manifest::read(&bytes[..]).is_err(), "byte {at}");
         }
         let more = format!("{text}25 00000000\n");
-        assert!(Manifest::parse(more.as_bytes()).is_err());
+        assert!(Manifest::read(more.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn what_never_ends_is_refused_at_its_first_line() {
+        for byte in [0, b'a', 0xff, b'{'] {
+            let endless = std::io::BufReader::new(std::io::repeat(byte).take(1 << 33));
+            let refused = Manifest::read(endless).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::Manifest);
+        }
     }
 
     #[test]
@@ -290,8 +344,8 @@ mod tests {
             };
             for is_json in [false, true] {
                 let text = written(&manifest, is_json);
-                let refused = Manifest::parse(text.as_bytes()).unwrap_err();
-                assert_eq!(refused.kind(), ErrorKind::Usage, "{text}");
+                let refused = Manifest::read(text.as_bytes()).unwrap_err();
+                assert_eq!(refused.kind(), ErrorKind::Manifest, "{text}");
             }
         }
     }

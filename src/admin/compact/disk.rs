@@ -1,17 +1,25 @@
 //! Compacts a whole disk: the top of each part.
 
 use super::{Planned, Request, compact_image, plan_image};
+use crate::admin::check;
 use crate::admin::progress::Progress;
 use crate::chain::Chain;
 use crate::chain::bundle::{self, OpenedImages, Selection};
 use crate::chain::open::chain;
 use crate::delta::image::Image;
+use crate::delta::walk;
 use crate::error::Result;
+use crate::units::SECTOR;
 use serde::Serialize;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Version of the JSON document; grows when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 1;
+
+/// More ranges than this are not told of one by one: asking for each would take longer than asking
+/// for what is between them as well.
+const RANGES_MAX: usize = 1 << 20;
 
 /// What will be done to a disk, or was.
 #[derive(Clone, Debug, Serialize)]
@@ -51,12 +59,24 @@ pub struct FileCompact {
     pub is_done: bool,
 }
 
+impl DiskCompact {
+    /// Tells of more than this run: the disk was like this before something else made it smaller.
+    pub fn began_as(&mut self, before: &Self) {
+        for (file, old) in self.files.iter_mut().zip(&before.files) {
+            file.before_bytes = old.before_bytes;
+            file.before_allocated = old.before_allocated;
+            file.is_done &= old.before_bytes == file.after_bytes
+                && old.before_allocated == file.after_allocated;
+        }
+    }
+}
+
 /// A disk that is open and locked, or open for a look at what would be done.
 #[derive(Debug)]
 pub struct Session {
     image: PathBuf,
     /// Keeps the files locked.
-    _images: OpenedImages,
+    images: OpenedImages,
     parts: Vec<Chain>,
 }
 
@@ -73,7 +93,7 @@ pub fn open(image: &Path, allow_outside: &[PathBuf], write: bool) -> Result<Sess
     Ok(Session {
         image: image.to_owned(),
         parts: parts.collect::<Result<_>>()?,
-        _images: images,
+        images,
     })
 }
 
@@ -98,19 +118,56 @@ impl Session {
     }
 
     /// Refuses before anything is changed, where a part is to be refused. Reads no data.
-    pub fn try_to(&self, request: &Request, progress: &Progress) -> Result<()> {
+    pub fn try_to(&self, request: &Request, progress: &Progress) -> Result<DiskCompact> {
         let quick = Request {
             zeroes: false,
             fill_holes: false,
             ..*request
         };
-        self.each(&quick, progress, plan_image).map(|_| ())
+        self.each(&quick, progress, plan_image)
+    }
+
+    /// Ranges of the disk that its tops map, in order: what is free there takes room in them.
+    pub fn held(&self) -> Result<Vec<Range<u64>>> {
+        let mut all = Vec::new();
+        for (part, chain) in self.images.parts.iter().zip(&self.parts) {
+            let (top, start) = (chain.top(), part.start.get().saturating_mul(SECTOR));
+            mapped(top, start, &mut all).map_err(|e| e.in_file(top.path()))?;
+        }
+        Ok(all)
     }
 
     /// Compacts the tops of all parts.
     pub fn compact(&self, request: &Request, progress: &Progress) -> Result<DiskCompact> {
+        self.images.claim()?;
         self.each(request, progress, compact_image)
     }
+}
+
+/// Appends what an image maps of the disk that begins at `start`.
+fn mapped(top: &Image, start: u64, all: &mut Vec<Range<u64>>) -> Result<()> {
+    let end = start.saturating_add(top.disk_len());
+    let mut add = |from: u64, to: u64| {
+        let is_full = all.len() >= RANGES_MAX;
+        match all.last_mut() {
+            Some(last) if last.end == from || is_full => last.end = to.min(end),
+            _ => all.push(from..to.min(end)),
+        }
+    };
+    let Some(layout) = top.layout() else {
+        add(start, end);
+        return Ok(());
+    };
+    let size = layout.cluster().bytes();
+    walk::words(&**top.storage(), layout.table_end(), |at, bytes| {
+        check::entries(at, bytes, layout, |cluster, word| {
+            if let Some(cluster) = cluster.filter(|_| word != 0) {
+                let from = start.saturating_add(cluster.saturating_mul(size));
+                add(from, from.saturating_add(size));
+            }
+            Ok(())
+        })
+    })
 }
 
 fn file(part: &Chain, request: &Request, progress: &Progress, act: Act) -> Result<FileCompact> {

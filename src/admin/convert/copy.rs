@@ -127,7 +127,8 @@ impl Copy<'_> {
         if range.end - range.start < self.unit.bytes() {
             return Ok(None);
         }
-        let place = self.source.host_place(DiskOffset::new(range.start))?;
+        let at = DiskOffset::new(range.start);
+        let place = self.source.host_place(at, self.unit.bytes())?;
         Ok(place
             .filter(|place| place.len >= self.unit.bytes() && place.at.get() % SHARED_BORDER == 0))
     }

@@ -1,6 +1,6 @@
 //! The ranges of a source that have to be read, in the order of the disk.
 
-use crate::admin::source::{Extent, Source, What};
+use crate::admin::source::{Extent, Extents, Ranges, Source, What};
 use crate::error::Result;
 use crate::units::{ClusterSize, DiskOffset};
 use std::iter::Peekable;
@@ -14,9 +14,10 @@ const LONG: u64 = 16 << 20;
 /// is among them, so that reading it fails.
 pub(super) struct Runs<'a> {
     source: &'a dyn Source,
-    extents: Peekable<Box<dyn Iterator<Item = Result<Extent>> + 'a>>,
-    /// Data that is known to be long, as far as it has not been looked at.
+    extents: Peekable<Extents<'a>>,
+    /// Data that is known to be long, as far as it has not been looked at, and what is looked at.
     long: Range<u64>,
+    within: Option<Ranges<'a>>,
     /// Data that is given piece by piece.
     piece: Range<u64>,
     most: u64,
@@ -32,6 +33,7 @@ impl<'a> Runs<'a> {
             source,
             extents: source.extents(DiskOffset::ZERO).peekable(),
             long: 0..0,
+            within: None,
             piece: 0..0,
             most,
         }
@@ -40,7 +42,9 @@ impl<'a> Runs<'a> {
     /// The next run of extents with data, and whether it is to be asked about.
     fn advance(&mut self) -> Result<bool> {
         if !self.long.is_empty() {
-            let found = self.source.next_data(DiskOffset::new(self.long.start))?;
+            let (source, start) = (self.source, DiskOffset::new(self.long.start));
+            let within = self.within.get_or_insert_with(|| source.data(start));
+            let found = within.next().transpose()?;
             let found = found.map(|range| range.start.get()..range.end.get());
             let found = found.filter(|range| range.start < self.long.end);
             self.piece = match found {
@@ -68,6 +72,7 @@ impl<'a> Runs<'a> {
         };
         if run.end - run.start >= LONG {
             self.long = run;
+            self.within = None;
         } else {
             self.piece = run;
         }

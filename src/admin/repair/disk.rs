@@ -331,6 +331,8 @@ impl Session {
 
     /// Repairs all images that can be written to.
     pub fn repair(&self, policy: &Policy) -> Result<DiskRepair> {
+        self.fits()?;
+        self.images.claim()?;
         self.each(|target| target.repair(policy))
     }
 
@@ -350,6 +352,7 @@ impl Session {
             if saved_names(&own, &list).is_empty() || !is_in(file, &directory) {
                 continue;
             }
+            self.images.claim()?;
             undo_image(&**target.storage, &directory, name).map_err(|e| e.in_file(target.path))?;
             return Ok(is_clean(&check_image(&**target.storage)?));
         }

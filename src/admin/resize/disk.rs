@@ -331,6 +331,7 @@ impl Session {
             Some((directory, name)) => {
                 let bundle = Bundle::open(&directory, name, &NoFiles)?;
                 bundle.try_edits(&[Edit::DiskSize(total)])?;
+                self.images.claim()?;
                 bundle.settle()
             }
             None => Ok(()),

@@ -26,19 +26,26 @@ pub(super) struct NewImage {
 
 /// The name of a new file beside one of these names: ploop's end in a GUID, Parallels Desktop's
 /// have one before `.hds`. The GUID in a name is the file's own.
+/// What is too long for a name loses the end of its start.
 pub(super) fn name_beside(old: &str, file: Guid) -> String {
+    const NAME_MAX: usize = 255;
     let with_guid = |text: &str| {
         let (start, guid) = text.rsplit_once('.')?;
         let is_guid = guid.starts_with('{') && Guid::parse(guid).is_some();
         is_guid.then(|| start.to_owned())
     };
-    if let Some(start) = old.strip_suffix(".hds").and_then(with_guid) {
-        return format!("{start}.{file}.hds");
+    let (start, end) = match old.strip_suffix(".hds").and_then(with_guid) {
+        Some(start) => (start, format!(".{file}.hds")),
+        None => {
+            let start = with_guid(old).unwrap_or_else(|| old.to_owned());
+            (start, format!(".{file}"))
+        }
+    };
+    let mut kept = start.len().min(NAME_MAX.saturating_sub(end.len()));
+    while !start.is_char_boundary(kept) {
+        kept -= 1;
     }
-    match with_guid(old) {
-        Some(start) => format!("{start}.{file}"),
-        None => format!("{old}.{file}"),
-    }
+    format!("{}{end}", &start[..kept])
 }
 
 /// Names as Parallels Desktop gives them.
@@ -126,8 +133,13 @@ mod tests {
             ),
             ("x.{abc}.hds".to_owned(), format!("x.{{abc}}.hds.{new}")),
             ("plain".to_owned(), format!("plain.{new}")),
+            (
+                format!("x{}.hds", "\u{e9}".repeat(125)),
+                format!("x{}.{new}", "\u{e9}".repeat(107)),
+            ),
         ] {
             assert_eq!(name_beside(&old, file), expected);
+            assert!(expected.len() <= 255);
         }
     }
 }

@@ -11,18 +11,21 @@
 //! 6. The upper files are removed.
 
 use super::{
-    Opened, changeable, children, closed, descriptor_error, is_marked, new, open, parent, part_len,
+    Opened, changeable, check_size, children, closed, descriptor_error, is_marked, left_over, new,
+    open, parent, part_len,
 };
 use crate::admin::bundle::{Bundle, Failure};
 use crate::admin::merge::{Amount, Merge, WINDOW};
 use crate::admin::progress::Progress;
+use crate::admin::resize::data_in;
 use crate::delta::image::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::edit::Edit;
 use crate::format::descriptor::{self, Descriptor, ImageType};
 use crate::format::guid::Guid;
 use crate::format::header::{IN_USE, Version};
-use crate::units::{ClusterSize, SECTOR, SectorCount};
+use crate::units::ClusterSize;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 /// Cluster size of a disk that only plain files make up: 1 MiB.
@@ -56,8 +59,6 @@ pub struct Merged {
     pub amount: Amount,
     /// The files that go.
     pub files: Vec<String>,
-    /// The disk's new size in sectors, where the lower image is larger.
-    pub disk_size: Option<u64>,
 }
 
 /// What is merged into what.
@@ -122,16 +123,17 @@ pub fn plan_delete(bundle: &Bundle<'_>, target: Guid, drop_bitmaps: bool) -> Res
     }
 }
 
-/// A snapshot goes; its name is no more, and all others show what they did.
+/// A snapshot goes; its name is no more, and all others show what they did. With it, what could not
+/// be done after the change was made, which takes nothing of it back.
 pub fn delete(
     bundle: &mut Bundle<'_>,
     target: Guid,
     drop_bitmaps: bool,
     progress: &Progress,
-) -> Result<Deleted> {
+) -> Result<(Deleted, Vec<String>)> {
     let above = parent(bundle.descriptor(), target);
     let plan = plan_delete(bundle, target, drop_bitmaps)?;
-    match &plan {
+    let mut warnings = match &plan {
         Deleted::Dropped { files } => {
             let images = bundle
                 .descriptor()
@@ -145,27 +147,29 @@ pub fn delete(
             bundle.try_edits(&edits)?;
             bundle.settle()?;
             bundle.announce(files)?;
-            finish(bundle, &edits)?;
+            finish(bundle, &edits)?
         }
         Deleted::Merged(merged) => {
             let chain = vec![target, merged.survivor];
             let job = Job::new(bundle, chain, None, drop_bitmaps)?;
-            carry_out(bundle, &job, progress)?;
+            carry_out(bundle, &job, progress)?
         }
-        Deleted::Marked { .. } if is_marked(bundle.descriptor(), target) => {}
+        Deleted::Marked { .. } if is_marked(bundle.descriptor(), target) => Vec::new(),
         Deleted::Marked { .. } => {
             bundle.settle()?;
             bundle.replace(&[Edit::Mark(target)])?;
+            Vec::new()
         }
-    }
+    };
     if let Some(above) = above {
-        collapse(bundle, above, drop_bitmaps, progress).map_err(|error| {
+        let more = collapse(bundle, above, drop_bitmaps, progress).map_err(|error| {
             let why = format!("{target} is gone, but {above}, which was to go with it, is not");
             Error::why(error.kind(), format!("{why}: {error}"))
                 .fix("`ploopfs snapshot delete` with its name goes on with that")
         })?;
+        warnings.extend(more);
     }
-    Ok(plan)
+    Ok((plan, warnings))
 }
 
 /// A snapshot that was marked because it had several children goes when one or none is left.
@@ -174,12 +178,12 @@ pub(super) fn collapse(
     guid: Guid,
     drop_bitmaps: bool,
     progress: &Progress,
-) -> Result<()> {
+) -> Result<Vec<String>> {
     let few = children(bundle.descriptor(), guid).len() < 2;
     if few && is_marked(bundle.descriptor(), guid) && guid != bundle.descriptor().top {
-        delete(bundle, guid, drop_bitmaps, progress)?;
+        return Ok(delete(bundle, guid, drop_bitmaps, progress)?.1);
     }
-    Ok(())
+    Ok(Vec::new())
 }
 
 /// What a merge would do. Changes nothing.
@@ -188,12 +192,16 @@ pub fn plan_merge(bundle: &Bundle<'_>, upper: &Upper) -> Result<Merged> {
 }
 
 /// Merges a snapshot, or the top, into the one below it, or all of its chain into the base. The
-/// name of the upper one stays.
-pub fn merge(bundle: &mut Bundle<'_>, upper: &Upper, progress: &Progress) -> Result<Merged> {
+/// name of the upper one stays. With it, what could not be done after the change was made.
+pub fn merge(
+    bundle: &mut Bundle<'_>,
+    upper: &Upper,
+    progress: &Progress,
+) -> Result<(Merged, Vec<String>)> {
     let job = Job::of(bundle, upper)?;
     let told = job.told();
-    carry_out(bundle, &job, progress)?;
-    Ok(told)
+    let warnings = carry_out(bundle, &job, progress)?;
+    Ok((told, warnings))
 }
 
 /// A merge in every part of the disk.
@@ -205,7 +213,6 @@ struct Job {
     clusters: Vec<ClusterSize>,
     files: Vec<String>,
     amount: Amount,
-    disk_size: Option<SectorCount>,
     into_new: Vec<new::NewImage>,
 }
 
@@ -252,7 +259,6 @@ impl Job {
             clusters: Vec::new(),
             files: Vec::new(),
             amount: Amount::default(),
-            disk_size: None,
             into_new: Vec::new(),
         };
         for part in 0..descriptor.parts.len() {
@@ -284,7 +290,6 @@ impl Job {
             survivor: self.survivor(),
             amount: self.amount,
             files: self.files.clone(),
-            disk_size: self.disk_size.map(SectorCount::get),
         }
     }
 
@@ -296,6 +301,7 @@ impl Job {
             let one = open(bundle, part, *guid)?;
             if *guid == descriptor.top {
                 closed(&one)?;
+                check_size(&one, part_len(descriptor, part)?)?;
                 bitmaps(&one.image, drop_bitmaps)?;
             }
             // A frozen image that was not closed is looked at entry by entry all the same.
@@ -321,17 +327,36 @@ impl Job {
             window: WINDOW,
         };
         let amount = merge.examine()?;
-        if merge.lower_is_larger() {
-            let is_top = self.survivor() == bundle.descriptor().top;
-            if !is_top || self.parts.len() > 1 {
-                let why = "the disk of the lower image is larger than the one above it";
-                return Err(Error::why(ErrorKind::Unsupported, why)
-                    .in_file(lower.path())
-                    .fix("make the disk as large first: `ploopfs resize`"));
-            }
-            self.disk_size = Some(SectorCount::new(lower.disk_len() / SECTOR));
-        }
+        self.nothing_shows_through(bundle, part)?;
         self.add(amount);
+        Ok(())
+    }
+
+    /// The survivor keeps its size, and what lies behind its end goes. Refuses where that is more
+    /// than the snapshots that go: a larger disk that stands on the survivor would show it.
+    fn nothing_shows_through(&self, bundle: &Bundle<'_>, part: usize) -> Result<()> {
+        let images: Vec<&Image> = self.parts[part].iter().map(|one| &one.image).collect();
+        let end = images.last().map_or(0, |image| image.disk_len());
+        if images.iter().all(|image| image.disk_len() <= end) {
+            return Ok(());
+        }
+        let (descriptor, survivor) = (bundle.descriptor(), self.survivor());
+        let mut longest = end;
+        for guid in standing_on(descriptor, survivor) {
+            longest = longest.max(open(bundle, part, guid)?.image.disk_len());
+        }
+        for image in images {
+            let found = data_in(&**image.storage(), image.header(), end..longest.max(end));
+            if let Some(byte) = found.map_err(|e| e.in_file(image.path()))? {
+                let why = format!(
+                    "{survivor} is smaller than what is below it, and a larger disk that stands on \
+                     it shows data from there, at byte {byte}"
+                );
+                return Err(Error::why(ErrorKind::Unsupported, why)
+                    .in_file(image.path())
+                    .fix("delete what stands on it first, or convert the disk to a new one"));
+            }
+        }
         Ok(())
     }
 
@@ -375,6 +400,7 @@ impl Job {
         if len != top.disk_len() && top.header().is_some() {
             return taken("the image's header and the descriptor differ in the size of the disk");
         }
+        self.nothing_shows_through(bundle, part)?;
         let image = new::NewImage::empty(name.to_owned(), version, self.clusters[part], len)?;
         let mut sources = vec![lower];
         sources.extend(uppers);
@@ -423,9 +449,26 @@ impl Job {
             guid: survivor,
             parent: parent(descriptor, lowest),
         });
-        edits.extend(self.disk_size.map(Edit::DiskSize));
         edits
     }
+}
+
+/// All that was made from a snapshot, and from that, and so on.
+fn standing_on(descriptor: &Descriptor, guid: Guid) -> HashSet<Guid> {
+    let mut made: HashMap<Guid, Vec<Guid>> = HashMap::new();
+    for shot in &descriptor.snapshots {
+        made.entry(shot.parent.unwrap_or(Guid::NONE))
+            .or_default()
+            .push(shot.guid);
+    }
+    let mut found = HashSet::new();
+    let mut open = vec![guid];
+    while let Some(next) = open.pop() {
+        let children = made.remove(&next).unwrap_or_default();
+        found.extend(children.iter().copied());
+        open.extend(children);
+    }
+    found
 }
 
 /// The same image as it is now.
@@ -450,7 +493,7 @@ fn bitmaps(image: &Image, may_drop: bool) -> Result<()> {
 }
 
 /// Steps 2 to 6.
-fn carry_out(bundle: &mut Bundle<'_>, job: &Job, progress: &Progress) -> Result<()> {
+fn carry_out(bundle: &mut Bundle<'_>, job: &Job, progress: &Progress) -> Result<Vec<String>> {
     let edits = job.edits(bundle.descriptor());
     bundle.settle()?;
     let mut names = job.files.clone();
@@ -508,10 +551,10 @@ impl Job {
     }
 }
 
-/// The descriptor, and then the files that it does not name.
-fn finish(bundle: &mut Bundle<'_>, edits: &[Edit]) -> Result<()> {
+/// The descriptor, and then the files that it does not name: what of them stays is told.
+fn finish(bundle: &mut Bundle<'_>, edits: &[Edit]) -> Result<Vec<String>> {
     match bundle.replace(edits) {
-        Ok(()) => bundle.settle(),
+        Ok(()) => Ok(bundle.settle().err().iter().map(left_over).collect()),
         Err(Failure::Before(error)) => Err(half_way(error)),
         Err(unsure) => Err(unsure.into()),
     }

@@ -85,6 +85,7 @@ impl Session {
         if let Some(name) = name {
             check_name(name)?;
             self.free_name(name)?;
+            self.changing.own_names()?;
         }
         let names = Names {
             snapshot: match guid {
@@ -141,7 +142,7 @@ impl Session {
     }
 
     fn write_name(&self, bundle: &Bundle<'_>, guid: Guid, name: &str) -> Result<()> {
-        let mut own = self.changing.own_names();
+        let mut own = self.changing.own_names()?;
         own.retain(|guid, _| {
             bundle
                 .descriptor()
@@ -155,7 +156,7 @@ impl Session {
 
     /// The names of snapshots that are gone go too. Without them nothing is lost.
     fn forget_names(&self) -> Result<()> {
-        let own = self.changing.own_names();
+        let own = self.changing.own_names()?;
         let bundle = self.bundle()?;
         let shots = &bundle.descriptor().snapshots;
         let left: HashMap<Guid, String> = own
@@ -174,6 +175,14 @@ impl Session {
         bundle.put(names::OWN_END, &bytes)
     }
 
+    /// The same, and what is to be told where it fails.
+    fn names_left(&self) -> Option<String> {
+        let error = self.forget_names().err()?;
+        Some(format!(
+            "the names of what is gone are still there, which does no harm: {error}"
+        ))
+    }
+
     /// The disk becomes what it was in a snapshot; the GUID that the top is kept under, if it is,
     /// and what could not be done after that.
     pub fn switch(
@@ -187,11 +196,7 @@ impl Session {
         let mut bundle = self.bundle()?;
         let made = super::switch(&mut bundle, target, new_guid()?, kept, progress);
         let mut warnings = made.map_err(|e| self.placed(e))?.warnings;
-        if let Err(error) = self.forget_names() {
-            warnings.push(format!(
-                "the names of what is gone are still there: {error}"
-            ));
-        }
+        warnings.extend(self.names_left());
         Ok((kept, warnings))
     }
 
@@ -200,13 +205,18 @@ impl Session {
         super::plan_delete(&self.bundle()?, target, drop_bitmaps).map_err(|e| self.placed(e))
     }
 
-    /// A snapshot goes.
-    pub fn delete(&self, target: Guid, drop_bitmaps: bool, progress: &Progress) -> Result<Deleted> {
+    /// A snapshot goes. With it, what could not be done after that.
+    pub fn delete(
+        &self,
+        target: Guid,
+        drop_bitmaps: bool,
+        progress: &Progress,
+    ) -> Result<(Deleted, Vec<String>)> {
         let mut bundle = self.bundle()?;
         let done = super::delete(&mut bundle, target, drop_bitmaps, progress);
-        let done = done.map_err(|e| self.placed(e))?;
-        self.forget_names()?;
-        Ok(done)
+        let (done, mut warnings) = done.map_err(|e| self.placed(e))?;
+        warnings.extend(self.names_left());
+        Ok((done, warnings))
     }
 
     fn upper(&self, wish: &MergeWish) -> Result<Upper> {
@@ -225,13 +235,13 @@ impl Session {
         super::plan_merge(&self.bundle()?, &upper).map_err(|e| self.placed(e))
     }
 
-    /// Merges.
-    pub fn merge(&self, wish: &MergeWish, progress: &Progress) -> Result<Merged> {
+    /// Merges. With it, what could not be done after that.
+    pub fn merge(&self, wish: &MergeWish, progress: &Progress) -> Result<(Merged, Vec<String>)> {
         let upper = self.upper(wish)?;
         let mut bundle = self.bundle()?;
         let done = super::merge(&mut bundle, &upper, progress);
-        let done = done.map_err(|e| self.placed(e))?;
-        self.forget_names()?;
-        Ok(done)
+        let (done, mut warnings) = done.map_err(|e| self.placed(e))?;
+        warnings.extend(self.names_left());
+        Ok((done, warnings))
     }
 }

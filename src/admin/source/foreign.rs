@@ -6,7 +6,7 @@
 
 use super::magic::Format;
 use super::raw::RawDisk;
-use super::{Extent, Source, What};
+use super::{Extent, Extents, Source, What};
 use crate::admin::program::{self, QEMU_IMG};
 use crate::admin::progress::Progress;
 use crate::error::{Error, ErrorKind, Result};
@@ -167,7 +167,7 @@ impl Source for ForeignDisk {
             .map_or(0, |last| last.start.saturating_add(last.length))
     }
 
-    fn extents(&self, at: DiskOffset) -> Box<dyn Iterator<Item = Result<Extent>> + '_> {
+    fn extents(&self, at: DiskOffset) -> Extents<'_> {
         let end = |mapped: &Mapped| mapped.start.saturating_add(mapped.length);
         let first = self.map.partition_point(|mapped| end(mapped) <= at.get());
         Box::new(self.map[first..].iter().map(move |mapped| {
@@ -204,7 +204,8 @@ impl Source for ForeignDisk {
         flat.read_at(at, buf)
     }
 
-    fn host_place(&self, at: DiskOffset) -> Result<Option<super::HostPlace>> {
-        self.flat.get().map_or(Ok(None), |flat| flat.host_place(at))
+    fn host_place(&self, at: DiskOffset, most: u64) -> Result<Option<super::HostPlace>> {
+        let flat = self.flat.get();
+        flat.map_or(Ok(None), |flat| flat.host_place(at, most))
     }
 }

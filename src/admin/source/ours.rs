@@ -1,6 +1,6 @@
 //! A ploop or Parallels disk as a source.
 
-use super::{Asked, Extent, HostPlace, Source, What, next_data_of};
+use super::{Asked, Data, Extent, Extents, HostPlace, Ranges, Source, What};
 use crate::chain::bundle::{self, OpenedImages, Selection};
 use crate::disk::extents::{self, Content};
 use crate::disk::{self, Disk, DiskOptions, Resources, pool};
@@ -121,57 +121,59 @@ impl OurDisk {
         }
     }
 
-    /// Cuts an extent at the borders of the host's holes.
-    fn cut(&self, extent: Extent) -> Cut<'_> {
-        Cut {
+    /// The extents with the host's holes in `Zeros`, in all files or in plain ones only.
+    fn refined(&self, at: DiskOffset, all: bool) -> Refined<'_> {
+        Refined {
             disk: self,
-            rest: Some(extent),
+            extents: self.disk.extents(at),
+            all,
+            rest: None,
+            known: vec![None; self.files.len()],
         }
     }
-
-    /// The extents with the host's holes in `Zeros`, in all files or in plain ones only.
-    fn refined(&self, at: DiskOffset, all: bool) -> impl Iterator<Item = Result<Extent>> + use<'_> {
-        self.disk.extents(at).flat_map(move |extent| {
-            let (one, many) = match extent {
-                Ok(extent) if all || self.is_plain(&extent) => {
-                    (None, Some(self.cut(self.told(&extent))))
-                }
-                Ok(extent) => (Some(Ok(self.told(&extent))), None),
-                Err(e) => (Some(Err(e)), None),
-            };
-            one.into_iter().chain(many.into_iter().flatten())
-        })
-    }
 }
 
-/// The pieces of an extent.
-struct Cut<'a> {
+/// Extents, cut at the borders of the host's holes.
+struct Refined<'a> {
     disk: &'a OurDisk,
+    extents: extents::Extents<'a>,
+    all: bool,
+    /// What is left of an extent that was cut.
     rest: Option<Extent>,
+    /// Of each file what the host said last, and where that holds: to find the end of data may cost
+    /// it a look at each page, so it is not asked again for what lies within.
+    known: Vec<Option<(What, Range<u64>)>>,
 }
 
-impl Iterator for Cut<'_> {
-    type Item = Result<Extent>;
+impl Refined<'_> {
+    /// What the host has at a place in a file, and for how many bytes.
+    fn ask(&mut self, file: usize, at: FileOffset) -> Result<(What, u64)> {
+        let at = at.get();
+        if let Some((what, range)) = &self.known[file] {
+            if range.contains(&at) {
+                return Ok((*what, range.end - at));
+            }
+        }
+        let found = self.disk.storages[file].next_data(FileOffset::new(at));
+        let found = found.map_err(|e| e.in_file(&self.disk.files[file]))?;
+        let (what, end) = match found {
+            // The host may not know a range that it is just being asked for twice.
+            Some(data) if data.start.get() <= at => (What::Data, data.end.get().max(at + 1)),
+            Some(data) => (What::Zeros, data.start.get()),
+            None => (What::Zeros, u64::MAX),
+        };
+        self.known[file] = Some((what, at..end));
+        Ok((what, end - at))
+    }
 
-    fn next(&mut self) -> Option<Self::Item> {
-        let extent = self.rest.take()?;
+    /// The first piece of an extent; the rest is kept.
+    fn cut(&mut self, extent: Extent) -> Result<Extent> {
         let Some((file, at)) = extent.place.filter(|(file, _)| self.disk.sparse[*file]) else {
-            return Some(Ok(extent));
+            return Ok(extent);
         };
         let len = extent.range.end.get() - extent.range.start.get();
-        let found = match self.disk.storages[file].next_data(at) {
-            Ok(found) => found,
-            Err(e) => return Some(Err(e.in_file(&self.disk.files[file]))),
-        };
-        let (what, piece) = match found {
-            // The host may not know a range that it is just being asked for twice.
-            Some(data) if data.start <= at => {
-                let there = data.end.get().saturating_sub(at.get()).max(1);
-                (What::Data, there.min(len))
-            }
-            Some(data) => (What::Zeros, (data.start.get() - at.get()).min(len)),
-            None => (What::Zeros, len),
-        };
+        let (what, there) = self.ask(file, at)?;
+        let piece = there.min(len);
         let middle = DiskOffset::new(extent.range.start.get() + piece);
         if piece < len {
             self.rest = Some(Extent {
@@ -180,11 +182,31 @@ impl Iterator for Cut<'_> {
                 ..extent
             });
         }
-        Some(Ok(Extent {
+        Ok(Extent {
             range: extent.range.start..middle,
             what,
             ..extent
-        }))
+        })
+    }
+}
+
+impl Iterator for Refined<'_> {
+    type Item = Result<Extent>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if let Some(rest) = self.rest.take() {
+            return Some(self.cut(rest));
+        }
+        let extent = match self.extents.next()? {
+            Ok(extent) => extent,
+            Err(e) => return Some(Err(e)),
+        };
+        let told = self.disk.told(&extent);
+        if self.all || self.disk.is_plain(&extent) {
+            Some(self.cut(told))
+        } else {
+            Some(Ok(told))
+        }
     }
 }
 
@@ -197,7 +219,7 @@ impl Source for OurDisk {
         self.disk.size_bytes()
     }
 
-    fn extents(&self, at: DiskOffset) -> Box<dyn Iterator<Item = Result<Extent>> + '_> {
+    fn extents(&self, at: DiskOffset) -> Extents<'_> {
         Box::new(self.refined(at, false))
     }
 
@@ -209,12 +231,12 @@ impl Source for OurDisk {
         self.disk.read_at(at, buf)
     }
 
-    fn next_data(&self, from: DiskOffset) -> Result<Option<Range<DiskOffset>>> {
-        next_data_of(self.refined(from, true), from)
+    fn data(&self, from: DiskOffset) -> Ranges<'_> {
+        Box::new(Data::of(self.refined(from, true)))
     }
 
-    fn host_place(&self, at: DiskOffset) -> Result<Option<HostPlace>> {
-        let Some(extent) = self.disk.extents(at).next().transpose()? else {
+    fn host_place(&self, at: DiskOffset, most: u64) -> Result<Option<HostPlace>> {
+        let Some(extent) = self.disk.extents_by(at, most).next().transpose()? else {
             return Ok(None);
         };
         let len = extent.range.end.get() - extent.range.start.get();

@@ -1,6 +1,6 @@
 //! A raw file or block device as a source.
 
-use super::{Extent, HostPlace, Source, What};
+use super::{Extent, Extents, HostPlace, Source, What};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::SharedStorage;
 use crate::storage::file::FileStorage;
@@ -128,7 +128,7 @@ impl Source for RawDisk {
         self.len.next_multiple_of(SECTOR)
     }
 
-    fn extents(&self, at: DiskOffset) -> Box<dyn Iterator<Item = Result<Extent>> + '_> {
+    fn extents(&self, at: DiskOffset) -> Extents<'_> {
         let mut at = at.get();
         Box::new(std::iter::from_fn(move || {
             if at >= self.size() {
@@ -157,7 +157,7 @@ impl Source for RawDisk {
         })
     }
 
-    fn host_place(&self, at: DiskOffset) -> Result<Option<HostPlace>> {
+    fn host_place(&self, at: DiskOffset, most: u64) -> Result<Option<HostPlace>> {
         let left = self.len.saturating_sub(at.get());
         Ok(self
             .storage
@@ -166,7 +166,7 @@ impl Source for RawDisk {
             .map(|storage| HostPlace {
                 storage: Arc::clone(storage),
                 at: FileOffset::new(at.get()),
-                len: left,
+                len: left.min(most),
             }))
     }
 }

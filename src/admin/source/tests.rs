@@ -11,10 +11,11 @@ fn extent(start: u64, end: u64, what: What) -> Result<Extent> {
     })
 }
 
-fn data_in(extents: Vec<Result<Extent>>, from: u64) -> Option<(u64, u64)> {
-    next_data_of(extents.into_iter(), DiskOffset::new(from))
-        .unwrap()
+fn data_in(extents: Vec<Result<Extent>>) -> Vec<(u64, u64)> {
+    let ranges = Data::of(extents.into_iter()).map(Result::unwrap);
+    ranges
         .map(|range| (range.start.get(), range.end.get()))
+        .collect()
 }
 
 #[test]
@@ -28,19 +29,25 @@ fn data_is_merged_and_holes_are_passed_over() {
             extent(40, 50, What::Data),
         ]
     };
-    assert_eq!(data_in(extents(), 0), Some((10, 30)));
-    assert_eq!(data_in(extents(), 15), Some((15, 30)));
-    assert_eq!(data_in(extents().split_off(3), 30), Some((40, 50)));
-    assert_eq!(data_in(vec![extent(0, 9, What::Zeros)], 0), None);
-    assert_eq!(data_in(Vec::new(), 0), None);
+    assert_eq!(data_in(extents()), [(10, 30), (40, 50)]);
+    assert_eq!(data_in(extents().split_off(2)), [(20, 30), (40, 50)]);
+    assert_eq!(data_in(vec![extent(0, 9, What::Zeros)]), []);
+    assert_eq!(data_in(Vec::new()), []);
 }
 
 #[test]
 fn data_is_told_in_bounded_pieces() {
-    let whole = vec![extent(5, u64::MAX, What::Data)];
-    assert_eq!(data_in(whole, 5), Some((5, 5 + DATA_MAX)));
+    let end = 5 + 2 * DATA_MAX + 7;
+    let long = vec![
+        extent(5, end - 6, What::Data),
+        extent(end - 6, end, What::Data),
+    ];
+    let cuts = [5, 5 + DATA_MAX, 5 + 2 * DATA_MAX, end];
+    let pieces: Vec<_> = cuts.windows(2).map(|cut| (cut[0], cut[1])).collect();
+    assert_eq!(data_in(long), pieces);
     let failing = vec![extent(0, 1, What::Data), Err(Error::errno(libc::EIO))];
-    assert!(next_data_of(failing.into_iter(), DiskOffset::ZERO).is_err());
+    let mut failing = Data::of(failing.into_iter());
+    assert!(failing.next().unwrap().is_err() && failing.next().is_none());
 }
 
 #[test]

@@ -5,12 +5,13 @@
 //! gives more with several requests at a time than with one, so there are more threads than there
 //! may be processors. The two locks here are taken before any of the sources' own, one at a time.
 
-use super::Source;
+use super::{Ranges, Source};
 use crate::admin::progress::Progress;
 use crate::error::{Error, Result};
 use crate::units::{DiskOffset, len_u64, len_usize};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -34,10 +35,9 @@ pub fn read_padded(source: &dyn Source, at: u64, buf: &mut [u8]) -> Result<()> {
 }
 
 /// The data ranges of a source, remembered while they are being passed.
-#[derive(Debug)]
 pub struct DataCursor<'a> {
-    source: &'a dyn Source,
-    /// The range found last; `None` when there is none from where it was looked for.
+    ranges: Ranges<'a>,
+    /// The range that has not been passed; `None` when there is none.
     found: Option<Range<u64>>,
     looked: bool,
 }
@@ -47,7 +47,7 @@ impl<'a> DataCursor<'a> {
     #[must_use]
     pub fn new(source: &'a dyn Source) -> Self {
         Self {
-            source,
+            ranges: source.data(DiskOffset::ZERO),
             found: None,
             looked: false,
         }
@@ -55,20 +55,21 @@ impl<'a> DataCursor<'a> {
 
     /// The data at or after a position that never goes back.
     pub fn at(&mut self, at: u64) -> Result<Option<Range<u64>>> {
-        let is_passed = self.found.as_ref().is_some_and(|range| range.end <= at);
-        if !self.looked || is_passed {
+        while !self.looked || self.found.as_ref().is_some_and(|range| range.end <= at) {
             self.looked = true;
-            self.found = if at < self.source.size() {
-                let found = self.source.next_data(DiskOffset::new(at))?;
-                found.map(|range| range.start.get()..range.end.get())
-            } else {
-                None
-            };
+            let found = self.ranges.next().transpose()?;
+            self.found = found.map(|range| range.start.get()..range.end.get());
         }
         Ok(self
             .found
             .clone()
             .map(|range| range.start.max(at)..range.end))
+    }
+}
+
+impl fmt::Debug for DataCursor<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DataCursor({:?})", self.found)
     }
 }
 

@@ -1,8 +1,9 @@
-//! A bundle that will be changed: locked against everybody else, its files one by one.
+//! A bundle that will be changed, or copied as a whole: locked, and its files one by one.
 
+use super::claim::{Held, Use};
 use super::files::look_for_repair;
 use super::find::{self, Found};
-use super::{OpenedImages, Selection, select, told, with_hint};
+use super::{OpenedImages, select, told, with_hint};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::{Descriptor, Image};
 use crate::format::guid::Guid;
@@ -12,10 +13,8 @@ use crate::storage::file::FileStorage;
 use crate::storage::host::Roots;
 use crate::storage::lock::{self, Locked, Purpose};
 use crate::storage::{Directory, SharedStorage, Storage};
-use crate::sys::open;
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -27,35 +26,50 @@ pub struct Changing {
     directory: HostDirectory,
     descriptor: String,
     opened: Mutex<HashMap<String, SharedStorage>>,
-    _lock: Option<File>,
+    purpose: Use,
+    held: Option<Held>,
 }
 
 impl Changing {
     /// Finds the bundle that the user means, and keeps other programs from changing it.
     pub fn open(image: &Path, allow_outside: &[PathBuf]) -> Result<Self> {
+        Self::lock(image, allow_outside, Use::Change)?.ok_or_else(|| {
+            let why = "only a bundle has snapshots, and this is a single image";
+            Error::why(ErrorKind::Unsupported, why).in_file(image)
+        })
+    }
+
+    /// The same for reading: nobody changes it meanwhile, and others may read it too. `None` for a
+    /// single image.
+    pub fn hold_still(image: &Path) -> Result<Option<Self>> {
+        Self::lock(image, &[], Use::Still)
+    }
+
+    fn lock(image: &Path, allow_outside: &[PathBuf], purpose: Use) -> Result<Option<Self>> {
         let Found::Bundle {
             directory,
             descriptor,
             naming,
         } = find::find(image)?
         else {
-            let why = "only a bundle has snapshots, and this is a single image";
-            return Err(Error::why(ErrorKind::Unsupported, why).in_file(image));
+            return Ok(None);
         };
         let roots = find::open_roots(&directory, naming, allow_outside)?;
-        let selection = Selection {
-            write: true,
-            ..Selection::default()
-        };
-        let lock = lock_bundle(&roots, &descriptor, &selection, &mut Vec::new())?;
+        let held = Held::take(&roots, &descriptor, purpose, &mut Vec::new())?;
         let directory = HostDirectory::behind(roots.home(), roots.path())?;
-        Ok(Self {
+        Ok(Some(Self {
             roots,
             directory,
             descriptor,
             opened: Mutex::new(HashMap::new()),
-            _lock: lock,
-        })
+            purpose,
+            held,
+        }))
+    }
+
+    /// To be called before the first change: keeps ploop out, which leaves a trace.
+    pub fn claim(&self) -> Result<()> {
+        self.held.as_ref().map_or(Ok(()), Held::claim)
     }
 
     /// The bundle's directory.
@@ -82,14 +96,29 @@ impl Changing {
         find::snapshot_names(self.roots.path(), &self.descriptor)
     }
 
-    /// Those names that this program keeps.
-    #[must_use]
-    pub fn own_names(&self) -> HashMap<Guid, String> {
+    /// Those names that this program keeps, for writing them again. What is not understood is not
+    /// for this program to replace.
+    pub fn own_names(&self) -> Result<HashMap<Guid, String>> {
         let name = format!("{}{}", self.descriptor, names::OWN_END);
-        let bytes = self.roots.read(&name, xml::BYTES_MAX);
-        bytes
-            .map(|bytes| names::parse_own(&bytes))
-            .unwrap_or_default()
+        let path = self.roots.path().join(&name);
+        let read = || -> Result<HashMap<Guid, String>> {
+            if let Err(error) = self.directory.open(&name, false) {
+                return match error.kind() {
+                    ErrorKind::Missing => Ok(HashMap::new()),
+                    _ => Err(error),
+                };
+            }
+            let bytes = self.roots.read(&name, xml::BYTES_MAX)?;
+            names::parse_own_whole(&bytes).ok_or_else(|| {
+                let why = "the file of the snapshots' names is not as this program writes it";
+                Error::why(ErrorKind::Unsupported, why)
+            })
+        };
+        read().map_err(|e| {
+            e.in_file(&path).fix(
+                "nothing was changed; move it away to begin with new names: GUIDs say the same",
+            )
+        })
     }
 
     /// The snapshot that a word means: GUID, name or `latest`.
@@ -103,14 +132,15 @@ impl Changing {
         told(self.roots.path(), &self.descriptor, descriptor)
     }
 
-    /// Opens and locks an image, which nobody else may use.
+    /// Opens and locks an image, which nobody else may use; or change, where nothing is changed.
     pub fn image(&self, image: &Image) -> Result<SharedStorage> {
         let mut opened = self.opened.lock();
         if let Some(storage) = opened.get(&image.file) {
             return Ok(Arc::clone(storage));
         }
-        let found = self.roots.named(&image.file, true);
-        let found = found.map_err(|e| with_hint(e, true).in_file(&self.path_of(image)))?;
+        let write = self.purpose == Use::Change;
+        let found = self.roots.named(&image.file, write);
+        let found = found.map_err(|e| with_hint(e, write).in_file(&self.path_of(image)))?;
         let file = FileStorage::new(found.file).map_err(|e| e.in_file(&found.path))?;
         let id = file.file_id();
         if opened.values().any(|other| other.file_id() == id) {
@@ -118,8 +148,10 @@ impl Changing {
             return Err(Error::why(ErrorKind::Descriptor, why).in_file(&found.path));
         }
         let deadline = Instant::now() + lock::PATIENCE;
-        match lock::image(file.file(), &found.path, Purpose::Write, deadline)? {
+        let purpose = if write { Purpose::Write } else { Purpose::Read };
+        match lock::image(file.file(), &found.path, purpose, deadline)? {
             Locked::Yes => {}
+            Locked::Unsupported if !write => {}
             Locked::Unsupported => {
                 let why = "the host's file system has no locks, so nothing would keep another \
                            program from using the image";
@@ -151,48 +183,11 @@ impl OpenedImages {
         let directory = HostDirectory::behind(bundle.roots.home(), bundle.roots.path())?;
         Ok(Some((directory, &bundle.name)))
     }
-}
 
-/// Takes ploop's lock, shared for reading. Reading makes no file and does not insist.
-pub(super) fn lock_bundle(
-    roots: &Roots,
-    descriptor_name: &str,
-    selection: &Selection,
-    warnings: &mut Vec<String>,
-) -> Result<Option<File>> {
-    if selection.no_lock {
-        return Ok(None);
+    /// To be called before the first change of a disk that is open for writing: keeps ploop out of
+    /// its bundle, which leaves a trace.
+    pub fn claim(&self) -> Result<()> {
+        let held = self.bundle.as_ref().and_then(|bundle| bundle.held.as_ref());
+        held.map_or(Ok(()), Held::claim)
     }
-    let name = format!("{descriptor_name}.lck");
-    let path = roots.path().join(&name);
-    let file = match open::lock_file(roots.home(), Path::new(&name), selection.write) {
-        Ok(file) => file,
-        Err(_) if !selection.write => return Ok(None),
-        Err(e) => return Err(no_lock_file(e, &path)),
-    };
-    let deadline = Instant::now() + lock::PATIENCE;
-    match lock::bundle(&file, selection.write, deadline) {
-        Ok(true) => Ok(Some(file)),
-        Ok(false) if selection.write => Err(lock::bundle_refusal(&file, &path)),
-        Ok(false) => {
-            warnings.push("another program is working on the bundle".to_owned());
-            Ok(None)
-        }
-        Err(_) if !selection.write => Ok(None),
-        Err(e) => Err(e.in_file(&path)),
-    }
-}
-
-fn no_lock_file(error: std::io::Error, path: &Path) -> Error {
-    let kind = match error.raw_os_error() {
-        // A link, or what `lock_file` has found to be no plain file.
-        Some(libc::ELOOP | libc::ENXIO | libc::ENODEV | libc::EISDIR) | None => {
-            let why = "ploop's lock file is not a plain file, so it was not made by ploop";
-            let error = Error::why(ErrorKind::OutsideBundle, why).in_file(path);
-            return error.fix("see what it is, and remove it");
-        }
-        Some(errno) => ErrorKind::Io(errno),
-    };
-    let why = "cannot take ploop's lock on the bundle";
-    with_hint(Error::why(kind, why).because(error).in_file(path), true)
 }

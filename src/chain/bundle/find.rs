@@ -1,6 +1,6 @@
 //! What IMAGE is, and what lies beside it.
 
-use super::{DESCRIPTOR, Selection};
+use super::{DESCRIPTOR, PENDING, Selection};
 use crate::error::{Error, ErrorKind, Result, Shown};
 use crate::format::descriptor::{Descriptor, Image};
 use crate::format::guid::Guid;
@@ -210,6 +210,52 @@ pub(super) fn leftovers(directory: &Path, name: &str, descriptor: &Descriptor) -
         }
     }
     told
+}
+
+/// A snapshot that is marked as going away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Going {
+    /// It is needed by several children, and goes when one of them is left: nothing is to be done.
+    pub waits: bool,
+    /// What it is about.
+    pub text: String,
+}
+
+/// The snapshots that are marked as going away, and what ends that.
+#[must_use]
+pub fn going(directory: &Path, name: &str, descriptor: &Descriptor) -> Vec<Going> {
+    let shots = &descriptor.snapshots;
+    let list = directory.join(format!("{name}{PENDING}"));
+    let is_ours = list.symlink_metadata().is_ok();
+    let marked = shots
+        .iter()
+        .filter(|shot| shot.temporary && shot.guid != descriptor.top);
+    let going = marked.map(|shot| {
+        let guid = shot.guid;
+        let children = shots.iter().filter(|other| other.parent == Some(guid));
+        let count = children.count();
+        let end = "`ploopfs snapshot delete` with its name ends that";
+        let text = if count > 1 {
+            format!(
+                "the snapshot {guid} is deleted, and goes when one of its {count} children is left"
+            )
+        } else if is_ours {
+            format!(
+                "the snapshot {guid} is marked temporary: its deletion by ploopfs runs or was \
+                 interrupted; repeating the command ends that"
+            )
+        } else {
+            format!(
+                "the snapshot {guid} is marked temporary: its deletion was interrupted, or another \
+                 program needs it for a while; {end}"
+            )
+        };
+        Going {
+            waits: count > 1,
+            text,
+        }
+    });
+    going.collect()
 }
 
 /// The first of a list that whoever wrote the descriptor may have made as long as he liked.

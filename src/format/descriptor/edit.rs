@@ -12,6 +12,10 @@
     clippy::indexing_slicing
 )]
 
+mod value;
+
+pub use value::with_uid;
+
 use super::{DEPTH_MAX, Descriptor, DescriptorError, Image, ImageType, Oddity, Shot, sectors};
 use crate::format::guid::Guid;
 use crate::format::xml::{self, child, children};
@@ -439,23 +443,9 @@ impl<'a, 'i> Work<'a, 'i> {
     /// Replaces the text of a child, and leaves blanks around it and comments alone.
     fn set(&mut self, node: Node<'_, '_>, field: &'static str, to: &str) -> Result<(), EditError> {
         let node = child(node, field).ok_or(EditError::Absent("element"))?;
-        let mut first = true;
-        for part in node.children().filter(Node::is_text) {
-            let range = part.range();
-            let raw = self.text.get(range.clone()).ok_or(EditError::Layout)?;
-            let trimmed = raw.trim();
-            let with = if first { to } else { "" };
-            first = false;
-            let blanks = raw.len().saturating_sub(raw.trim_start().len());
-            let start = range.start.saturating_add(blanks);
-            let end = start.saturating_add(trimmed.len());
-            self.splices.push((start..end, with.to_owned()));
-        }
-        if first {
-            Err(EditError::Layout)
-        } else {
-            Ok(())
-        }
+        let splices = value::exchange(self.text, node, to).ok_or(EditError::Layout)?;
+        self.splices.extend(splices);
+        Ok(())
     }
 
     /// Removes an element with the blanks before it.
