@@ -11,10 +11,10 @@ mod cuts;
 mod ends;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
-#[path = "create/host.rs"]
-mod host;
 #[path = "create/interop.rs"]
 mod interop;
+#[path = "sim/mod.rs"]
+mod sim;
 mod support;
 #[path = "create/systems.rs"]
 mod systems;

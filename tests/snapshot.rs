@@ -7,10 +7,10 @@ mod commands;
 mod cuts;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
-#[path = "snapshot/host.rs"]
-mod host;
 #[path = "snapshot/manners.rs"]
 mod manners;
+#[path = "sim/mod.rs"]
+mod sim;
 #[path = "snapshot/sizes.rs"]
 mod sizes;
 #[path = "snapshot/steps.rs"]

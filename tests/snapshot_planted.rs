@@ -9,8 +9,8 @@
 mod cuts;
 #[path = "../tools/forge/mod.rs"]
 mod forge;
-#[path = "snapshot/host.rs"]
-mod host;
+#[path = "sim/mod.rs"]
+mod sim;
 #[path = "snapshot/steps.rs"]
 mod steps;
 #[path = "snapshot/world.rs"]

@@ -20,7 +20,7 @@ use ploopfs::units::DiskOffset;
 use sim::faults::Fault;
 use sim::kinds::{self, DiskKind};
 use sim::model::{Model, SECTOR, Stamp};
-use sim::replay::{Cuts, after_cut, replay};
+use sim::replay::{Cuts, replay};
 use sim::storage::{Event, Kind, Manners, World};
 use std::sync::Arc;
 
@@ -185,7 +185,7 @@ impl Run<'_> {
             14 => self.world.kill_after(step.at.into()),
             _ => {
                 let mut dice = u64::from(step.at) << 8 | u64::from(step.len);
-                let left = after_cut(&self.world.log(), &self.script.kind.files(), &mut dice);
+                let (left, _) = self.world.media().after_cut(&mut dice);
                 self.world.cut(left);
             }
         }

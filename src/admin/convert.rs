@@ -18,6 +18,7 @@ use crate::admin::progress::Progress;
 use crate::admin::source::Source;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Version;
+use crate::storage::Directory;
 use std::path::{Path, PathBuf};
 
 /// What a disk is converted to.
@@ -82,6 +83,55 @@ pub fn convert(
     wanted: &Wanted,
     progress: &Progress,
 ) -> Result<Converted> {
+    let (plan, made) = begin(source, wanted)?;
+    let (parent, name) = create::place_for(target)?;
+    create::check_name(name, &plan)?;
+    let files: Vec<&Path> = source.files().iter().map(PathBuf::as_path).collect();
+    create::refuse_within(&parent, path, &files)?;
+    if wanted.output == Output::Qcow2 {
+        source.prepare(progress)?;
+        progress.check()?;
+        qcow2::write(source, &parent, name, plan.shape.cluster, progress)?;
+    } else {
+        make(source, &parent, name, &plan, &Ids::new()?, progress)?;
+    }
+    Ok(made)
+}
+
+/// The same in any directory; only this program's own formats and raw files can be made there.
+pub fn convert_in(
+    source: &dyn Source,
+    (parent, name): (&dyn Directory, &str),
+    wanted: &Wanted,
+    ids: &Ids,
+    progress: &Progress,
+) -> Result<Converted> {
+    let (plan, made) = begin(source, wanted)?;
+    if wanted.output == Output::Qcow2 {
+        let why = "qcow2 is written by another program, which needs a directory of the host";
+        return Err(Error::why(ErrorKind::Unsupported, why));
+    }
+    make(source, parent, name, &plan, ids, progress)?;
+    Ok(made)
+}
+
+fn make(
+    source: &dyn Source,
+    parent: &dyn Directory,
+    name: &str,
+    plan: &Plan,
+    ids: &Ids,
+    progress: &Progress,
+) -> Result<()> {
+    source.prepare(progress)?;
+    progress.check()?;
+    create_in(parent, name, plan, ids, progress, |file| {
+        copy::copy(source, file, plan.shape.cluster, progress)
+    })
+}
+
+/// What the target will be; refuses what cannot be made.
+fn begin(source: &dyn Source, wanted: &Wanted) -> Result<(Plan, Converted)> {
     let given = wanted.version.is_some() || wanted.cluster.is_some();
     if !wanted.output.is_ours() && (given || wanted.product != Product::Any) {
         let why = "a version, a cluster size or a product is for targets of ours only";
@@ -102,22 +152,8 @@ pub fn convert(
                 .to_owned(),
         );
     }
-    let (parent, name) = create::place_for(target)?;
-    create::check_name(name, &plan)?;
-    let files: Vec<&Path> = source.files().iter().map(PathBuf::as_path).collect();
-    create::refuse_within(&parent, path, &files)?;
-    source.prepare(progress)?;
-    progress.check()?;
-    let unit = plan.shape.cluster;
-    if wanted.output == Output::Qcow2 {
-        qcow2::write(source, &parent, name, unit, progress)?;
-    } else {
-        create_in(&parent, name, &plan, &Ids::new()?, progress, |file| {
-            copy::copy(source, file, unit, progress)
-        })?;
-    }
     let size = plan.size_bytes();
-    Ok(Converted { size, notes })
+    Ok((plan, Converted { size, notes }))
 }
 
 /// The target as a new disk. A named product gets whole clusters; else the size is kept, because

@@ -23,7 +23,6 @@ use crate::format::header::{HEADER_LEN, IN_USE, RawHeader, Version};
 use crate::format::{names, xml};
 use crate::journal::RUNNING;
 use crate::storage::beside;
-use crate::storage::directory::HostDirectory;
 use crate::storage::{Directory, SharedStorage, Storage};
 use crate::sys::random;
 use crate::units::{FileOffset, len_u64, len_usize};
@@ -46,7 +45,9 @@ pub struct Copied {
 
 /// A bundle as it is found, every image of it open and locked.
 struct Found<'a> {
-    directory: &'a HostDirectory,
+    directory: &'a dyn Directory,
+    /// The same for messages.
+    path: &'a Path,
     /// The descriptor's name.
     descriptor: &'a str,
     /// The bundle's own name.
@@ -92,19 +93,22 @@ fn copy_image(
         }
     }
     closed(&*only.storage).map_err(|e| e.in_file(&only.path))?;
-    let bytes = only.storage.len()?.get();
+    copy_image_in(&only.storage, (&parent, name), &Ids::new()?, progress)
+}
+
+/// Copies an image, which nobody else changes, to a new name in any directory.
+pub fn copy_image_in(
+    image: &SharedStorage,
+    (parent, name): (&dyn Directory, &str),
+    ids: &Ids,
+    progress: &Progress,
+) -> Result<Copied> {
+    let bytes = image.len()?.get();
     progress.step("copying", bytes);
-    make_in(
-        &parent,
-        name,
-        false,
-        &Ids::new()?,
-        progress,
-        |place| match place {
-            Place::Image(file) => copy_file(&only.storage, file, progress),
-            Place::Bundle(_) => Err(Error::errno(libc::EIO)),
-        },
-    )?;
+    make_in(parent, name, false, ids, progress, |place| match place {
+        Place::Image(file) => copy_file(image, file, progress),
+        Place::Bundle(_) => Err(Error::errno(libc::EIO)),
+    })?;
     Ok(Copied { images: 1, bytes })
 }
 
@@ -124,8 +128,63 @@ fn copy_bundle(
         let why = "the copy would lie in the disk itself";
         return Err(Error::why(ErrorKind::Usage, why).in_file(source));
     }
+    make_copy(&found, source, (&parent, name), new_guids, &ids, progress)
+}
+
+/// A bundle in any directory, which nobody else changes.
+#[derive(Clone, Copy, Debug)]
+pub struct Original<'a> {
+    /// The directory.
+    pub directory: &'a dyn Directory,
+    /// Its own name.
+    pub name: &'a str,
+    /// The same for messages.
+    pub path: &'a Path,
+}
+
+/// Copies such a bundle to a new name in any directory.
+pub fn copy_in(
+    from: Original<'_>,
+    target: (&dyn Directory, &str),
+    new_guids: bool,
+    ids: &Ids,
+    progress: &Progress,
+) -> Result<Copied> {
+    let text = read_small(&*from.directory.open(DESCRIPTOR, false)?, xml::BYTES_MAX)?;
+    let descriptor = Descriptor::parse(&text).map_err(|e| {
+        Error::new(ErrorKind::Descriptor)
+            .because(e)
+            .in_file(from.path)
+    })?;
+    let mut images = BTreeMap::new();
+    for image in descriptor.parts.iter().flat_map(|part| &part.images) {
+        let storage = from.directory.open(&image.file, false)?;
+        closed(&*storage)?;
+        images.insert(image.file.clone(), storage);
+    }
+    let found = Found {
+        directory: from.directory,
+        path: from.path,
+        descriptor: DESCRIPTOR,
+        name: from.name.to_owned(),
+        text,
+        images,
+        names: from.directory.entries()?,
+    };
+    found.settled(&found.names)?;
+    make_copy(&found, from.path, target, new_guids, ids, progress)
+}
+
+fn make_copy(
+    found: &Found<'_>,
+    source: &Path,
+    (parent, name): (&dyn Directory, &str),
+    new_guids: bool,
+    ids: &Ids,
+    progress: &Progress,
+) -> Result<Copied> {
     let (text, new) = if new_guids {
-        renamed(&found.text, &ids)?
+        renamed(&found.text, ids)?
     } else {
         (found.text.clone(), HashMap::new())
     };
@@ -135,7 +194,7 @@ fn copy_bundle(
         bytes = bytes.saturating_add(file.len()?.get());
     }
     progress.step("copying", bytes);
-    make_in(&parent, name, true, &ids, progress, |place| {
+    make_in(parent, name, true, ids, progress, |place| {
         let Place::Bundle(inner) = place else {
             return Err(Error::errno(libc::EIO));
         };
@@ -209,6 +268,7 @@ impl<'a> Found<'a> {
         let name = full.file_name().map(|name| name.to_string_lossy());
         let found = Self {
             directory,
+            path: directory.path(),
             descriptor: own,
             name: name.map(std::borrow::Cow::into_owned).unwrap_or_default(),
             text,
@@ -226,7 +286,7 @@ impl<'a> Found<'a> {
             for end in [".tmp", ".idx", RUNNING, NEW, PENDING, NEW_LOCK] {
                 let left = format!("{name}{end}");
                 if names.contains(&left) && !self.images.contains_key(&left) {
-                    return Err(left_over(&left, self.directory.path()));
+                    return Err(left_over(&left, self.path));
                 }
             }
         }
@@ -287,7 +347,7 @@ impl<'a> Found<'a> {
             None => {
                 let why = "the file of the snapshots' names is not as this program writes it";
                 Err(Error::why(ErrorKind::Unsupported, why)
-                    .in_file(&self.directory.path().join(own))
+                    .in_file(&self.path.join(own))
                     .fix("move it away, or copy without --new-guids"))
             }
         }

@@ -1,7 +1,7 @@
 //! A directory of simulated files in which an image is repaired, and what power cuts leave of it.
 
 use crate::sim::directory::{Names, SimDirectory};
-use crate::sim::replay::Media;
+use crate::sim::media::Media;
 use crate::sim::storage::{Event, Manners, SimStorage, World};
 use ploopfs::admin::repair::{KeepOld, Repaired, repair_image, undo_image};
 use ploopfs::error::Result;

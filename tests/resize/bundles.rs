@@ -5,7 +5,7 @@ use crate::forge::content::Level;
 use crate::forge::image::{ImageSpec, Mapped};
 use crate::net::{shown, sound};
 use crate::sim::directory::{Names, SimDirectory};
-use crate::sim::replay::Media;
+use crate::sim::media::Media;
 use crate::sim::storage::{Manners, World};
 use ploopfs::admin::progress::Progress;
 use ploopfs::admin::resize::disk::describe;

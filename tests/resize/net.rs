@@ -3,7 +3,7 @@
 use crate::forge::image::ImageSpec;
 use crate::sim::directory::Names;
 use crate::sim::faults::Fault;
-use crate::sim::replay::Media;
+use crate::sim::media::Media;
 use crate::sim::storage::{Event, Kind, Manners, SimStorage, World};
 use ploopfs::admin::check::check_image;
 use ploopfs::admin::progress::Progress;

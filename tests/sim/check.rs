@@ -4,7 +4,7 @@
 use crate::forge::corrupt;
 use crate::forge::image::{ImageSpec, Mapped};
 use crate::sim::directory::{Names, SimDirectory};
-use crate::sim::replay::Media;
+use crate::sim::media::Media;
 use crate::sim::storage::{Event, Manners, World};
 use ploopfs::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain};
 use ploopfs::disk::{self, DiskOptions};

@@ -61,10 +61,13 @@ pub(crate) enum Event {
     Synced { file: usize },
     /// A sync failed: what was not durable never will be, although reads still see it.
     SyncFailed { file: usize },
-    /// Names were changed, as others see them.
-    Named { change: NameChange },
-    /// All changes of names before this are durable.
-    NamesSynced,
+    /// Names in a directory were changed, as others see them.
+    Named {
+        directory: usize,
+        change: NameChange,
+    },
+    /// All changes of the names in a directory before this are durable.
+    NamesSynced { directory: usize },
     /// Reads come from the medium, and from what has yet to be written there.
     CacheDropped { file: usize },
     /// A client began to write these sectors of the disk.
@@ -121,4 +124,9 @@ impl Kind {
         Self::Remove,
         Self::SyncNames,
     ];
+
+    /// True for what changes a file or a name, or makes such a change durable.
+    pub(crate) fn is_change(self) -> bool {
+        !matches!(self, Self::Len | Self::Read | Self::NextData | Self::Open)
+    }
 }

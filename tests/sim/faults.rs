@@ -19,6 +19,26 @@ pub(crate) struct Fault {
     pub(crate) for_ever: bool,
 }
 
+/// An operation that fails whatever it is: that with this number, from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Nth {
+    pub(crate) nth: u64,
+    pub(crate) errno: i32,
+    /// All from that one on, not only that one.
+    pub(crate) for_ever: bool,
+    /// Everything counts, and not only what changes something.
+    pub(crate) of_all: bool,
+}
+
+impl Nth {
+    /// True for the operation that has this number among all, and that among the changes if it is
+    /// one.
+    pub(crate) fn is_hit(self, of_all: u64, change: Option<u64>) -> bool {
+        let number = if self.of_all { Some(of_all) } else { change };
+        number.is_some_and(|number| number == self.nth || self.for_ever && number > self.nth)
+    }
+}
+
 /// What has failed so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Failures {

@@ -1,183 +1,19 @@
 //! Goes through a log and cuts the power after every operation.
 //!
-//! At each moment the medium has of each file what its last sync made durable, and of what was done
-//! since any part: each operation, and each sector of a write, is kept or lost by itself. Whatever
-//! it is, the disk must open from it, show in every sector something that the model allows, and
-//! close; and a file without its in-use mark must be one that was closed.
+//! Whatever is left ([`super::media`]), the disk must open from it, show in every sector something
+//! that the model allows, and close; and a file without its in-use mark must be one that was
+//! closed.
 
 use crate::forge::content::splitmix;
-use crate::sim::directory::{NameChange, Names};
+use crate::sim::directory::Names;
 use crate::sim::kinds::DiskKind;
+use crate::sim::media::Media;
 use crate::sim::model::{Model, SECTOR};
-use crate::sim::storage::{Change, Event, Manners, World};
+use crate::sim::storage::{Event, Manners, World};
 use ploopfs::disk::{self, Disk, DiskOptions, EnospcPolicy, Resources};
 use ploopfs::units::DiskOffset;
 use std::collections::HashMap;
 use std::sync::Arc;
-
-/// Where the in-use mark is in a header.
-const MARK: std::ops::Range<usize> = 0x2c..0x30;
-const HEADER_LEN: usize = 64;
-
-/// One file on the medium.
-#[derive(Clone, Debug)]
-struct Medium {
-    durable: Vec<u8>,
-    /// What reads see.
-    cached: Vec<u8>,
-    pending: Vec<Change>,
-    /// Contents without the header that it may have while the mark is not set: those that it had
-    /// when it was last closed, and will have when it is closed the next time.
-    closed: [Option<Vec<u8>>; 2],
-}
-
-impl Medium {
-    fn new(bytes: &[u8]) -> Self {
-        Self {
-            durable: bytes.to_vec(),
-            cached: bytes.to_vec(),
-            pending: Vec::new(),
-            closed: [
-                Some(bytes.get(HEADER_LEN..).unwrap_or_default().to_vec()),
-                None,
-            ],
-        }
-    }
-
-    fn change(&mut self, change: &Change) {
-        if let Change::Write(0, data) = change {
-            let unmarks = data.len() == HEADER_LEN && data[MARK] == [0; 4];
-            if unmarks {
-                let now = self.cached[HEADER_LEN..].to_vec();
-                self.closed[1] = Some(now);
-            }
-        }
-        change.apply(&mut self.cached, &mut || true);
-        self.pending.push(change.clone());
-    }
-
-    fn sync(&mut self) {
-        // Not what reads see: what an earlier sync has lost stays lost.
-        for change in self.pending.drain(..) {
-            change.apply(&mut self.durable, &mut || true);
-        }
-        if self.durable.get(MARK) == Some(&[0; 4]) && self.closed[1].is_some() {
-            self.closed = [self.closed[1].take(), None];
-        }
-    }
-
-    /// What reads see when nothing comes from the host's cache that is not yet to be written.
-    fn uncached(&self) -> Vec<u8> {
-        let mut bytes = self.durable.clone();
-        for change in &self.pending {
-            change.apply(&mut bytes, &mut || true);
-        }
-        bytes
-    }
-
-    fn after_cut(&self, dice: &mut u64) -> Vec<u8> {
-        let mut bytes = self.durable.clone();
-        // All kept, none kept, and everything between.
-        let bias = splitmix(dice) % 5;
-        for change in &self.pending {
-            change.apply(&mut bytes, &mut || splitmix(dice) % 4 < bias);
-        }
-        bytes
-    }
-
-    /// A file without its mark must be as some close left it, or was about to.
-    fn is_wrongly_unmarked(&self, bytes: &[u8]) -> bool {
-        bytes.get(MARK) == Some(&[0; 4])
-            && !self
-                .closed
-                .iter()
-                .flatten()
-                .any(|closed| *closed == bytes[HEADER_LEN..])
-    }
-}
-
-/// All files as a log leaves them.
-#[derive(Debug)]
-pub(crate) struct Media {
-    files: Vec<Medium>,
-    names: Names,
-    pending_names: Vec<NameChange>,
-}
-
-impl Media {
-    /// Files with these contents, and names for them.
-    pub(crate) fn new(files: &[Vec<u8>], names: Names) -> Self {
-        Self {
-            files: files.iter().map(|bytes| Medium::new(bytes)).collect(),
-            names,
-            pending_names: Vec::new(),
-        }
-    }
-
-    /// What a power cut now leaves.
-    pub(crate) fn after_cut(&self, dice: &mut u64) -> (Vec<Vec<u8>>, Names) {
-        let mut names = self.names.clone();
-        let bias = splitmix(dice) % 5;
-        for change in &self.pending_names {
-            if splitmix(dice) % 4 < bias {
-                change.apply(&mut names);
-            }
-        }
-        let files = self.files.iter().map(|medium| medium.after_cut(dice));
-        (files.collect(), names)
-    }
-
-    /// Takes one event in. True when it changed what a power cut could leave.
-    pub(crate) fn take(&mut self, event: &Event) -> bool {
-        match event {
-            Event::Changed { file, change } => self.files[*file].change(change),
-            Event::Synced { file } => self.files[*file].sync(),
-            // The host gives up what it could not write, and calls it clean.
-            Event::SyncFailed { file } => self.files[*file].pending.clear(),
-            Event::CacheDropped { file } => self.files[*file].cached = self.files[*file].uncached(),
-            Event::Cut { files } => {
-                for (medium, bytes) in self.files.iter_mut().zip(files) {
-                    let closed = medium.closed.clone();
-                    *medium = Medium::new(bytes);
-                    if bytes.get(MARK) != Some(&[0; 4]) {
-                        medium.closed = closed;
-                    }
-                }
-            }
-            Event::Named { change } => {
-                if let NameChange::Create(..) = change {
-                    self.files.push(Medium::new(&[]));
-                }
-                self.pending_names.push(change.clone());
-            }
-            Event::NamesSynced => {
-                for change in self.pending_names.drain(..) {
-                    change.apply(&mut self.names);
-                }
-            }
-            _ => return false,
-        }
-        true
-    }
-}
-
-/// A file as the medium has it, with all that is still to be written there.
-pub(crate) fn uncached(log: &[Event], files: &[Vec<u8>], file: usize) -> Vec<u8> {
-    let mut media = Media::new(files, Names::new());
-    for event in log {
-        media.take(event);
-    }
-    media.files[file].uncached()
-}
-
-/// The files as a power cut at the end of the log leaves them.
-pub(crate) fn after_cut(log: &[Event], files: &[Vec<u8>], dice: &mut u64) -> Vec<Vec<u8>> {
-    let mut media = Media::new(files, Names::new());
-    for event in log {
-        media.take(event);
-    }
-    media.after_cut(dice).0
-}
 
 /// What a replay found.
 #[derive(Debug, Default)]
@@ -286,7 +122,7 @@ fn judge(
 ) -> Result<(), String> {
     found.states += 1;
     for top in kind.tops() {
-        if media.files[top].is_wrongly_unmarked(&files[top]) {
+        if media.is_wrongly_unmarked(top, &files[top]) {
             return Err("changed, and not marked as in use".to_owned());
         }
     }

@@ -1,9 +1,8 @@
 //! Files in memory that log what is done to them, and fail when they are told to.
 //!
 //! A file is what reads see (the host's cache); what a power cut would leave of it is worked out
-//! from the log, by [`super::replay`]. All files of one run share a [`World`].
+//! from the log, by [`super::media`]. All files of one run share a [`World`].
 
-use parking_lot::Mutex;
 use ploopfs::error::{Error, ErrorKind, Result};
 use ploopfs::storage::{FileId, Keep, Storage};
 use ploopfs::sync::{self, Rank};
@@ -11,312 +10,10 @@ use ploopfs::units::FileOffset;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::directory::Names;
 pub(crate) use super::event::{Change, Event, Kind};
-use super::faults::{Failures, Fault, Request};
-use super::heap::{self, Scarcity};
-use super::replay::uncached;
-
-/// How the files behave.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Manners {
-    pub(crate) fault: Option<Fault>,
-    /// Syncs say that they are done and do nothing.
-    pub(crate) lying_syncs: bool,
-    /// What the disk gets of memory after it has been opened.
-    pub(crate) memory: Scarcity,
-    /// The host cannot copy between files, reserve blocks or punch holes.
-    pub(crate) poor_host: bool,
-}
-
-/// What all files of a run share.
-#[derive(Debug)]
-pub(crate) struct World {
-    first: Vec<Vec<u8>>,
-    state: Mutex<State>,
-}
-
-/// The files and names as reads see them, and what was done to them.
-#[derive(Debug, Default)]
-pub(crate) struct State {
-    manners: Manners,
-    files: Vec<Vec<u8>>,
-    pub(crate) names: Names,
-    /// Only what is logged can be replayed; states that are only looked at are not.
-    log: Option<Vec<Event>>,
-    counts: [u64; Kind::ALL.len()],
-    total: u64,
-    /// The process that uses the files now; storages of an earlier one do nothing any more.
-    process: u64,
-    kill_at: Option<u64>,
-    failures: Failures,
-}
-
-impl World {
-    /// Files with these contents.
-    pub(crate) fn new(files: Vec<Vec<u8>>, manners: Manners, logs: bool) -> Arc<Self> {
-        let first = if logs { files.clone() } else { Vec::new() };
-        let state = State {
-            manners,
-            files,
-            log: logs.then(Vec::new),
-            ..State::default()
-        };
-        Arc::new(Self {
-            first,
-            state: Mutex::new(state),
-        })
-    }
-
-    /// One operation of a process on names.
-    pub(crate) fn operation<T>(
-        &self,
-        kind: Kind,
-        process: u64,
-        what: impl FnOnce(&mut State) -> Result<T>,
-    ) -> Result<T> {
-        heap::with(None, || {
-            sync::step();
-            let done = {
-                let mut state = self.state.lock();
-                let begun = state.begin(kind, process);
-                begun.map_err(Error::from).and_then(|()| what(&mut state))
-            };
-            sync::step();
-            done
-        })
-    }
-
-    fn is_poor(&self) -> bool {
-        self.state.lock().manners.poor_host
-    }
-
-    fn len_of(&self, file: usize) -> usize {
-        self.state.lock().files[file].len()
-    }
-
-    /// What the files held at first.
-    pub(crate) fn first(&self) -> &[Vec<u8>] {
-        &self.first
-    }
-
-    /// Names for files, durable from the start.
-    pub(crate) fn set_names(&self, names: Names) {
-        self.state.lock().names = names;
-    }
-
-    /// Names as others see them.
-    pub(crate) fn names(&self) -> Names {
-        self.state.lock().names.clone()
-    }
-
-    /// Nothing fails any more.
-    pub(crate) fn mend(&self) {
-        let mut state = self.state.lock();
-        state.manners.fault = None;
-        state.failures = Failures::default();
-    }
-
-    /// Notes something that is no operation on a file. Returns its time.
-    pub(crate) fn note(&self, event: Event) -> u64 {
-        let mut state = self.state.lock();
-        let log = state.log.get_or_insert_default();
-        log.push(event);
-        log.len() as u64 - 1
-    }
-
-    /// Position in the log: the time as the model counts it.
-    pub(crate) fn time(&self) -> u64 {
-        self.state
-            .lock()
-            .log
-            .as_ref()
-            .map_or(0, |log| log.len() as u64)
-    }
-
-    /// A copy of the log, or its end from a position on.
-    pub(crate) fn log(&self) -> Vec<Event> {
-        self.state.lock().log.clone().unwrap_or_default()
-    }
-
-    /// Contents as reads see them.
-    pub(crate) fn files(&self) -> Vec<Vec<u8>> {
-        self.state.lock().files.clone()
-    }
-
-    /// How many operations of each kind there were.
-    pub(crate) fn counts(&self) -> Vec<(Kind, u64)> {
-        let counts = self.state.lock().counts;
-        Kind::ALL.into_iter().zip(counts).collect()
-    }
-
-    /// Operations so far.
-    pub(crate) fn total(&self) -> u64 {
-        self.state.lock().total
-    }
-
-    /// What has failed so far.
-    pub(crate) fn failures(&self) -> Failures {
-        self.state.lock().failures
-    }
-
-    /// True when a request of a process, begun when `before` had failed, may be told this error.
-    pub(crate) fn explains(
-        &self,
-        request: Request,
-        error: &Error,
-        process: u64,
-        before: Failures,
-        patient: bool,
-    ) -> bool {
-        let state = self.state.lock();
-        let fault = state.manners.fault;
-        let now = state.failures;
-        if state.process != process {
-            let errno = fault.map_or(libc::EIO, |fault| fault.errno);
-            let kinds = [
-                ErrorKind::Io(libc::EIO),
-                ErrorKind::Io(errno),
-                ErrorKind::Latched,
-            ];
-            return kinds.contains(&error.kind());
-        }
-        fault.is_some_and(|fault| fault.explains(request, error, (before, now), patient))
-    }
-
-    /// The process is killed when so many operations more have been made.
-    pub(crate) fn kill_after(&self, operations: u64) {
-        let mut state = self.state.lock();
-        state.kill_at = Some(state.total + operations);
-    }
-
-    /// The process is killed now.
-    pub(crate) fn kill(&self) {
-        let mut state = self.state.lock();
-        state.process += 1;
-        state.kill_at = None;
-    }
-
-    /// True when the process that `storage` belongs to has been killed.
-    pub(crate) fn is_dead(&self, process: u64) -> bool {
-        self.state.lock().process != process
-    }
-
-    /// The process that uses the files now.
-    pub(crate) fn process(&self) -> u64 {
-        self.state.lock().process
-    }
-
-    /// The power was cut, and this is what was left.
-    pub(crate) fn cut(&self, files: Vec<Vec<u8>>) {
-        let mut state = self.state.lock();
-        state.log_event(Event::Cut {
-            files: files.clone(),
-        });
-        state.files = files;
-        state.process += 1;
-        state.kill_at = None;
-    }
-
-    /// Opens a file for the process that uses the files now.
-    pub(crate) fn open(self: &Arc<Self>, file: usize, writable: bool) -> Arc<SimStorage> {
-        Arc::new(SimStorage {
-            world: Arc::clone(self),
-            file,
-            writable,
-            process: self.process(),
-        })
-    }
-}
-
-impl State {
-    /// Counts an operation; an error when it fails, or when its process is dead.
-    fn begin(&mut self, kind: Kind, process: u64) -> Result<(), Trouble> {
-        if self.kill_at.is_some_and(|at| self.total >= at) {
-            self.process += 1;
-            self.kill_at = None;
-        }
-        if self.process != process {
-            return Err(Trouble::Dead);
-        }
-        self.total += 1;
-        let count = &mut self.counts[kind as usize];
-        let number = *count;
-        *count += 1;
-        match self.manners.fault {
-            Some(fault)
-                if fault.kind == kind
-                    && (number == fault.nth || fault.for_ever && number > fault.nth) =>
-            {
-                self.failures.count += 1;
-                Err(Trouble::Fault(fault.errno))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// True when nothing but a header was written since the last sync: then the in-use mark is
-    /// tried again as a whole, and nothing is in the file that could be lost.
-    fn is_mark_alone(&self, file: usize) -> bool {
-        let events = self.log.iter().flatten().rev();
-        events
-            .take_while(|event| **event != Event::Synced { file })
-            .all(|event| match event {
-                Event::Changed {
-                    file: other,
-                    change,
-                } if *other == file => {
-                    matches!(change, Change::Write(0, data) if data.len() == 64)
-                }
-                _ => true,
-            })
-            && self
-                .manners
-                .fault
-                .is_some_and(|fault| fault.errno == libc::ENOSPC)
-    }
-
-    /// A new file with nothing in it.
-    pub(crate) fn add_file(&mut self) -> usize {
-        self.files.push(Vec::new());
-        self.files.len() - 1
-    }
-
-    pub(crate) fn log_event(&mut self, event: Event) {
-        if let Some(log) = &mut self.log {
-            log.push(event);
-        }
-    }
-
-    /// Where the header and the table of a file end; 0 where it has none.
-    fn table_end(&self, file: usize) -> usize {
-        let bytes = &self.files[file];
-        if !bytes.starts_with(b"Witho") {
-            return 0;
-        }
-        let word = |at: usize| bytes[at..at + 4].try_into().map_or(0, u32::from_le_bytes) as usize;
-        64 + 4 * word(0x20)
-    }
-
-    fn change(&mut self, file: usize, change: Change) {
-        change.apply(&mut self.files[file], &mut || true);
-        self.log_event(Event::Changed { file, change });
-    }
-}
-
-enum Trouble {
-    Dead,
-    Fault(i32),
-}
-
-impl From<Trouble> for Error {
-    fn from(trouble: Trouble) -> Self {
-        Self::errno(match trouble {
-            Trouble::Dead => libc::EIO,
-            Trouble::Fault(errno) => errno,
-        })
-    }
-}
+use super::heap;
+use super::world::Trouble;
+pub(crate) use super::world::{Manners, State, World};
 
 /// One open file.
 #[derive(Debug)]
@@ -332,6 +29,16 @@ fn index(at: FileOffset) -> usize {
 }
 
 impl SimStorage {
+    /// A file, opened by the process that uses the files now.
+    pub(super) fn new(world: &Arc<World>, file: usize, writable: bool) -> Self {
+        Self {
+            world: Arc::clone(world),
+            file,
+            writable,
+            process: world.process(),
+        }
+    }
+
     /// One operation: `what` does it, `partly` does the part of it that a failing host has done.
     fn operation<T>(
         &self,
@@ -484,6 +191,16 @@ impl Storage for SimStorage {
         })
     }
 
+    fn share_from(
+        &self,
+        at: FileOffset,
+        source: &dyn Storage,
+        from: Range<FileOffset>,
+    ) -> Result<bool> {
+        let shares = self.world.state.lock().manners.shares;
+        Ok(shares && self.copy_from(at, source, from)?)
+    }
+
     fn next_data(&self, from: FileOffset) -> Result<Option<Range<FileOffset>>> {
         let file = self.file;
         let next = |state: &mut State| {
@@ -517,10 +234,13 @@ impl Storage for SimStorage {
         heap::with(None, || {
             let mut state = self.world.state.lock();
             let file = self.file;
+            let mut media = state.first.clone();
             if let Some(log) = &mut state.log {
-                let bytes = uncached(log, &self.world.first, file);
+                for event in log.iter() {
+                    media.take(event);
+                }
                 log.push(Event::CacheDropped { file });
-                state.files[file] = bytes;
+                state.files[file] = media.uncached(file);
             }
             Ok(())
         })

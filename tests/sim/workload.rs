@@ -9,7 +9,6 @@ use crate::sim::heap::{self, Ration};
 use crate::sim::kinds::DiskKind;
 use crate::sim::model::{Model, SECTOR, Stamp};
 use crate::sim::pool::SimPool;
-use crate::sim::replay::after_cut;
 use crate::sim::scheduler;
 use crate::sim::storage::{Event, Manners, World};
 use ploopfs::disk::{self, Disk, DiskOptions, DoneReply, EnospcPolicy, ReadReply, Resources};
@@ -186,7 +185,7 @@ fn live(
         world.kill();
     }
     if end == End::Cut && !last {
-        world.cut(after_cut(&world.log(), world.first(), dice));
+        world.cut(world.media().after_cut(dice).0);
     }
 }
 

@@ -7,7 +7,8 @@
 use crate::forge::bundle::{BundleSpec, Style};
 use crate::forge::content::splitmix;
 use crate::forge::image::Mapped;
-use crate::host::{Host, State};
+use crate::sim::directory::SimDirectory;
+use crate::sim::media::Media;
 use crate::steps::{create, delete, line, merge, name, switch};
 use crate::world::{
     DESCRIPTOR, Step, after, carry_out, chain, described, expect_sound, like, load, over_plain,
@@ -31,11 +32,11 @@ type Change = Box<dyn Fn(&mut Bundle<'_>) -> Result<()>>;
 /// A change, and how it is begun.
 struct Case {
     what: String,
-    old: State,
+    old: Media,
     step: Change,
 }
 
-fn case(what: &str, old: State, step: impl Fn(&mut Bundle<'_>) -> Result<()> + 'static) -> Case {
+fn case(what: &str, old: Media, step: impl Fn(&mut Bundle<'_>) -> Result<()> + 'static) -> Case {
     Case {
         what: what.to_owned(),
         old,
@@ -78,12 +79,12 @@ fn longer() -> BundleSpec {
     })
 }
 
-fn three() -> State {
+fn three() -> Media {
     load(&chain(Style::Ploop, 2, 3))
 }
 
 /// A bundle of Parallels Desktop, which keeps the descriptor before.
-fn desktop(depth: usize) -> State {
+fn desktop(depth: usize) -> Media {
     let state = load(&chain(Style::Parallels, 1, depth));
     with_file(&state, "DiskDescriptor.xml.Backup", b"what was before")
 }
@@ -163,15 +164,14 @@ fn cases() -> Vec<Case> {
 type Shown = BTreeMap<Guid, Vec<u8>>;
 
 /// A change that nothing disturbs: its end, and every moment of it.
-fn undisturbed(case: &Case) -> (State, Vec<State>) {
-    let host = Host::new(case.old.clone());
-    host.record();
+fn undisturbed(case: &Case) -> (Media, Vec<Media>) {
+    let host = SimDirectory::on(&case.old);
     carry_out(&host, &*case.step).unwrap_or_else(|e| panic!("{}: {e}", case.what));
-    (host.state(), host.moments())
+    (host.media(), host.world().moments().collect::<Vec<_>>())
 }
 
 /// Each snapshot shows one of what it shows before and after.
-fn expect_shown(left: &State, before: &Shown, after: &Shown, what: &str) {
+fn expect_shown(left: &Media, before: &Shown, after: &Shown, what: &str) {
     for (guid, bytes) in shows(left, what) {
         let known = [before, after].into_iter().filter_map(|all| all.get(&guid));
         let matches = known.into_iter().any(|known| {
@@ -184,13 +184,13 @@ fn expect_shown(left: &State, before: &Shown, after: &Shown, what: &str) {
 }
 
 /// The tree is the old one, or the old one with marks, or the new one.
-fn is_done(left: &State, good: &State, what: &str) -> bool {
+fn is_done(left: &Media, good: &Media, what: &str) -> bool {
     let (now, end) = (described(left, what), described(good, what));
     now.snapshots == end.snapshots && now.parts == end.parts
 }
 
-fn expect_completed(case: &Case, left: &State, good: &State, what: &str) {
-    let host = Host::new(left.clone());
+fn expect_completed(case: &Case, left: &Media, good: &Media, what: &str) {
+    let host = SimDirectory::on(&left);
     let settle = |bundle: &mut Bundle<'_>| bundle.settle();
     let again: Step<'_> = if is_done(left, good, what) {
         &settle
@@ -198,14 +198,14 @@ fn expect_completed(case: &Case, left: &State, good: &State, what: &str) {
         &*case.step
     };
     carry_out(&host, again).unwrap_or_else(|e| panic!("{what}: {e}"));
-    let now = host.state();
+    let now = host.media();
     expect_sound(&now, true, what);
     assert!(
         shows(&now, what) == shows(good, what),
         "{what}: another end"
     );
     assert_eq!(now.names(), good.names(), "{what}: left over");
-    let text = |state: &State| state.bytes(DESCRIPTOR).map(<[u8]>::to_vec);
+    let text = |state: &Media| state.bytes(DESCRIPTOR).map(<[u8]>::to_vec);
     assert_eq!(text(&now), text(good), "{what}");
 }
 
@@ -217,7 +217,7 @@ pub(crate) fn cut_everywhere(attempts: usize, dice: &mut u64) -> usize {
         let (before, after) = (shows(&case.old, "before"), shows(&good, "after"));
         for (number, moment) in moments.iter().enumerate() {
             for attempt in 0..attempts {
-                let left = moment.after_cut(dice);
+                let left = moment.cut(dice);
                 let what = format!("{}, operation {number}, attempt {attempt}", case.what);
                 expect_sound(&left, false, &what);
                 expect_shown(&left, &before, &after, &what);
@@ -244,17 +244,16 @@ fn a_second_cut_changes_nothing() {
         let (before, after) = (shows(&case.old, "before"), shows(&good, "after"));
         for _ in 0..12 {
             let first = &moments[splitmix(&mut dice) as usize % moments.len()];
-            let first = first.after_cut(&mut dice);
+            let first = first.cut(&mut dice);
             let what = format!("{}, cut twice", case.what);
             if is_done(&first, &good, &what) {
                 continue;
             }
-            let host = Host::new(first);
-            host.record();
+            let host = SimDirectory::on(&first);
             carry_out(&host, &*case.step).unwrap_or_else(|e| panic!("{what}: {e}"));
-            let moments = host.moments();
+            let moments = host.world().moments().collect::<Vec<_>>();
             let second = &moments[splitmix(&mut dice) as usize % moments.len()];
-            let left = second.after_cut(&mut dice);
+            let left = second.cut(&mut dice);
             expect_sound(&left, false, &what);
             expect_shown(&left, &before, &after, &what);
             expect_completed(&case, &left, &good, &what);
@@ -268,11 +267,11 @@ fn a_host_that_fails_leaves_a_bundle_and_a_way_on() {
         let (good, moments) = undisturbed(&case);
         let (before, after) = (shows(&case.old, "before"), shows(&good, "after"));
         for number in 0..moments.len() as u64 - 1 {
-            let host = Host::new(case.old.clone());
-            host.fail_after(number);
+            let host = SimDirectory::on(&case.old);
+            host.world().fail_after(number);
             let what = format!("{}, failure {number}", case.what);
             assert!(carry_out(&host, &*case.step).is_err(), "{what} was lost");
-            let left = host.state();
+            let left = host.media();
             expect_sound(&left, false, &what);
             expect_shown(&left, &before, &after, &what);
             expect_completed(&case, &left, &good, &what);
@@ -290,7 +289,7 @@ fn every_run_of_a_merge_can_be_cut() {
     let old = load(&bundle);
     let before = shows(&old, "before");
     let files: Vec<String> = (0..3).map(|n| bundle.file_name("disk.hdd", 0, n)).collect();
-    let run = |host: &Host| -> Result<()> {
+    let run = |host: &SimDirectory| -> Result<()> {
         let image = |name: &String| Image::expanding(Path::new(name), host.open(name, true)?);
         let (lower, uppers) = (image(&files[0])?, [image(&files[1])?, image(&files[2])?]);
         let merge = Merge {
@@ -302,25 +301,24 @@ fn every_run_of_a_merge_can_be_cut() {
         merge.examine()?;
         merge.carry_out(&Progress::default())
     };
-    let host = Host::new(old);
-    host.record();
+    let host = SimDirectory::on(&old);
     run(&host).expect("it can be merged");
-    let base = |state: &State| state.bytes(&files[0]).map(<[u8]>::to_vec);
-    let good = base(&host.state());
-    let moments = host.moments();
+    let base = |state: &Media| state.bytes(&files[0]).map(<[u8]>::to_vec);
+    let good = base(&host.media());
+    let moments = host.world().moments().collect::<Vec<_>>();
     assert!(moments.len() > 30, "{}", moments.len());
     for (number, moment) in moments.iter().enumerate() {
         for _ in 0..6 {
-            let left = moment.after_cut(&mut dice);
+            let left = moment.cut(&mut dice);
             let what = format!("operation {number}");
             expect_sound(&left, false, &what);
             assert!(
                 shows(&left, &what)[&Guid::NONE] == before[&Guid::NONE],
                 "{what}"
             );
-            let host = Host::new(left);
+            let host = SimDirectory::on(&left);
             run(&host).unwrap_or_else(|e| panic!("{what}: {e}"));
-            let now = host.state();
+            let now = host.media();
             assert!(base(&now).map(|bytes| bytes.len()) == good.as_ref().map(Vec::len));
             expect_sound(&now, true, &what);
             assert!(
@@ -339,7 +337,7 @@ fn a_merge_that_is_stopped_leaves_no_mark() {
     let bundle = BundleSpec::chain(Style::Ploop, &spec, 2, |_, _| {});
     let old = load(&bundle);
     let before = shows(&old, "before");
-    let run = |host: &Host, progress: &Progress| -> Result<()> {
+    let run = |host: &SimDirectory, progress: &Progress| -> Result<()> {
         let image = |n| {
             let name = bundle.file_name("disk.hdd", 0, n);
             Image::expanding(Path::new(&name), host.open(&name, true)?)
@@ -355,10 +353,10 @@ fn a_merge_that_is_stopped_leaves_no_mark() {
     let mut some = 0;
     for changes in 0..200 {
         let progress = Arc::new(Progress::default());
-        let host = Host::new(old.clone());
-        host.cancel_after(changes, &progress);
+        let host = SimDirectory::on(&old);
+        host.world().cancel_after(changes, &progress);
         let ended = run(&host, &progress);
-        let left = host.state();
+        let left = host.media();
         let what = format!("stopped after {changes}");
         expect_sound(&left, true, &what);
         assert!(shows(&left, &what)[&Guid::NONE] == before[&Guid::NONE]);
@@ -367,9 +365,9 @@ fn a_merge_that_is_stopped_leaves_no_mark() {
             Err(error) => assert_eq!(error.kind(), ErrorKind::Interrupted, "{what}"),
         }
         some += 1;
-        let host = Host::new(left);
+        let host = SimDirectory::on(&left);
         run(&host, &Progress::default()).unwrap_or_else(|e| panic!("{what}: {e}"));
-        expect_sound(&host.state(), true, &what);
+        expect_sound(&host.media(), true, &what);
     }
     assert!((10..200).contains(&some), "{some}");
 }

@@ -3,7 +3,8 @@
 use crate::forge::bundle::{BundleSpec, Style};
 use crate::forge::content::Level;
 use crate::forge::image::Mapped;
-use crate::host::{Host, State};
+use crate::sim::directory::SimDirectory;
+use crate::sim::media::Media;
 use crate::steps::{create, delete, line, merge};
 use crate::world::{
     DESCRIPTOR, InMemory, after, carry_out, described, expect_sound, like, load, shows,
@@ -23,7 +24,7 @@ fn of_sizes(sizes: &[u64]) -> BundleSpec {
 }
 
 /// What the image of a snapshot says of its size.
-fn own_size(state: &State, guid: Guid) -> u64 {
+fn own_size(state: &Media, guid: Guid) -> u64 {
     let descriptor = described(state, "size");
     let images = descriptor.images(0, &[guid]).expect("an image");
     let bytes = state.bytes(&images[0].file).expect("it is there");
@@ -101,12 +102,15 @@ fn a_snapshot_keeps_its_size() {
 fn what_a_larger_disk_shows_through_stays() {
     let old = load(&of_sizes(&[400, 237, 400]));
     let (chain, before) = (line(&old), shows(&old, "through"));
-    let host = Host::new(old.clone());
-    host.record();
+    let host = SimDirectory::on(&old);
     let refused = carry_out(&host, &delete(chain[0])).expect_err("the top would lose something");
     assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
     assert!(refused.to_string().contains("stands on it"), "{refused}");
-    assert_eq!(host.moments().len(), 1, "something was done");
+    assert_eq!(
+        host.world().moments().collect::<Vec<_>>().len(),
+        1,
+        "something was done"
+    );
     let new = after(&old, &delete(chain[1]));
     assert!(shows(&new, "through")[&Guid::NONE] == before[&Guid::NONE]);
     // Without data there, nothing is lost.
@@ -125,23 +129,25 @@ fn what_a_larger_disk_shows_through_stays() {
 fn late_failures_are_told_and_not_reported() {
     let old = load(&of_sizes(&[237, 237, 237]));
     let base = line(&old)[0];
-    let run = |host: &Host| {
+    let run = |host: &SimDirectory| {
         let files = InMemory(host.clone());
         let mut bundle = Bundle::open(host, DESCRIPTOR, &files).expect("it opens");
         snapshot::delete(&mut bundle, base, false, &Progress::default())
     };
-    let host = Host::new(old.clone());
-    host.record();
+    let host = SimDirectory::on(&old);
     let (_, told) = run(&host).expect("nothing disturbs it");
     assert!(told.is_empty(), "{told:?}");
-    let (good, moments) = (described(&host.state(), "good"), host.moments());
+    let (good, moments) = (
+        described(&host.media(), "good"),
+        host.world().moments().collect::<Vec<_>>(),
+    );
     let mut late = 0;
     for number in 0..moments.len() as u64 - 1 {
-        let host = Host::new(old.clone());
-        host.fail_after(number);
+        let host = SimDirectory::on(&old);
+        host.world().fail_after(number);
         if let Ok((_, told)) = run(&host) {
             late += 1;
-            assert_eq!(described(&host.state(), "late").snapshots, good.snapshots);
+            assert_eq!(described(&host.media(), "late").snapshots, good.snapshots);
             assert!(told[0].contains("stay until the next change"), "{told:?}");
         }
     }

@@ -3,8 +3,8 @@
 use crate::forge::bundle::{BundleSpec, Style};
 use crate::forge::content::Level;
 use crate::forge::image::{IN_USE, Mapped, V21};
-use crate::host::Host;
-use crate::host::State;
+use crate::sim::directory::SimDirectory;
+use crate::sim::media::Media;
 use crate::world::{
     DESCRIPTOR, after, carry_out, chain, described, expect_sound, like, load, over_plain,
     overwrite, shows, split,
@@ -59,7 +59,7 @@ pub(crate) fn merge(upper: Upper) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
 }
 
 /// The snapshots from the base up to the top.
-pub(crate) fn line(state: &State) -> Vec<Guid> {
+pub(crate) fn line(state: &Media) -> Vec<Guid> {
     let descriptor = described(state, "");
     descriptor.chain(descriptor.top).expect("a chain")
 }
@@ -166,13 +166,13 @@ fn a_snapshot_of_several_children_goes_with_the_last_but_one() {
     expected.remove(&base);
     assert!(shows(&marked, "marked") == expected);
     assert_eq!(marked.names(), forked.names());
-    let refused = carry_out(&Host::new(marked.clone()), &switch(base, 2, None));
+    let refused = carry_out(&SimDirectory::on(&marked), &switch(base, 2, None));
     assert_eq!(
         refused.expect_err("it goes").kind(),
         ErrorKind::NoSuchSnapshot
     );
     // Marked twice is marked once.
-    let text = |state: &State| state.bytes(DESCRIPTOR).map(<[u8]>::to_vec);
+    let text = |state: &Media| state.bytes(DESCRIPTOR).map(<[u8]>::to_vec);
     assert_eq!(text(&after(&marked, &delete(base))), text(&marked));
     // What was its child is between it and the kept one.
     let left = after(&marked, &delete(name(9)));
@@ -260,11 +260,14 @@ fn refusal(spec: &BundleSpec, step: crate::world::Step<'_>) -> ErrorKind {
     refusal_of(&old, step)
 }
 
-fn refusal_of(old: &State, step: crate::world::Step<'_>) -> ErrorKind {
-    let host = Host::new(old.clone());
-    host.record();
+fn refusal_of(old: &Media, step: crate::world::Step<'_>) -> ErrorKind {
+    let host = SimDirectory::on(&old);
     let error = carry_out(&host, step).expect_err("it is refused");
-    assert_eq!(host.moments().len(), 1, "{error}: something was done");
+    assert_eq!(
+        host.world().moments().collect::<Vec<_>>().len(),
+        1,
+        "{error}: something was done"
+    );
     error.kind()
 }
 
@@ -332,11 +335,11 @@ fn what_is_not_sure_is_refused_and_left_alone() {
 #[test]
 fn an_exchange_that_ploop_has_begun_is_left_alone() {
     let old = load(&chain(Style::Ploop, 2, 3));
-    let host = Host::new(old.clone());
+    let host = SimDirectory::on(&old);
     let text = String::from_utf8(old.bytes(DESCRIPTOR).expect("there").to_vec()).expect("XML");
     let marked = text.replacen("</Shot>", "<TemporaryZero/></Shot>", 1);
     overwrite(&host, DESCRIPTOR, marked.as_bytes());
-    let state = host.state();
+    let state = host.media();
     let base = line(&state)[0];
     for step in [
         &create(1) as crate::world::Step<'_>,
@@ -387,8 +390,7 @@ fn images_that_do_not_belong_together_are_refused() {
 #[test]
 fn a_plan_tells_what_will_be_and_does_nothing() {
     let old = load(&chain(Style::Ploop, 2, 3));
-    let host = Host::new(old.clone());
-    host.record();
+    let host = SimDirectory::on(&old);
     let files = crate::world::InMemory(host.clone());
     let bundle = Bundle::open(&host, DESCRIPTOR, &files).expect("it opens");
     let middle = line(&old)[1];
@@ -399,10 +401,10 @@ fn a_plan_tells_what_will_be_and_does_nothing() {
     assert_eq!(merged.gone, [middle]);
     assert_eq!(merged.survivor, Guid::TOP);
     assert!(merged.amount.clusters > 5 && merged.amount.fresh < merged.amount.clusters);
-    assert_eq!(host.moments().len(), 1);
+    assert_eq!(host.world().moments().collect::<Vec<_>>().len(), 1);
     let all = like(2).mapping(Mapped::All);
     let over = BundleSpec::chain(Style::Ploop, &all, 2, |_, _| {});
-    let host = Host::new(load(&over));
+    let host = SimDirectory::on(&load(&over));
     let files = crate::world::InMemory(host.clone());
     let bundle = Bundle::open(&host, DESCRIPTOR, &files).expect("it opens");
     let plan = snapshot::plan_merge(&bundle, &Upper::default()).expect("it can");

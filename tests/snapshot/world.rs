@@ -3,7 +3,8 @@
 use crate::forge::bundle::{BundleSpec, Style};
 use crate::forge::content::Level;
 use crate::forge::image::{ImageSpec, Layout, Mapped};
-use crate::host::{Host, State};
+use crate::sim::directory::SimDirectory;
+use crate::sim::media::Media;
 use ploopfs::admin::bundle::{Bundle, Files};
 use ploopfs::admin::check::check_image;
 use ploopfs::error::Result;
@@ -13,12 +14,13 @@ use ploopfs::plan::repair::Severity;
 use ploopfs::storage::{Directory, SharedStorage};
 use ploopfs::units::FileOffset;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 pub(crate) const DESCRIPTOR: &str = "DiskDescriptor.xml";
 
 /// The files of a bundle in a directory in memory.
 #[derive(Clone, Debug)]
-pub(crate) struct InMemory(pub(crate) Host);
+pub(crate) struct InMemory(pub(crate) SimDirectory);
 
 impl Files for InMemory {
     fn image(&self, image: &Image) -> Result<SharedStorage> {
@@ -30,23 +32,16 @@ impl Files for InMemory {
     }
 }
 
-/// A durable directory with these files.
-fn host_of(files: &[(String, Vec<u8>)]) -> Host {
-    let (first, more) = files.split_first().expect("a bundle has files");
-    let host = Host::with(&first.0, &first.1);
-    for (name, bytes) in more {
-        let file = host.create_new(name).expect("memory");
-        file.write_at(FileOffset::ZERO, bytes).expect("memory");
-        file.sync_data().expect("memory");
-    }
-    host.sync().expect("memory");
-    host
+pub(crate) fn load(spec: &BundleSpec) -> Media {
+    load_changed(spec, |_| {})
 }
 
-pub(crate) fn load(spec: &BundleSpec) -> State {
+/// A bundle to which something was done after it was made.
+pub(crate) fn load_changed(spec: &BundleSpec, change: impl Fn(&Path)) -> Media {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("disk.hdd");
     spec.write(&path).expect("the bundle is made");
+    change(&path);
     let mut files = Vec::new();
     for entry in std::fs::read_dir(&path).expect("it was made") {
         let entry = entry.expect("it was made");
@@ -54,17 +49,17 @@ pub(crate) fn load(spec: &BundleSpec) -> State {
         files.push((name, std::fs::read(entry.path()).expect("it was made")));
     }
     files.sort();
-    host_of(&files).state()
+    Media::with_files(files)
 }
 
 /// The same with one file more, which is durable.
-pub(crate) fn with_file(state: &State, name: &str, bytes: &[u8]) -> State {
-    let host = Host::new(state.clone());
+pub(crate) fn with_file(state: &Media, name: &str, bytes: &[u8]) -> Media {
+    let host = SimDirectory::on(state);
     let file = host.create_new(name).expect("memory");
     file.write_at(FileOffset::ZERO, bytes).expect("memory");
     file.sync_data().expect("memory");
     host.sync().expect("memory");
-    host.state()
+    host.media()
 }
 
 /// 30 clusters of 4 KiB, the last one cut, about half of them mapped.
@@ -128,34 +123,37 @@ fn cluster(bytes: &[u8], index: usize, what: &str) -> Option<Vec<u8>> {
         take(index * SIZE, SIZE);
         return Some(found);
     }
+    // Clusters of the image itself may be larger than the pieces that are looked at.
+    let own = le32(bytes, 28) * 512;
     let unit = if bytes.starts_with(b"WithoutFree") {
         512
     } else {
-        SIZE
+        own
     };
     let disk = le32(bytes, 36) * 512;
-    if index >= le32(bytes, 32) || index * SIZE >= disk {
+    let (number, within) = (index * SIZE / own, index * SIZE % own);
+    if number >= le32(bytes, 32) || index * SIZE >= disk {
         return None;
     }
-    let entry = le32(bytes, 64 + 4 * index);
+    let entry = le32(bytes, 64 + 4 * number);
     if entry == 0 {
         return None;
     }
-    let start = entry * unit;
     assert!(
-        start >= le32(bytes, 48) * 512,
-        "{what}: entry {index} in the table"
+        entry * unit >= le32(bytes, 48) * 512,
+        "{what}: entry {number} in the table"
     );
     assert!(
-        start + SIZE <= bytes.len(),
-        "{what}: entry {index} past the end"
+        entry * unit + own <= bytes.len(),
+        "{what}: entry {number} past the end"
     );
+    let start = entry * unit + within;
     take(start, SIZE.min(disk - index * SIZE));
     Some(found)
 }
 
 /// What every snapshot that is not going away shows, the top under the name of zeros.
-pub(crate) fn shows(state: &State, what: &str) -> BTreeMap<Guid, Vec<u8>> {
+pub(crate) fn shows(state: &Media, what: &str) -> BTreeMap<Guid, Vec<u8>> {
     let descriptor = described(state, what);
     let mut shown = BTreeMap::new();
     for shot in &descriptor.snapshots {
@@ -189,15 +187,15 @@ pub(crate) fn shows(state: &State, what: &str) -> BTreeMap<Guid, Vec<u8>> {
     shown
 }
 
-pub(crate) fn described(state: &State, what: &str) -> Descriptor {
+pub(crate) fn described(state: &Media, what: &str) -> Descriptor {
     let text = state.bytes(DESCRIPTOR);
     let text = text.unwrap_or_else(|| panic!("{what}: no descriptor"));
     Descriptor::parse(text).unwrap_or_else(|e| panic!("{what}: {e}"))
 }
 
 /// Every image is sound but for its mark, and for space that nothing names.
-pub(crate) fn expect_sound(state: &State, closed: bool, what: &str) {
-    let host = Host::new(state.clone());
+pub(crate) fn expect_sound(state: &Media, closed: bool, what: &str) {
+    let host = SimDirectory::on(state);
     let descriptor = described(state, what);
     for image in descriptor.parts.iter().flat_map(|part| &part.images) {
         let storage = host.open(&image.file, false);
@@ -226,21 +224,21 @@ pub(crate) fn expect_sound(state: &State, closed: bool, what: &str) {
 pub(crate) type Step<'a> = &'a dyn Fn(&mut Bundle<'_>) -> Result<()>;
 
 /// Carries a change out in this directory.
-pub(crate) fn carry_out(host: &Host, step: Step<'_>) -> Result<()> {
+pub(crate) fn carry_out(host: &SimDirectory, step: Step<'_>) -> Result<()> {
     let files = InMemory(host.clone());
     let mut bundle = Bundle::open(host, DESCRIPTOR, &files)?;
     step(&mut bundle)
 }
 
 /// The directory after a change that nothing disturbs.
-pub(crate) fn after(state: &State, step: Step<'_>) -> State {
-    let host = Host::new(state.clone());
+pub(crate) fn after(state: &Media, step: Step<'_>) -> Media {
+    let host = SimDirectory::on(state);
     carry_out(&host, step).unwrap_or_else(|e| panic!("{e}"));
-    host.state()
+    host.media()
 }
 
 /// Gives a file other bytes, durably.
-pub(crate) fn overwrite(host: &Host, name: &str, bytes: &[u8]) {
+pub(crate) fn overwrite(host: &SimDirectory, name: &str, bytes: &[u8]) {
     let file = host.open(name, true).expect("it is there");
     let len = FileOffset::new(bytes.len() as u64);
     file.set_len(len).expect("memory");

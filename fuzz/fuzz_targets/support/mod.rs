@@ -5,6 +5,7 @@
 
 pub(crate) mod alone;
 pub(crate) mod dice;
+pub(crate) mod names;
 pub(crate) mod sparse;
 pub(crate) mod window;
 
