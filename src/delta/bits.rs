@@ -115,6 +115,7 @@ impl BitSet {
     }
 
     /// Adds a number; `false` when it was there, or is not below the bound.
+    #[inline]
     pub fn insert(&mut self, number: u64) -> bool {
         if number >= self.bound {
             return false;
@@ -125,8 +126,10 @@ impl BitSet {
             return false;
         }
         words[word] |= mask;
+        if self.counts[chunk] == 0 {
+            self.occupied[chunk / 64] |= 1 << (chunk % 64);
+        }
         self.counts[chunk] += 1;
-        self.occupied[chunk / 64] |= 1 << (chunk % 64);
         self.len += 1;
         true
     }

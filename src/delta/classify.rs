@@ -99,6 +99,7 @@ impl Used {
     }
 
     /// Adds a number; `false` when it was there. An error when too many are beyond the limit.
+    #[inline]
     pub fn insert(&mut self, number: u64) -> Result<bool> {
         if number < self.limit {
             return Ok(self.bits.insert(number));
@@ -209,6 +210,7 @@ impl<'a> Classifier<'a> {
     }
 
     /// What the next entry is.
+    #[inline]
     pub fn class(&mut self, entry: u32) -> Result<Class> {
         if entry == 0 {
             return Ok(Class::Hole);

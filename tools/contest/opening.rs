@@ -120,8 +120,10 @@ pub(crate) fn measure(
         }
     }
     images.push((format!("{DELTAS} deltas"), write_deltas(&dir)?));
+    // One that took too long once is not waited for again.
+    let mut is_tried_in_vain = vec![false; images.len()];
     for round in 0..rounds {
-        for (name, path) in &images {
+        for ((name, path), in_vain) in images.iter().zip(&mut is_tried_in_vain) {
             if !bounds.allow()? {
                 return Ok(());
             }
@@ -134,10 +136,11 @@ pub(crate) fn measure(
                 }
             }
             // It knows no bundles.
-            if has("qemu-storage-daemon") && path.is_file() {
+            if has("qemu-storage-daemon") && path.is_file() && !*in_vain {
                 let [mount, memory] = match qemus(path, &dir) {
                     Ok(values) => values,
                     Err(error) => {
+                        *in_vain = true;
                         report.skip(format!("{SCENE}: {name}: {QEMU}: {error:#}"));
                         continue;
                     }
