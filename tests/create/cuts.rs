@@ -31,6 +31,9 @@ fn plans() -> Result<Vec<Plan>> {
     let mut plans = Vec::new();
     for path in ["x.hds", "x.hdd"] {
         for kind in [Kind::Expanding, Kind::Preallocated, Kind::Plain] {
+            if kind == Kind::Plain && path == "x.hds" {
+                continue;
+            }
             for (product, version) in [
                 (Product::Any, Version::V2),
                 (Product::Virtuozzo, Version::V1),
@@ -38,7 +41,7 @@ fn plans() -> Result<Vec<Plan>> {
                 let request = Request {
                     size: 7 * CLUSTER,
                     kind,
-                    version: Some(version),
+                    version: (kind != Kind::Plain).then_some(version),
                     cluster: Some(CLUSTER),
                     product,
                     file_system: None,
