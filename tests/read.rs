@@ -41,6 +41,7 @@ fn sources() -> Vec<Trial> {
         test!(source::the_name_of_a_raw_disk_decides),
         test!(source::block_devices_are_sources, Root, Loop),
         test!(source::other_formats_are_read_through_qemu, Qemu),
+        test!(source::what_other_formats_name_lies_beside_them, Qemu),
         test!(source::samples_are_sources),
         test!(source::what_is_in_use_is_read_and_told),
     ]

@@ -124,7 +124,13 @@ impl Merge<'_> {
     /// takes the place of clusters.
     fn resize_first(&self, grown: &Layout) -> Option<resize::Request> {
         let size = SectorCount::new(self.disk_len() / SECTOR);
-        if self.lower_is_larger() {
+        // Or one that a merge that was interrupted has cut, and left a table that is too long.
+        let is_half_cut = self.lower.header().is_some_and(|header| {
+            let cut = header.resized(size).filter(|_| header.is_in_use());
+            let is_shorter = |cut: RawHeader| cut.first_block < header.raw().first_block;
+            header.size() == size && cut.is_some_and(is_shorter)
+        });
+        if self.lower_is_larger() || is_half_cut {
             // What lies behind the end of the upper disk would come up with the next growth.
             return Some(resize::Request {
                 shrink: true,
@@ -304,6 +310,13 @@ impl Merge<'_> {
             .ok_or_else(|| Error::new(ErrorKind::Corrupt))?;
         let found = survey(&image, header)?;
         self.sound(&found)?;
+        if found.stray_slots > 0 {
+            // Entries that a cut which was interrupted has left.
+            let layout = header.layout();
+            storage
+                .zero(layout.table_end()..layout.data_start(), Keep::Blocks)
+                .map_err(here)?;
+        }
         let whole = self.cluster.count_for(storage.len()?.get()).get() * self.cluster.bytes();
         if found.tail_len > 0 {
             storage.set_len(FileOffset::new(whole)).map_err(here)?;

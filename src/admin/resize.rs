@@ -123,7 +123,7 @@ struct Plan {
     wanted: Wanted,
     /// End of the file that the moves and the longer table need, in bytes.
     end: u64,
-    /// The disk has its new size, and a smaller table is still to come.
+    /// The disk may have its new size, and what comes after that is still to come.
     is_half_cut: bool,
     told: Planned,
 }
@@ -152,10 +152,11 @@ fn plan(storage: &dyn Storage, lower: &[Image], request: &Request, change: bool)
         true => request.size,
         false => rounded(request.size, cluster.sectors(), before),
     };
+    // An image that was not closed may have its new size and no more of what follows.
     let half_cut = Some(header)
         .filter(|_| after == before && sound.is_marked())
         .and_then(|header| header.resized(after))
-        .filter(|resized| is_smaller(resized, header.raw()));
+        .filter(|resized| resized.first_block <= header.raw().first_block);
     let resized = match after {
         _ if after == before => Some(half_cut.unwrap_or(*header.raw())),
         SectorCount::ZERO => None,
@@ -198,11 +199,6 @@ fn plan(storage: &dyn Storage, lower: &[Image], request: &Request, change: bool)
         is_half_cut: half_cut.is_some(),
         told,
     })
-}
-
-/// The table of a header is longer than that of the other, or begins its data later.
-fn is_smaller(resized: &RawHeader, raw: &RawHeader) -> bool {
-    resized.entry_count < raw.entry_count || resized.first_block < raw.first_block
 }
 
 fn impossible(size: SectorCount, version: Version) -> Error {

@@ -14,6 +14,7 @@ mod foreign;
 mod magic;
 mod ours;
 mod raw;
+mod strangers;
 pub mod work;
 
 pub use magic::Format;
@@ -221,7 +222,7 @@ pub fn open(path: &Path, asked: &Asked) -> Result<Opened> {
             return Err(Error::why(ErrorKind::Usage, why).in_file(path));
         }
         Format::Raw => Arc::new(RawDisk::open(path, &mut notes)?),
-        other => Arc::new(foreign::ForeignDisk::open(path, other, &mut notes)?),
+        other => Arc::new(foreign::ForeignDisk::open(path, other, asked, &mut notes)?),
     };
     Ok(Opened { source, notes })
 }

@@ -189,7 +189,7 @@ fn refusals() -> Outcome {
     for (line, word) in [
         ("a.hdd there", "there already"),
         ("a.hdd a.hdd", "there already"),
-        ("a.hdd a.hdd/in", "in the disk itself"),
+        ("a.hdd a.hdd/in", "lie in the disk"),
         ("a.hdd none/x.hdd", "No such file"),
         ("none.hdd x.hdd", "cannot copy"),
         ("x-left-tmp x.hdd", "interrupted"),

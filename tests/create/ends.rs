@@ -63,7 +63,6 @@ const REFUSED: &[(&str, &str)] = &[
         "16 bytes",
     ),
     ("-s 1G --mkfs xfs --label 1234567890123 x.hdd", "12 bytes"),
-    ("-s 64M --mkfs xfs x.hdd", "mkfs.xfs"),
     ("-s 1G -f plain x.hds", "descriptor"),
     ("-s 1G -f plain --image-version 1 x.hdd", "no version"),
     ("-s 1G pipe.hds", "no place for"),
@@ -75,6 +74,8 @@ const REFUSED: &[(&str, &str)] = &[
         "-s 1G --for parallels-desktop --mkfs ext4 a\u{fffe}b.hdd",
         "cannot hold U+FFFE",
     ),
+    // This one is tried, so it comes last.
+    ("-s 64M --mkfs xfs x.hdd", "mkfs.xfs"),
 ];
 
 fn refusals() -> Outcome {

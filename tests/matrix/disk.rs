@@ -285,7 +285,8 @@ pub(crate) fn expect_untouched(before: &[Trace], path: &Path, what: &str) -> Res
     let has_new_lock = now
         .iter()
         .any(|trace| is_lock(&trace.path) && before.iter().all(|old| old.path != trace.path));
-    let key = |trace: &&Trace| !is_lock(&trace.path) && !(has_new_lock && trace.path.is_dir());
+    let is_excused = |trace: &&Trace| is_lock(&trace.path) || has_new_lock && trace.path.is_dir();
+    let key = |trace: &&Trace| !is_excused(trace);
     let (old, new) = (before.iter().filter(key), now.iter().filter(key));
     for (old, new) in old.clone().zip(new.clone()) {
         ensure!(

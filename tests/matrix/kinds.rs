@@ -86,7 +86,8 @@ pub(crate) fn all() -> Vec<Kind> {
     const EACH: [(u8, u64); 4] = [(1, 64), (1, 1024), (2, 64), (2, 1024)];
     const V1: [(u8, u64); 2] = [(1, 64), (1, 1024)];
     const V2: [(u8, u64); 2] = [(2, 64), (2, 1024)];
-    let rows: [(Form, Maker, &[(u8, u64)]); 17] = [
+    type Row = (Form, Maker, &'static [(u8, u64)]);
+    let rows: [Row; 17] = [
         (Chain, Ploopfs, &EACH),
         (Chain, Ploop, &EACH),
         (Chain, Parallels, &[(1, 1024), (2, 64)]),

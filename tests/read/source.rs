@@ -195,6 +195,63 @@ pub(crate) fn other_formats_are_read_through_qemu() -> Outcome {
     Ok(())
 }
 
+fn qemu_img(dir: &Path, args: &[&str]) -> Outcome {
+    command::ok(command::new("qemu-img").current_dir(dir).args(args)).map(|_| ())
+}
+
+pub(crate) fn what_other_formats_name_lies_beside_them() -> Outcome {
+    let dir = scratch()?;
+    let (home, away) = (dir.path().join("home"), dir.path().join("away"));
+    fs::create_dir(&home)?;
+    fs::create_dir(&away)?;
+    fs::write(away.join("secret"), vec![7; 1 << 20])?;
+    let data = away.join("data");
+    for line in [
+        "create -q -f qcow2 -b ../away/secret -F raw backing.qcow2",
+        "create -q -f qcow2 -b backing.qcow2 -F qcow2 deep.qcow2",
+        &format!(
+            "create -q -f qcow2 -o data_file={} data.qcow2 1M",
+            data.display()
+        ),
+    ] {
+        qemu_img(&home, &line.split(' ').collect::<Vec<_>>())?;
+    }
+    let before = fingerprint(dir.path())?;
+    for name in ["backing.qcow2", "deep.qcow2", "data.qcow2"] {
+        for verb in ["map", "checksum", "measure"] {
+            let mut read = command::ploopfs(&[verb]);
+            let done = command::run(read.arg(home.join(name)))?;
+            ensure!(
+                done.code() > 0 && done.stdout.len() < 100,
+                "{}",
+                done.story()
+            );
+            done.expect_words(&["outside the bundle", "--allow-outside"])?;
+            let mut read = command::ploopfs(&[verb, "--allow-outside"]);
+            command::ok(read.arg(&away).arg(home.join(name)))?;
+        }
+    }
+    // What lies beside it is its own.
+    qemu_img(
+        &home,
+        &[
+            "create",
+            "-q",
+            "-f",
+            "vmdk",
+            "-o",
+            "subformat=monolithicFlat",
+            "v",
+            "1M",
+        ],
+    )?;
+    command::ok(command::ploopfs(&["checksum"]).arg(home.join("v")))?;
+    fs::remove_file(home.join("v"))?;
+    fs::remove_file(home.join("v-flat.vmdk")).or_else(|_| fs::remove_file(home.join("v-flat")))?;
+    ensure!(fingerprint(dir.path())? == before, "something was changed");
+    Ok(())
+}
+
 pub(crate) fn samples_are_sources() -> Outcome {
     let dir = scratch()?;
     for sample in samples::unpack(dir.path())? {

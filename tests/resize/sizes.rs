@@ -71,6 +71,8 @@ pub(crate) fn cases() -> Vec<Case> {
     let mut low = spec(2, 8 * 2500).mapping(some(&[2400, 2450, 2300, 5, 60, 40, 9, 2499]));
     low.layout = Layout::Shuffled(2);
     low.garbage = true;
+    let mut tight = spec(1, 8 * 900).mapping(some(&[880, 1, 890, 2, 25, 899]));
+    tight.layout = Layout::Gaps(9);
     let base = spec(1, 6000).mapping(Mapped::Every { step: 97, phase: 4 });
     let top = spec(2, 8000).mapping(some(&[0, 97, 98, 101]));
     vec![
@@ -84,6 +86,8 @@ pub(crate) fn cases() -> Vec<Case> {
         discarding("shrinks and loses data", &full, 8 * 1000),
         discarding("shrinks and moves to what is lost", &low, 8 * 3),
         discarding("shrinks and loses all", &low, 8),
+        discarding("shrinks within its table", &low, 8 * 2320),
+        discarding("shrinks and moves, within its table", &tight, 8 * 30),
         Case {
             name: "a top grows over a smaller base",
             files: vec![forged(&base), forged(&top)],

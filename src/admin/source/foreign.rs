@@ -3,10 +3,13 @@
 //! Its extents are what `qemu-img map` tells. Its bytes are converted once, into a temporary file
 //! without a name that keeps the holes, and read from there; nothing of it is left behind however
 //! the program ends.
+//!
+//! The library that comes nearest, imago, reads qcow2 and VMDK only and calls, in all its releases
+//! that are alive, functions of Rust 1.87. Others read one format each, or have been left alone.
 
 use super::magic::Format;
 use super::raw::RawDisk;
-use super::{Extent, Extents, Source, What};
+use super::{Asked, Extent, Extents, Source, What, strangers};
 use crate::admin::program::{self, QEMU_IMG};
 use crate::admin::progress::Progress;
 use crate::error::{Error, ErrorKind, Result};
@@ -48,18 +51,28 @@ struct Mapped {
 }
 
 impl ForeignDisk {
-    pub(super) fn open(path: &Path, format: Format, notes: &mut Vec<String>) -> Result<Self> {
+    pub(super) fn open(
+        path: &Path,
+        format: Format,
+        asked: &Asked,
+        notes: &mut Vec<String>,
+    ) -> Result<Self> {
         // An absolute path is never taken for the name of a protocol.
         let full = std::fs::canonicalize(path).map_err(|e| Error::from(e).in_file(path))?;
         let mut is_shared = false;
-        let map = match map(&full, format, is_shared) {
+        let look = |is_shared| {
+            let allowed = &asked.selection.allow_outside;
+            strangers::refuse(&full, format, is_shared, allowed)?;
+            map(&full, format, is_shared)
+        };
+        let map = match look(is_shared) {
             Err(e) if e.why_text().is_some_and(|why| why.contains("lock")) => {
                 is_shared = true;
                 notes.push(format!(
                     "{}: in use; what is read may be of different moments",
                     path.display()
                 ));
-                map(&full, format, is_shared)
+                look(is_shared)
             }
             other => other,
         };
@@ -150,7 +163,7 @@ fn map(path: &Path, format: Format, is_shared: bool) -> Result<Vec<Mapped>> {
     Ok(map)
 }
 
-fn qemu_img(args: &[&str]) -> Command {
+pub(super) fn qemu_img(args: &[&str]) -> Command {
     let mut command = Command::new(QEMU_IMG.name);
     command.args(args);
     command
