@@ -6,7 +6,8 @@
 //! A request arrives on a thread of the transport, which must get back to the kernel soon. If its
 //! size is below the order threshold and nothing stands in its way, it is served right there,
 //! without a lock and without asking for memory: [`read`] and the in-place half of
-//! [`write`](mod@write).
+//! [`write`](mod@write). So are a few larger ones at a time, since a copy and a wake-up cost more than
+//! a thread that is busy, as long as others are free.
 //! Everything else goes to the [`pool`] with a buffer that was set aside at the start
 //! ([`buffers`]): large requests, and those that must load a page of the map, give a cluster a
 //! place, copy one up, or make a range zero. What would have to wait there for another request is
@@ -66,6 +67,9 @@ pub struct DiskOptions {
     pub read_only: bool,
     /// Requests of this order (log2 of 4 KiB pages) and above go to the pool.
     pub inline_order: u32,
+    /// But for so many at a time whose clusters are there already. They stay on the threads on
+    /// which they arrive, of which there must be more.
+    pub large_inline_max: usize,
     /// Bytes of memory for pages of the map.
     pub bat_cache: u64,
     /// Bytes by which a file grows.
@@ -87,6 +91,7 @@ impl Default for DiskOptions {
         Self {
             read_only: false,
             inline_order: INLINE_ORDER_DEFAULT.0,
+            large_inline_max: 0,
             bat_cache: 32 << 20,
             grow_step: 16 << 20,
             reflink: true,
@@ -143,6 +148,9 @@ pub struct Disk {
     size: u64,
     read_only: bool,
     inline_order: RequestOrder,
+    large_inline_max: usize,
+    /// Requests above the threshold that threads of the transport serve now.
+    large_inline: AtomicUsize,
     enospc: EnospcPolicy,
     resources: Resources,
     health: Health,

@@ -7,7 +7,7 @@ use super::serve::Plan;
 use crate::admin;
 use crate::admin::info::Tables;
 use crate::chain::bundle::{self, OpenedImages, Selection};
-use crate::disk::{self, Disk};
+use crate::disk::{self, Disk, DiskOptions};
 use crate::error::{Error, Result};
 use crate::fuse::partitions::{self, Partition};
 use crate::fuse::{self, PloopFs};
@@ -40,7 +40,12 @@ pub(super) struct Opened {
 /// Opens and locks the image.
 pub(super) fn open_disk(plan: &Plan) -> Result<Opened> {
     let images = Arc::new(bundle::open(&plan.image, &plan.settings.selection)?);
-    let (disk, notes) = disk::open(Arc::clone(&images), &plan.settings.disk)?;
+    // Most threads are kept free for small requests.
+    let options = DiskOptions {
+        large_inline_max: plan.settings.threads / 4,
+        ..plan.settings.disk.clone()
+    };
+    let (disk, notes) = disk::open(Arc::clone(&images), &options)?;
     notes.iter().for_each(|note| log::warn!("{note}"));
     let partitions = if plan.settings.partitions {
         partitions::list(&disk).unwrap_or_else(|e| {

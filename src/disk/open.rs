@@ -73,6 +73,7 @@ pub fn open_view(disk: &Disk, images: OpenedImages) -> Result<Arc<Disk>> {
     let options = DiskOptions {
         read_only: true,
         inline_order: disk.inline_order.0,
+        large_inline_max: disk.large_inline_max,
         bat_cache: VIEW_CACHE,
         ..DiskOptions::default()
     };
@@ -130,6 +131,8 @@ pub fn open_with(
         size,
         read_only: options.read_only,
         inline_order: RequestOrder(options.inline_order),
+        large_inline_max: options.large_inline_max,
+        large_inline: AtomicUsize::new(0),
         enospc: options.enospc,
         resources,
         health: Health::default(),

@@ -13,7 +13,7 @@ use crate::sync;
 use crate::units::{DiskCluster, DiskOffset, len_u64, len_usize};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Steps of a long request after which other jobs get their turn.
@@ -24,6 +24,21 @@ const STEPS_PER_TURN: usize = 64;
 enum Change<'a> {
     Write(&'a [u8]),
     Zero(u64),
+}
+
+/// A request that stays on its thread.
+#[derive(Debug)]
+pub(super) struct Stay<'a> {
+    /// Counts the large ones.
+    counted: Option<&'a AtomicUsize>,
+}
+
+impl Drop for Stay<'_> {
+    fn drop(&mut self) {
+        if let Some(count) = self.counted {
+            count.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Disk {
@@ -41,7 +56,7 @@ impl Disk {
         let len = len.min(left).min(buf.len());
         bump(&self.counters.reads, 1);
         bump(&self.counters.read_bytes, len_u64(len));
-        if RequestOrder::of(len) < self.inline_order {
+        if let Some(_stay) = self.stay(len) {
             match self.guarded(|| self.read_pieces(at, &mut buf[..len], Load::No)) {
                 Ok(true) => {
                     bump(&self.counters.inline_requests, 1);
@@ -72,7 +87,7 @@ impl Disk {
         if let Err(error) = self.check_change(at, len_u64(data.len())) {
             return reply.done(Err(error));
         }
-        if RequestOrder::of(data.len()) < self.inline_order {
+        if let Some(_stay) = self.stay(data.len()) {
             match self.guarded(|| self.write_pieces_in_place(at, data)) {
                 Ok(true) => {
                     bump(&self.counters.inline_requests, 1);
@@ -90,6 +105,19 @@ impl Disk {
             }
             None => self.write_alone(at, data, reply),
         }
+    }
+
+    /// Whether a request of this length is tried on the thread on which it arrived. The answer is
+    /// held until that thread is free again.
+    pub(super) fn stay(&self, len: usize) -> Option<Stay<'_>> {
+        if RequestOrder::of(len) < self.inline_order {
+            return Some(Stay { counted: None });
+        }
+        let count = &self.large_inline;
+        let stay = Stay {
+            counted: Some(count),
+        };
+        (count.fetch_add(1, Ordering::Relaxed) < self.large_inline_max).then_some(stay)
     }
 
     /// Makes a range read as zeros: punched holes and zeroed ranges alike.

@@ -38,6 +38,13 @@ fn open_images(storages: &[&Arc<MemStorage>]) -> Result<Arc<Disk>> {
 
 /// The same, with what the user is told.
 fn open_told(storages: &[&Arc<MemStorage>]) -> Result<(Arc<Disk>, Vec<String>)> {
+    open_as(storages, &DiskOptions::default())
+}
+
+fn open_as(
+    storages: &[&Arc<MemStorage>],
+    options: &DiskOptions,
+) -> Result<(Arc<Disk>, Vec<String>)> {
     let part = |(number, storage): (u64, &&Arc<MemStorage>)| OpenedPart {
         start: SectorCount::new(80 * number),
         end: None,
@@ -51,7 +58,7 @@ fn open_told(storages: &[&Arc<MemStorage>]) -> Result<(Arc<Disk>, Vec<String>)> 
     };
     let parts = (0..).zip(storages).map(part).collect();
     let images = OpenedImages::from_parts(PathBuf::from("x.hds"), parts);
-    open(Arc::new(images), &DiskOptions::default())
+    open(Arc::new(images), options)
 }
 
 #[test]
@@ -104,4 +111,43 @@ fn no_more_is_missing_than_the_disk_has() {
         let (_, notes) = open_told(&[&storage]).unwrap();
         assert!(notes.iter().any(|note| note.contains(told)), "{notes:?}");
     }
+}
+
+/// A reply that tells the thread that gave it.
+struct Told(std::sync::mpsc::Sender<std::thread::ThreadId>);
+
+impl crate::disk::ReadReply for Told {
+    fn done(self, result: Result<&[u8]>) {
+        assert_eq!(result.unwrap()[0], 7);
+        self.0.send(std::thread::current().id()).unwrap();
+    }
+}
+
+#[test]
+fn only_so_many_large_requests_stay_on_their_threads() {
+    let options = DiskOptions {
+        inline_order: 0,
+        large_inline_max: 2,
+        ..DiskOptions::default()
+    };
+    let storage = image(&[(0, 1)]);
+    let (disk, _) = open_as(&[&storage], &options).unwrap();
+    let mut buf = [0; 4096];
+    // Loads the page of the map.
+    disk.read_at(crate::units::DiskOffset::new(0), &mut buf)
+        .unwrap();
+    let mut stays_here = || {
+        let (told, heard) = std::sync::mpsc::channel();
+        disk.read(crate::units::DiskOffset::new(0), 4096, &mut buf, Told(told));
+        heard.recv().unwrap() == std::thread::current().id()
+    };
+    assert!(stays_here() && stays_here() && stays_here());
+    let one = disk.stay(4096).unwrap();
+    assert!(stays_here(), "one of two is left");
+    let two = disk.stay(4096).unwrap();
+    assert!(disk.stay(4096).is_none() && !stays_here());
+    drop(two);
+    assert!(stays_here());
+    drop(one);
+    disk.close().unwrap();
 }
