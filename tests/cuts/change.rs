@@ -219,7 +219,7 @@ fn resizes() -> Vec<Course> {
         "plain",
     ] {
         for (what, sectors) in [("grows", 8 * 1100), ("grows little", 464), ("shrinks", 304)] {
-            if kind == "plain base" && what == "shrinks" || kind == "plain" && what == "shrinks" {
+            if matches!(kind, "plain base" | "plain") && what == "shrinks" {
                 // Its data reaches to the end.
                 continue;
             }

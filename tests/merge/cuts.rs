@@ -3,7 +3,7 @@
 use crate::forge::image::{ImageSpec, Layout, Mapped};
 use crate::net::{shown, sound};
 use crate::sim::directory::{Names, SimDirectory};
-use crate::sim::replay::Media;
+use crate::sim::media::Media;
 use crate::sim::storage::{Manners, SimStorage, World};
 use crate::stopping::Stopping;
 use ploopfs::admin::create::Ids;

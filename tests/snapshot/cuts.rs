@@ -190,7 +190,7 @@ fn is_done(left: &Media, good: &Media, what: &str) -> bool {
 }
 
 fn expect_completed(case: &Case, left: &Media, good: &Media, what: &str) {
-    let host = SimDirectory::on(&left);
+    let host = SimDirectory::on(left);
     let settle = |bundle: &mut Bundle<'_>| bundle.settle();
     let again: Step<'_> = if is_done(left, good, what) {
         &settle

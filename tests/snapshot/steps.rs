@@ -261,7 +261,7 @@ fn refusal(spec: &BundleSpec, step: crate::world::Step<'_>) -> ErrorKind {
 }
 
 fn refusal_of(old: &Media, step: crate::world::Step<'_>) -> ErrorKind {
-    let host = SimDirectory::on(&old);
+    let host = SimDirectory::on(old);
     let error = carry_out(&host, step).expect_err("it is refused");
     assert_eq!(
         host.world().moments().collect::<Vec<_>>().len(),
