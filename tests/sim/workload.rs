@@ -134,6 +134,7 @@ fn options(dice: &mut u64) -> DiskOptions {
         grow_step: [1, 1 << 15][(splitmix(dice) % 2) as usize],
         enospc: [EnospcPolicy::Fail, EnospcPolicy::Seconds(2)][(splitmix(dice) % 2) as usize],
         flush_interval_ms: [0, 3, 20][(splitmix(dice) % 3) as usize],
+        large_inline_max: (*dice % 3) as usize,
         ..DiskOptions::default()
     }
 }
