@@ -162,10 +162,11 @@ pub(crate) fn expect_same(what: &str, wanted: &[u8], found: &[u8]) -> Result<()>
         found.len(),
         wanted.len()
     );
-    if let Some(text) = content::first_difference(0, wanted, &found[..wanted.len()]) {
-        anyhow::bail!("{what}: {text}");
+    let (start, rest) = found.split_at(wanted.len());
+    if start != wanted {
+        let text = content::first_difference(0, wanted, start);
+        anyhow::bail!("{what}: {}", text.unwrap_or_default());
     }
-    let rest = &found[wanted.len()..];
     ensure!(
         rest.iter().all(|byte| *byte == 0),
         "{what}: garbage at the end"

@@ -13,8 +13,10 @@ use std::fs::{self, File};
 use std::path::Path;
 
 /// ploop asks its kernel module whether it may make images of version 2. Where there is none, it
-/// finds the answer in a mount namespace of its own.
+/// finds the answer in a mount namespace of its own. `PATH` is set here: set for the child, it would
+/// make every start copy the tables of a large process.
 const ASKED: &str = "\
+    PATH=/usr/sbin:/usr/bin:/sbin:/bin; export PATH; \
     if ! test -e /sys/module/ploop; then \
         mount -t tmpfs none /sys/module; \
         mkdir -p /sys/module/ploop/parameters; \
@@ -25,7 +27,6 @@ const ASKED: &str = "\
 pub(crate) fn ploop_in(dir: &Path, args: &[&str]) -> Result<Finished> {
     let mut command = command::new("unshare");
     command.args(["-m", "sh", "-ec", ASKED, "ploop"]).args(args);
-    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     command::run(command.current_dir(dir))
 }
 
