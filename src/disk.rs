@@ -6,8 +6,8 @@
 //! A request arrives on a thread of the transport, which must get back to the kernel soon. If its
 //! size is below the order threshold and nothing stands in its way, it is served right there,
 //! without a lock and without asking for memory: [`read`] and the in-place half of
-//! [`write`](mod@write). So are a few larger ones at a time, since a copy and a wake-up cost more than
-//! a thread that is busy, as long as others are free.
+//! [`write`](mod@write). So are a few larger ones at a time, since a copy and a wake-up cost more
+//! than a thread that is busy, as long as others are free.
 //! Everything else goes to the [`pool`] with a buffer that was set aside at the start
 //! ([`buffers`]): large requests, and those that must load a page of the map, give a cluster a
 //! place, copy one up, or make a range zero. What would have to wait there for another request is
