@@ -146,11 +146,15 @@ pub fn open_with(
         _images: images,
     });
     if !options.read_only {
-        let interval = (options.flush_interval_ms > 0)
-            .then(|| Duration::from_millis(options.flush_interval_ms));
-        disk.flusher.start(&disk, interval)?;
+        start_flusher(&disk, options)?;
     }
     Ok((disk, notes))
+}
+
+fn start_flusher(disk: &Arc<Disk>, options: &DiskOptions) -> Result<()> {
+    let interval = Duration::from_millis(options.flush_interval_ms);
+    disk.flusher
+        .start(disk, (!interval.is_zero()).then_some(interval))
 }
 
 /// Looks at the headers of all parts of a split disk before anything is done to any, and gives each
