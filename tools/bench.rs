@@ -153,20 +153,22 @@ fn load() -> String {
 }
 
 fn about(cli: &Cli, seed: u64) -> Result<About> {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    // What tools/bench adds by itself is nobody's business.
-    let typed = words
-        .chunk_by(|a, _| a == "--criterion")
-        .filter(|pair| pair[0] != "--criterion")
-        .flatten()
-        .cloned();
-    let words = std::iter::once("tools/bench".to_owned()).chain(typed);
+    // Where the results go is nobody's business.
+    let mut words = vec!["tools/bench".to_owned()];
+    let mut typed = std::env::args().skip(1);
+    while let Some(word) = typed.next() {
+        match word.as_str() {
+            "--criterion" | "--out" => drop(typed.next()),
+            "--readme" => {}
+            _ => words.push(word),
+        }
+    }
     Ok(About {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         date: host::said(Command::new("date").arg("+%Y-%m-%d"))?,
         kernel: host::said(Command::new("uname").arg("-r"))?,
         cpus: std::thread::available_parallelism()?.get(),
-        command: words.collect::<Vec<_>>().join(" "),
+        command: words.join(" "),
         seed,
         rounds: cli.rounds(),
         seconds: cli.seconds(),

@@ -40,9 +40,9 @@ pub(super) struct Opened {
 /// Opens and locks the image.
 pub(super) fn open_disk(plan: &Plan) -> Result<Opened> {
     let images = Arc::new(bundle::open(&plan.image, &plan.settings.selection)?);
-    // Most threads are kept free for small requests.
+    // Half of the threads are kept free for small requests.
     let options = DiskOptions {
-        large_inline_max: plan.settings.threads / 4,
+        large_inline_max: plan.settings.threads / 2,
         ..plan.settings.disk.clone()
     };
     let (disk, notes) = disk::open(Arc::clone(&images), &options)?;

@@ -124,8 +124,7 @@ pub fn open_with(
         marks.push(mark);
     }
     let size = total_size(&parts)?;
-    let is_writable = !options.read_only;
-    let flush = is_writable.then(|| FlushState::new(marks, &parts));
+    let flush = (!options.read_only).then(|| FlushState::new(marks, &parts));
     let disk = Arc::new(Disk {
         parts: ArcSwap::from_pointee(parts),
         size,
@@ -146,7 +145,7 @@ pub fn open_with(
         closing: AtomicBool::new(false),
         _images: images,
     });
-    if is_writable {
+    if !options.read_only {
         start_flusher(&disk, options)?;
     }
     Ok((disk, notes))

@@ -10,7 +10,7 @@
 /// 7 is 512 KiB, what a loop device makes of a large read or write. With 6 (256 KiB, where dm-ploop
 /// starts) reads of 256 KiB lose a fifth of their speed; with 8 and more, large reads are a little
 /// faster alone, but small requests beside them wait several times as long, because all session
-/// threads are busy copying. `cargo run --release --example bench` measures it.
+/// threads are busy copying. `tools/bench --contestants 'identity,a=--inline-order 8'` measures it.
 pub const INLINE_ORDER_DEFAULT: RequestOrder = RequestOrder(7);
 
 /// log2 of the whole 4 KiB pages in a request, rounded down: 0 below 8 KiB, 8 from 1 MiB on. A

@@ -150,6 +150,11 @@ pub(crate) const ALL: [Scene; 10] = [
     },
 ];
 
+/// True for what the servers of another scene's races cost.
+pub(crate) fn is_work(name: &str) -> bool {
+    name.ends_with(WORK)
+}
+
 /// What follows a scene's name in that of what its servers' requests cost.
 const WORK: &str = ", work";
 
@@ -298,12 +303,14 @@ impl Run<'_> {
                     }
                     let before = subject.spent()?;
                     let value = job.run(&subject.target, seconds)?;
-                    self.add_work(scene, job, subject, before, round)?;
+                    let after = subject.spent()?;
                     if !job.only_reads() {
                         subject.settle()?;
                     }
                     let key = (scene, job.name, subject.name.as_str());
                     self.report.add(key, job.unit, round, value);
+                    let spent = before.zip(after);
+                    self.add_work((scene, job, &subject.name), spent, round);
                 }
             }
             eprintln!("{scene}: round {} of {}", round + 1, self.rounds(false));
@@ -315,24 +322,21 @@ impl Run<'_> {
     /// how many requests there are in a second, and hardly what each of them costs.
     fn add_work(
         &mut self,
-        scene: &str,
-        job: &Job,
-        subject: &Subject,
-        before: Option<(u64, u64)>,
+        (scene, job, contestant): (&str, &Job, &str),
+        spent: Option<((u64, u64), (u64, u64))>,
         round: usize,
-    ) -> Result<()> {
-        let (Some(before), Some(after)) = (before, subject.spent()?) else {
-            return Ok(());
+    ) {
+        let Some((before, after)) = spent else {
+            return;
         };
         let requests = after.1.saturating_sub(before.1);
         if requests > 0 {
             let microseconds = after.0.saturating_sub(before.0) as f64 / 1e3 / requests as f64;
             let scene = format!("{scene}{WORK}");
-            let key = (scene.as_str(), job.name, subject.name.as_str());
+            let key = (scene.as_str(), job.name, contestant);
             self.report
                 .add(key, Unit::Microseconds, round, microseconds);
         }
-        Ok(())
     }
 
     fn once(&mut self, scene: &str, list: &[Once]) -> Result<()> {

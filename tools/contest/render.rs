@@ -104,9 +104,10 @@ fn markdown(report: &Report) -> String {
     let mut out = String::new();
     let _ = writeln!(
         out,
-        "`{}` on {}, Linux {}, {} CPUs, {} rounds of {} s,\nimages of {} MiB on {} (cold and sync: \
-         {}), version {}:",
+        "`{}`\n(version {}, {}, Linux {}, {} CPUs,\n{} rounds of {} s, images of {} MiB on {}; \
+         cold, direct, sync and reflink on {}):",
         about.command,
+        about.version,
         about.date,
         about.kernel,
         about.cpus,
@@ -114,10 +115,10 @@ fn markdown(report: &Report) -> String {
         about.seconds,
         about.size_mib,
         about.image_fs,
-        about.disk_fs,
-        about.version
+        about.disk_fs
     );
-    for scene in report.scenes() {
+    let scenes = report.scenes().into_iter();
+    for scene in scenes.filter(|scene| !races::is_work(scene)) {
         let names = report.contestants(scene);
         let base = base(report, scene);
         let _ = writeln!(out, "\n| {} | {} |", races::title(scene), names.join(" | "));
