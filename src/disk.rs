@@ -138,6 +138,20 @@ pub trait ReadReply: Send + 'static {
 pub trait DoneReply: Send + 'static {
     /// Says that it is done, or why not.
     fn done(self, result: Result<()>);
+
+    /// The bytes of a write that come with its reply, for [`Disk::write_brought`].
+    fn brought(&self) -> &[u8] {
+        &[]
+    }
+}
+
+/// A read with the memory for it, which goes where the request goes.
+pub trait ReadInto: Send + 'static {
+    /// Where the bytes are to be.
+    fn memory(&mut self) -> &mut [u8];
+
+    /// Says how many are there now, or why there are none: called exactly once, from any thread.
+    fn done(self, result: Result<usize>);
 }
 
 /// The flat disk. Requests may come concurrently, from any number of threads.

@@ -6,7 +6,8 @@
 //!
 //! [`PloopFs`] is the file system; one place decides what a request means, and doors carry requests
 //! to it and answers back, from several threads at once. Its verbs are in `fuse/requests.rs`, and
-//! what they have in common is here; the door that fuser keeps is `fuse/library.rs`. READ and WRITE
+//! what they have in common is here. The doors are `fuse/library.rs`, which fuser keeps, and two of
+//! our own, `fuse/device.rs` on /dev/fuse and `fuse/rings.rs` on io_uring. READ and WRITE
 //! of `disk.img` carry the file handle 0 and go straight to the live disk with the memory that the
 //! door has for them; every other open file has an entry in a table. The disk answers through the
 //! reply object, at once or later from a thread of its own, so a verb that returns has not always
@@ -35,6 +36,8 @@ pub mod attach;
 mod buffer;
 pub mod daemon;
 pub mod dead;
+mod device;
+mod dispatch;
 pub mod errno;
 pub mod holders;
 mod library;
@@ -45,12 +48,14 @@ mod nodes;
 pub mod partitions;
 pub mod registry;
 mod requests;
+mod rings;
 mod rules;
 pub mod session;
 pub mod signals;
 pub mod trim;
 mod views;
 pub mod volumes;
+mod wire;
 
 pub use nodes::Shape;
 pub use views::Opener;

@@ -16,3 +16,4 @@ pub mod process;
 pub mod raced;
 pub mod random;
 pub mod trim;
+pub mod uring;

@@ -27,23 +27,43 @@ mod locks;
 mod memory;
 #[path = "mount/process.rs"]
 mod process;
+#[path = "mount/rings.rs"]
+mod rings;
 #[path = "mount/tree.rs"]
 mod tree;
 
+use libtest_mimic::Trial;
 use support::harness;
 
-fn main() {
+/// What must be true whichever way requests come.
+fn either_way() -> Vec<Trial> {
     let mut trials = Vec::new();
     trials.extend(disks::trials());
     trials.extend(files::trials());
-    trials.extend(locks::trials());
     trials.extend(life::trials());
     trials.extend(damage::trials());
-    trials.extend(dead::trials());
-    trials.extend(memory::trials());
-    trials.extend(process::trials());
     trials.extend(answers::trials());
     trials.extend(tree::trials());
     trials.extend(load::trials());
+    trials
+}
+
+fn main() {
+    let mut trials = either_way();
+    trials.extend(locks::trials());
+    trials.extend(dead::trials());
+    trials.extend(memory::trials());
+    trials.extend(process::trials());
+    trials.extend(rings::trials());
+    for way in ["uring", "crowd", "dev"] {
+        trials.extend(harness::over(way, files::trials));
+        trials.extend(harness::over(way, answers::trials));
+    }
+    // Everything, and long loads, over the transport that users do not get yet.
+    if std::env::var_os("PLOOPFS_TEST_RINGS").is_some() {
+        for way in ["uring", "crowd", "dev"] {
+            trials.extend(harness::over(way, either_way));
+        }
+    }
     harness::main(trials)
 }

@@ -17,11 +17,14 @@ use super::copy::CopyArgs;
 use super::create::CreateArgs;
 use super::map::MapArgs;
 use super::measure::MeasureArgs;
-use super::options::{Settings, parse_enospc, parse_order, parse_step, parse_threads};
+use super::options::{
+    Settings, parse_enospc, parse_order, parse_step, parse_threads, parse_transport,
+};
 use super::progress::When;
 use super::size::{parse_change, parse_millis, parse_size};
 use crate::admin::resize::disk::Change;
 use crate::disk::EnospcPolicy;
+use crate::fuse::session::Transport;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -196,6 +199,9 @@ pub struct ServeArgs {
     /// Threads that serve what does not stay where it arrives (4)
     #[arg(long, value_name = "N", value_parser = parse_threads, help_heading = "Tuning")]
     pub pool_threads: Option<usize>,
+    /// How requests come in: auto, fuser or uring (auto)
+    #[arg(long, value_name = "WAY", value_parser = parse_transport, hide = true)]
+    pub transport: Option<Transport>,
     /// Never let the daemon's memory be swapped out
     #[arg(long, help_heading = "Tuning")]
     pub lock_memory: bool,
@@ -227,6 +233,7 @@ impl ServeArgs {
         disk.pool_threads = self.pool_threads.unwrap_or(disk.pool_threads);
         settings.replace_dead |= self.replace_dead;
         settings.lock_memory |= self.lock_memory;
+        settings.transport = self.transport.unwrap_or(settings.transport);
         settings.threads = self.threads.unwrap_or(settings.threads);
         // A snapshot is frozen; nobody asked to write to it.
         if settings.selection.snapshot.is_some() {

@@ -12,6 +12,7 @@ use crate::fuse::attach::{Attached, FileSystemTarget};
 use crate::fuse::dead::{DeadLoop, make_way};
 use crate::fuse::mount::{expect_free, shell_word, unmount_any, visible_mount};
 use crate::fuse::registry::{Record, Registry, Watched, wait_closed};
+use crate::fuse::session::expect_offered;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -48,6 +49,7 @@ fn plan(args: &AttachArgs) -> Result<Plan> {
             "sudo ploopfs attach {image}\nor mount it and use: udisksctl loop-setup -f .../disk.img"
         )));
     }
+    expect_offered(settings.transport)?;
     absolute_selection(&mut settings)?;
     // Partitions are what a block device is wanted for.
     settings.partitions = true;

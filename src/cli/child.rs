@@ -247,8 +247,11 @@ impl Daemon<'_> {
             Ok(())
         };
         let settings = &plan.settings;
-        let (access, threads) = (settings.mount.access, settings.threads);
-        let result = session::serve(filesystem, fd, access, threads, on_ready);
+        let (access, how) = (
+            settings.mount.access,
+            (settings.transport, settings.threads),
+        );
+        let result = session::serve(filesystem, fd, access, how, on_ready);
         // A session that failed, or was aborted, leaves a dead mount behind.
         if mounted.is_visible() {
             if let Err(e) = mounted.unmount(true) {
@@ -307,8 +310,12 @@ impl Daemon<'_> {
             );
             Ok(())
         };
-        let (access, threads) = (plan.settings.mount.access, plan.settings.threads);
-        let result = session::serve(filesystem, fd, access, threads, on_ready);
+        let settings = &plan.settings;
+        let (access, how) = (
+            settings.mount.access,
+            (settings.transport, settings.threads),
+        );
+        let result = session::serve(filesystem, fd, access, how, on_ready);
         let attached = thread.map_or(Ok(()), |thread| {
             thread
                 .join()

@@ -132,6 +132,7 @@ fn run_mount(request: &Request) -> Result<(), Box<Report>> {
             inline_order: None,
             pool_threads: None,
             threads: None,
+            transport: None,
             lock_memory: false,
             select: SelectArgs {
                 snapshot: None,

@@ -9,6 +9,7 @@ use super::serve::{Plan, Served, Target, absolute, describe, launch};
 use crate::error::Result;
 use crate::fuse::dead::make_way;
 use crate::fuse::mount::{Shape, examine, shell_word};
+use crate::fuse::session::expect_offered;
 use std::io::IsTerminal;
 use std::path::Path;
 
@@ -41,6 +42,7 @@ pub fn run(args: &MountArgs, json: bool) -> Result<(), Box<Report>> {
 }
 
 fn plan(args: &MountArgs, mut settings: super::options::Settings) -> Result<Plan> {
+    expect_offered(settings.transport)?;
     for device in make_way(&args.mountpoint, settings.replace_dead)? {
         note(&orphaned(&device, &args.mountpoint));
     }

@@ -7,6 +7,7 @@ use super::size::{parse_millis, parse_size};
 use crate::chain::bundle::Selection;
 use crate::disk::{DiskOptions, EnospcPolicy};
 use crate::fuse::mount::{Access, MountOptions};
+use crate::fuse::session::Transport;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -63,7 +64,7 @@ const FLAGS: [&str; 16] = [
 ];
 
 /// Words with a value.
-const VALUES: [&str; 19] = [
+const VALUES: [&str; 20] = [
     "fsname",
     "subtype",
     "max_read",
@@ -83,6 +84,7 @@ const VALUES: [&str; 19] = [
     "lower",
     "allow_outside",
     "partitions",
+    "transport",
 ];
 
 /// Who owns the files of the mount, and their modes.
@@ -111,6 +113,8 @@ pub struct Settings {
     pub ownership: Ownership,
     /// Threads that take requests.
     pub threads: usize,
+    /// How requests come in.
+    pub transport: Transport,
     /// Show partitions as files.
     pub partitions: bool,
     /// A missing image is no failure.
@@ -137,6 +141,7 @@ impl Default for Settings {
                 dir_mask: 0o077,
             },
             threads: 8,
+            transport: Transport::default(),
             partitions: true,
             nofail: false,
             replace_dead: false,
@@ -195,6 +200,18 @@ pub fn parse_threads(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(threads @ 1..=64) => Ok(threads),
         _ => Err(format!("'{text}': use a number of threads from 1 to 64")),
+    }
+}
+
+/// Reads how requests come in; `dev` and `crowd` are for tests.
+pub fn parse_transport(text: &str) -> Result<Transport, String> {
+    match text {
+        "auto" => Ok(Transport::Auto),
+        "fuser" => Ok(Transport::Fuser),
+        "uring" => Ok(Transport::Uring),
+        "dev" => Ok(Transport::Device),
+        "crowd" => Ok(Transport::Crowded),
+        _ => Err(format!("'{text}': use auto, fuser or uring")),
     }
 }
 
@@ -291,6 +308,7 @@ impl Settings {
             "dmask" => self.ownership.dir_mask = mask(name, text)?,
             "snapshot" => self.selection.snapshot = Some(text.to_owned()),
             "threads" => self.threads = parse_threads(text).map_err(told)?,
+            "transport" => self.transport = parse_transport(text).map_err(told)?,
             "pool_threads" => self.disk.pool_threads = parse_threads(text).map_err(told)?,
             "cache" => self.disk.bat_cache = parse_size(text).map_err(told)?,
             "inline_order" => self.disk.inline_order = parse_order(text).map_err(told)?,

@@ -5,7 +5,7 @@ use super::part::{Part, Progress};
 use super::read::Load;
 use super::stats::bump;
 use super::table::{Job, Wait};
-use super::{Disk, DoneReply, ReadReply, SPACE_WAITERS_MAX};
+use super::{Disk, DoneReply, ReadInto, ReadReply, SPACE_WAITERS_MAX};
 use crate::error::{Error, Result};
 use crate::format::layout::Layout;
 use crate::plan::RequestOrder;
@@ -80,6 +80,52 @@ impl Disk {
                 reply.done(result.map(|_| &buf[..len]));
             }
         }
+    }
+
+    /// Serves a read of `len` bytes, clipped at the disk's end, into memory that comes with it.
+    /// Where it is served is as for [`Disk::read`]; there is always a buffer.
+    pub fn read_into<R: ReadInto>(self: &Arc<Self>, at: DiskOffset, len: usize, mut target: R) {
+        let left = len_usize(self.size.saturating_sub(at.get())).unwrap_or(usize::MAX);
+        let len = len.min(left).min(target.memory().len());
+        bump(&self.counters.reads, 1);
+        bump(&self.counters.read_bytes, len_u64(len));
+        if RequestOrder::of(len) < self.inline_order {
+            let buf = &mut target.memory()[..len];
+            match self.guarded(|| self.read_pieces(at, buf, Load::No)) {
+                Ok(true) => {
+                    bump(&self.counters.inline_requests, 1);
+                    return target.done(Ok(len));
+                }
+                Ok(false) => {}
+                Err(error) => return target.done(Err(error)),
+            }
+        }
+        let disk = Arc::clone(self);
+        self.spawn(move || {
+            let buf = &mut target.memory()[..len];
+            let result = disk.guarded(|| disk.read_pieces(at, buf, Load::Yes));
+            target.done(result.map(|_| len));
+        });
+    }
+
+    /// Serves a write of the bytes that come with its reply.
+    pub fn write_brought<R: DoneReply>(self: &Arc<Self>, at: DiskOffset, reply: R) {
+        let len = reply.brought().len();
+        if let Err(error) = self.check_change(at, len_u64(len)) {
+            return reply.done(Err(error));
+        }
+        if RequestOrder::of(len) < self.inline_order {
+            match self.guarded(|| self.write_pieces_in_place(at, reply.brought())) {
+                Ok(true) => {
+                    bump(&self.counters.inline_requests, 1);
+                    self.count_change(Change::Write(reply.brought()));
+                    return reply.done(Ok(()));
+                }
+                Ok(false) => {}
+                Err(error) => return reply.done(Err(error)),
+            }
+        }
+        self.spawn_change(at, Op::Brought, reply);
     }
 
     /// Serves a write. `data` is copied if the request moves to the pool.
@@ -395,16 +441,9 @@ impl<F: FnOnce() + Send> Job for Once<F> {
 /// What a change in the pool owns.
 enum Op {
     Write(Buffer),
+    /// Its reply has the bytes.
+    Brought,
     Zero(u64),
-}
-
-impl Op {
-    fn change(&self) -> Change<'_> {
-        match self {
-            Self::Write(buffer) => Change::Write(buffer),
-            Self::Zero(len) => Change::Zero(*len),
-        }
-    }
 }
 
 /// A change in the pool, or parked.
@@ -438,14 +477,22 @@ impl<R: DoneReply> Job for ChangeJob<R> {
 }
 
 impl<R: DoneReply> ChangeJob<R> {
+    fn change(&self) -> Change<'_> {
+        match &self.op {
+            Op::Write(buffer) => Change::Write(buffer),
+            Op::Brought => Change::Write(self.reply.brought()),
+            Op::Zero(len) => Change::Zero(*len),
+        }
+    }
+
     fn turn(&mut self) -> Turn {
-        let len = self.op.change().len();
+        let len = self.change().len();
         for _ in 0..STEPS_PER_TURN {
             if self.done >= len {
                 return Turn::Finished(Ok(()));
             }
             let at = DiskOffset::new(self.at.get() + self.done);
-            let change = self.op.change().after(self.done);
+            let change = self.change().after(self.done);
             match self.disk.guarded(|| self.disk.change_step(at, change)) {
                 Ok((_, Progress::Done(more))) => {
                     self.done += more;
@@ -460,12 +507,12 @@ impl<R: DoneReply> ChangeJob<R> {
 
     fn finish(mut self, result: Result<()>) {
         self.stop_waiting_for_space();
+        if result.is_ok() {
+            self.disk.count_change(self.change());
+        }
         let Self {
             disk, op, reply, ..
         } = self;
-        if result.is_ok() {
-            disk.count_change(op.change());
-        }
         drop(op);
         reply.done(result);
         disk.job_finished();

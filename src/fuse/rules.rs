@@ -71,7 +71,7 @@ pub(crate) struct Present {
 }
 
 /// What `setattr` asks for, without times, which are always taken.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
     /// New mode, with or without the file type.
     pub(crate) mode: Option<u32>,

@@ -3,20 +3,98 @@
 //! Imports: `error`, the doors of `fuse`.
 //! Never: mounts or unmounts; the session has no other hand on the mount than its descriptor.
 //!
+//! Which door serves is settled before INIT is read, and what a ring needs is there by then.
+//!
 //! The kernel decides who may send requests ([`Access`] went into the mount), so the library's own
 //! check is left open; it would refuse the kernel's loop workers, which run as root. The exception
 //! is access for root only, which the kernel does not know.
 
 use super::PloopFs;
+use super::device::{self, Device};
+use super::dispatch::Guard;
 use super::library::Library;
 use super::mount::Access;
+use super::rings;
 use crate::error::{Error, ErrorKind, Result};
 use fuser::{Config, Session, SessionACL};
+use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// Threads for each queue where there are more of them than CPUs.
+const CROWD: usize = 4;
+
+/// How requests come in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// The best that is proven: the library, for now.
+    #[default]
+    Auto,
+    /// By the library fuser, from /dev/fuse.
+    Fuser,
+    /// By rings of io_uring, or not at all.
+    Uring,
+    /// By our own door on /dev/fuse; it is what rings fall back on, and for tests.
+    Device,
+    /// By rings with more threads than CPUs; for tests.
+    Crowded,
+}
+
+/// Fails if rings were asked for and the kernel does not offer them.
+pub fn expect_offered(transport: Transport) -> Result<()> {
+    let is_asked = matches!(transport, Transport::Uring | Transport::Crowded);
+    if !is_asked || rings::are_offered() {
+        return Ok(());
+    }
+    let fix = format!(
+        "as root: echo Y > {}; or leave --transport out",
+        rings::SWITCH
+    );
+    Err(Error::why(
+        ErrorKind::Host,
+        "the kernel does not offer FUSE over io_uring",
+    )
+    .fix(fix))
+}
 
 /// Answers INIT, calls `on_ready` once (its failure ends the session at once), and serves requests
-/// on this many threads. Returns after the last request when the mount has gone.
+/// on this many threads, or on one for each CPU if they come by rings. Returns after the last
+/// request when the mount has gone.
 pub fn serve(
+    fs: PloopFs,
+    fd: OwnedFd,
+    access: Access,
+    (transport, threads): (Transport, usize),
+    on_ready: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let threads = threads.max(1);
+    let crowd = if transport == Transport::Crowded {
+        CROWD
+    } else {
+        1
+    };
+    let served = match transport {
+        Transport::Auto | Transport::Fuser => serve_library(fs, fd, access, threads, on_ready),
+        Transport::Device => serve_own(fs, &Device::new(fd), None, (access, threads), on_ready),
+        Transport::Uring | Transport::Crowded => match rings::prepare(&fd, crowd) {
+            Ok(rings) => {
+                let device = Device::new(fd);
+                serve_own(fs, &device, Some(rings), (access, threads), on_ready)
+            }
+            Err(e) => Err(no_rings(&e)),
+        },
+    };
+    served.inspect_err(|error| log::error!("the session ended badly: {error}"))
+}
+
+fn no_rings(e: &io::Error) -> Error {
+    Error::why(ErrorKind::Host, format!("no rings can be had: {e}")).fix(
+        "see kernel.io_uring_disabled, RLIMIT_MEMLOCK and what the container lets through; or \
+         leave --transport out",
+    )
+}
+
+fn serve_library(
     fs: PloopFs,
     fd: OwnedFd,
     access: Access,
@@ -28,14 +106,41 @@ pub fn serve(
         Access::Owner | Access::Everybody => SessionACL::All,
     };
     let mut config = Config::default();
-    let threads = threads.max(1);
     config.n_threads = Some(threads);
     let session = Session::from_fd(Library::new(fs, threads), fd, acl, config)
         .map_err(|e| Error::why(ErrorKind::Host, "the kernel did not greet us").because(e))?;
     on_ready()?;
-    session.run().map_err(|e| {
-        let error = Error::from(e);
-        log::error!("the session ended badly: {error}");
-        error
-    })
+    session.run().map_err(Error::from)
+}
+
+fn serve_own(
+    mut fs: PloopFs,
+    device: &Arc<Device>,
+    rings: Option<rings::Prepared>,
+    (access, threads): (Access, usize),
+    on_ready: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let guard = Guard::new(access);
+    // Threads of queues wait for locks as others do.
+    let others = rings.as_ref().map_or(0, rings::Prepared::count);
+    let agreed = device::greet(device, &mut fs, threads + others, rings.is_some())?;
+    let fs = Arc::new(fs);
+    let served = match rings {
+        Some(_) if !agreed => {
+            return Err(no_rings(&io::ErrorKind::Unsupported.into()));
+        }
+        Some(rings) => {
+            on_ready()?;
+            rings::run(rings, &fs, device, (guard, threads))
+        }
+        None => {
+            on_ready()?;
+            device::serve_alone(&fs, device, guard, threads).map_err(Error::from)
+        }
+    };
+    // Only after a failure there is still somebody who has it.
+    if let Some(mut fs) = Arc::into_inner(fs) {
+        fs.end();
+    }
+    served
 }

@@ -11,9 +11,9 @@ use crate::forge::image::{ImageSpec, Mapped};
 use crate::heap;
 use crate::support::command::{Finished, eventually};
 use crate::support::guards::{FsMount, Loop, is_mounted, text};
-use crate::support::harness::trial;
+use crate::support::harness::{self, trial};
 use crate::support::probe::Need::{self, E2fsprogs, Fio, Fuse, Qemu};
-use crate::support::{self, MIB, Outcome, command, scratch, scratch_tmpfs};
+use crate::support::{self, MIB, Outcome, command, rings, scratch, scratch_tmpfs};
 use anyhow::{Context, Result, bail, ensure};
 use gpt::GptConfig;
 use gpt::mbr::ProtectiveMBR;
@@ -38,6 +38,13 @@ const SECTORS: u64 = 5 << 20;
 const FILES: u64 = 2000;
 
 pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials = either_way();
+    trials.extend(harness::over("uring", either_way));
+    trials
+}
+
+/// What must be true whichever way requests come.
+fn either_way() -> Vec<Trial> {
     vec![
         trial("no_memory_for_ext4", NEEDS, no_memory_for_ext4),
         trial(
@@ -116,6 +123,7 @@ impl Daemon {
         let mut again = command::new(text(&program));
         again
             .args(["mount", "-f"])
+            .args(rings::way().map(|way| format!("--transport={way}")))
             .args(options)
             .arg(image)
             .arg(&at);

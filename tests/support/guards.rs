@@ -4,7 +4,7 @@
 //! Never: touches a mount, a loop device or a process that this run did not make.
 
 use super::command::{self, Finished};
-use super::{Outcome, PLOOPFS, harness};
+use super::{Outcome, PLOOPFS, harness, rings};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -137,6 +137,9 @@ impl Mounted {
     fn attempt(at: &Path, image: &Path, options: &[&str], pid_file: &Path) -> Result<Finished> {
         let _ = fs::remove_file(pid_file);
         let mut command = command::ploopfs(&["mount", "--pid-file", text(pid_file)]);
+        if let Some(way) = rings::way() {
+            command.args(["--transport", way]);
+        }
         command.args(options).arg(image).arg(at);
         command::run_within(&mut command, Duration::from_secs(60))
     }

@@ -4,7 +4,7 @@
 //! Never: lets a skip count as passed where `CI=true` or `PLOOPFS_REQUIRE` asks for the capability.
 
 use super::probe::{self, Need};
-use super::{Outcome, guards};
+use super::{Outcome, guards, rings};
 use libtest_mimic::{Arguments, Completion, Trial};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -73,15 +73,22 @@ fn required(need: Need) -> bool {
             .any(|word| word.trim() == need.word() || word.trim() == "all")
 }
 
+/// Makes tests whose mounts go this way, with its name before theirs.
+pub(crate) fn over(way: &'static str, trials: impl FnOnce() -> Vec<Trial>) -> Vec<Trial> {
+    rings::over(Some(way), trials)
+}
+
 /// A test with what it needs.
 pub(crate) fn trial(
     name: &str,
     needs: &'static [Need],
     test: impl FnOnce() -> Outcome + Send + 'static,
 ) -> Trial {
-    let label = name.to_string();
-    Trial::ignorable_test(name, move || {
-        for need in needs {
+    let way = rings::way();
+    let label = way.map_or(name.to_string(), |way| format!("{way}::{name}"));
+    let more: &[Need] = way.map_or(&[], |_| &[Need::Root, Need::Rings]);
+    Trial::ignorable_test(label.clone(), move || {
+        for need in needs.iter().chain(more) {
             if let Some(why) = missing(*need) {
                 let reason = format!("needs {}: {why}", need.word());
                 if required(*need) {
@@ -90,7 +97,8 @@ pub(crate) fn trial(
                 return Ok(skipped(&label, reason));
             }
         }
-        match test() {
+        let switched = way.map_or(Ok(()), |_| rings::on());
+        match switched.and_then(|()| rings::over(way, test)) {
             Ok(()) => Ok(Completion::Completed),
             Err(error) => match error.downcast::<Skip>() {
                 Ok(skip) if in_ci() && !skip.excused => Err(skip.to_string().into()),
@@ -126,6 +134,7 @@ pub(crate) fn main_then(trials: Vec<Trial>, look: impl FnOnce() -> Vec<String>) 
     }
     let conclusion = libtest_mimic::run(&args, trials);
     let wrong = look();
+    rings::off();
     let left = guards::leftovers();
     let _ = std::fs::remove_dir_all(root());
     if !wrong.is_empty() {

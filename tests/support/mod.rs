@@ -14,6 +14,7 @@ pub(crate) mod guards;
 pub(crate) mod harness;
 pub(crate) mod heap;
 pub(crate) mod probe;
+pub(crate) mod rings;
 pub(crate) mod samples;
 
 use crate::forge::content::{self, Model};

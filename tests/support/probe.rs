@@ -28,6 +28,8 @@ pub(crate) enum Need {
     Xfs,
     /// `strace`.
     Strace,
+    /// A kernel that can be told to offer FUSE over io_uring.
+    Rings,
 }
 
 impl Need {
@@ -43,6 +45,7 @@ impl Need {
             Self::E2fsprogs => "e2fsprogs",
             Self::Xfs => "xfs",
             Self::Strace => "strace",
+            Self::Rings => "rings",
         }
     }
 
@@ -77,12 +80,13 @@ impl Need {
             }
             Self::Xfs => program("mkfs.xfs", "-V", "").or_else(|| program("xfs_io", "-V", "")),
             Self::Strace => program("strace", "-V", ""),
+            Self::Rings => super::rings::missing(),
         }
     }
 }
 
 /// Every capability, in the order in which they are printed.
-pub(crate) const ALL: [Need; 9] = [
+pub(crate) const ALL: [Need; 10] = [
     Need::Fuse,
     Need::Root,
     Need::Loop,
@@ -92,6 +96,7 @@ pub(crate) const ALL: [Need; 9] = [
     Need::E2fsprogs,
     Need::Xfs,
     Need::Strace,
+    Need::Rings,
 ];
 
 /// Why a program cannot be used: it does not run, or does not print a word.

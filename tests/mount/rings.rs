@@ -1,0 +1,135 @@
+//! Requests that come through rings of io_uring: when they do, and what happens where they cannot.
+
+use crate::forge::content::Model;
+use crate::forge::image::{ImageSpec, Mapped};
+use crate::support::guards::{Mounted, is_mounted, text};
+use crate::support::harness::trial;
+use crate::support::probe::Need::{self, Fuse, Rings, Root, Strace};
+use crate::support::{self, Outcome, PLOOPFS, command, expect_flat, rings, scratch};
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const NEEDS: &[Need] = &[Fuse, Root, Rings];
+const TRACED: &[Need] = &[Fuse, Root, Rings, Strace];
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        trial("rings_are_taken_when_asked_for", NEEDS, rings_are_taken),
+        trial("fuser_is_taken_otherwise", NEEDS, fuser_is_taken),
+        trial(
+            "rings_that_were_asked_for_and_fail_are_an_error",
+            TRACED,
+            rings_or_nothing,
+        ),
+        trial("no_other_transport_is_known", &[Fuse], no_other_transport),
+    ]
+}
+
+fn image(dir: &Path) -> Result<(ImageSpec, PathBuf)> {
+    let spec = ImageSpec::new(2, 64, 9600).mapping(Mapped::Percent(50));
+    let path = dir.join("a.hds");
+    spec.write(&path)?;
+    Ok((spec, path))
+}
+
+/// How many threads of the daemon have a name that begins so.
+fn threads(mounted: &Mounted, prefix: &str) -> Result<usize> {
+    let mut count = 0;
+    for task in fs::read_dir(format!("/proc/{}/task", mounted.pid()))? {
+        let name = fs::read_to_string(task?.path().join("comm"))?;
+        count += usize::from(name.starts_with(prefix));
+    }
+    Ok(count)
+}
+
+/// CPUs that the host may have.
+fn cpus() -> Result<usize> {
+    let list = fs::read_to_string("/sys/devices/system/cpu/possible")?;
+    let ends = |range: &str| -> Option<usize> {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(last.parse::<usize>().ok()? - first.parse::<usize>().ok()? + 1)
+    };
+    let counts = list.trim().split(',').map(ends);
+    counts.sum::<Option<usize>>().context("an odd list of CPUs")
+}
+
+fn rings_are_taken() -> Outcome {
+    rings::on()?;
+    let dir = scratch()?;
+    let (spec, path) = image(dir.path())?;
+    for options in [
+        &[][..],
+        &["--transport", "uring"],
+        &["-o", "transport=auto"],
+    ] {
+        let mounted = Mounted::new(dir.path(), &path, &options)?;
+        let found = (threads(&mounted, "ring-")?, threads(&mounted, "fuser-")?);
+        ensure!(found == (cpus()?, 0), "{options:?}: {found:?} threads");
+        expect_flat(&mounted.disk(), &Model::of(&spec))?;
+        mounted.umount()?;
+    }
+    support::expect_clean(&path)
+}
+
+fn fuser_is_taken() -> Outcome {
+    rings::on()?;
+    let dir = scratch()?;
+    let (spec, path) = image(dir.path())?;
+    // A kernel that offers rings is no reason to take them.
+    for options in [
+        &[][..],
+        &["--transport", "fuser"],
+        &["-o", "transport=auto"],
+    ] {
+        let mounted = Mounted::new(dir.path(), &path, options)?;
+        let found = (threads(&mounted, "ring-")?, threads(&mounted, "fuser-")?);
+        ensure!(found == (0, 8), "{options:?}: {found:?} threads");
+        expect_flat(&mounted.disk(), &Model::of(&spec))?;
+        mounted.umount()?;
+    }
+    Ok(())
+}
+
+/// Runs a mount for which the host makes no rings; it says so, and what it said comes back.
+fn without_rings(dir: &Path, image: &Path, way: &str) -> Result<command::Finished> {
+    rings::on()?;
+    let at = dir.join("mnt");
+    fs::create_dir(&at)?;
+    let script = "strace -qq -f -o \"$3.trace\" -e trace=io_uring_setup \
+                  -e inject=io_uring_setup:error=EPERM \
+                  \"$1\" mount -f --transport \"$4\" \"$2\" \"$3\" 2>\"$3.log\" &
+                  for i in $(seq 100); do
+                      test -e \"$3/disk.img\" && break; kill -0 $! || break; sleep 0.1
+                  done
+                  if test -e \"$3/disk.img\"; then
+                      cp \"$3/disk.img\" \"$3.copy\"; \"$1\" umount \"$3\"
+                  fi
+                  status=0; wait $! || status=$?; cat \"$3.log\" >&2; exit $status";
+    let args = [PLOOPFS, text(image), text(&at), way];
+    let done = command::run(&mut command::sh(script, &args))?;
+    ensure!(!is_mounted(&at), "it is still mounted: {}", done.story());
+    Ok(done)
+}
+
+fn rings_or_nothing() -> Outcome {
+    let dir = scratch()?;
+    let (_, path) = image(dir.path())?;
+    let before = support::fingerprint(&path)?;
+    let done = without_rings(dir.path(), &path, "uring")?.expect_code(1)?;
+    done.expect_words(&["no rings can be had", "--transport"])?;
+    let after = support::fingerprint(&path)?;
+    ensure!(before == after, "a refused mount changed the image");
+    Ok(())
+}
+
+fn no_other_transport() -> Outcome {
+    let dir = scratch()?;
+    let (_, path) = image(dir.path())?;
+    for option in [["--transport", "tcp"], ["-o", "transport=tcp"]] {
+        let done = Mounted::refused(dir.path(), &path, &option)?;
+        done.expect_words(&["auto, fuser or uring"])?;
+    }
+    Ok(())
+}
