@@ -64,7 +64,7 @@ fn rings_are_taken() -> Outcome {
         &["--transport", "uring"],
         &["-o", "transport=auto"],
     ] {
-        let mounted = Mounted::new(dir.path(), &path, &options)?;
+        let mounted = Mounted::new(dir.path(), &path, options)?;
         let found = (threads(&mounted, "ring-")?, threads(&mounted, "fuser-")?);
         ensure!(found == (cpus()?, 0), "{options:?}: {found:?} threads");
         expect_flat(&mounted.disk(), &Model::of(&spec))?;
