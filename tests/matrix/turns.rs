@@ -160,7 +160,7 @@ pub(crate) fn in_turn(case: &Case) -> Verdict {
     does(&["resize", "-q"], disk, &["+2M"])?;
     peers::ploop(disk, &["grow", "-s", "24M"])?;
     case.expect(disk, &wanted).context("grown by both")?;
-    does(&["compact", "-q"], disk, &[])?;
+    does(&["compact", "-qy"], disk, &[])?;
     case.expect(disk, &wanted)?;
     Ok(None)
 }
