@@ -13,8 +13,8 @@ use std::fs::{self, File};
 use std::path::Path;
 
 /// ploop asks its kernel module whether it may make images of version 2. Where there is none, it
-/// finds the answer in a mount namespace of its own. `PATH` is set here: set for the child, it would
-/// make every start copy the tables of a large process.
+/// finds the answer in a mount namespace of its own. `PATH` is set here: set for the child, it
+/// would make every start copy the page tables of a large process.
 const ASKED: &str = "\
     PATH=/usr/sbin:/usr/bin:/sbin:/bin; export PATH; \
     if ! test -e /sys/module/ploop; then \
