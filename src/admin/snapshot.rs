@@ -362,8 +362,7 @@ pub fn switch(
     }
     let chain = descriptor.chain(target).map_err(descriptor_error)?;
     too_deep(chain.len())?;
-    let (mut below, mut kept) = (Vec::new(), Vec::new());
-    let mut gone = Vec::new();
+    let (mut below, mut kept, mut gone) = (Vec::new(), Vec::new(), Vec::new());
     for part in 0..descriptor.parts.len() {
         below.push(open(bundle, part, target)?);
         match keep {

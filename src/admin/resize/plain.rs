@@ -3,8 +3,9 @@
 //! Growing, in this order, each step durable before the next begins: bytes that the file has behind
 //! the disk's end become zeros; the file is lengthened with a hole; the descriptor says so. The
 //! disk shows nothing of the first two before the third. Nothing tells whether an earlier attempt
-//! has failed to make them durable, so the file is synced, read anew and given its length again. Shrinking, the descriptor comes first and
-//! then the cut: the other way round the disk would be as large as before, and its end gone.
+//! has failed to make them durable, so the file is synced, read anew and given its length again.
+//! Shrinking, the descriptor comes first and then the cut: the other way round the disk would be as
+//! large as before, and its end gone.
 
 use super::{Planned, Request, room, rounded};
 use crate::admin::relocate::first_data;
