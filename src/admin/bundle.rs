@@ -81,8 +81,8 @@ impl From<Failure> for Error {
         match failure {
             Failure::Before(error) => error,
             Failure::Unsure(error) => error.fix(
-                "the change is made, but a power cut now could take it back; when the host is \
-                 well again: repeat the command",
+                "the change is made, but a power cut now could take it back; any other change of \
+                 the disk makes it last; see how the disk is before repeating this one",
             ),
         }
     }
@@ -155,8 +155,14 @@ impl<'a> Bundle<'a> {
 
     /// Removes what an interrupted change has left: files that the descriptor does not name, and a
     /// descriptor that was not finished. Nothing that another program left is touched.
+    ///
+    /// The directory is synced before that: a change that failed at its last sync may have left a
+    /// descriptor that a power cut takes back, and the old one needs those files.
     pub fn settle(&self) -> Result<()> {
         self.files.claim()?;
+        if !planted(Bug::RenameNotSynced) {
+            self.directory.sync()?;
+        }
         let there = self.directory.entries()?;
         let has = |name: &str| there.iter().any(|found| found == name);
         let mut gone = false;

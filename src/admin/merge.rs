@@ -7,7 +7,11 @@
 //! The order, for one part of the disk, each step durable before the next begins:
 //!
 //! 1. Sync the lower file: what a killed program wrote may be in the host's cache only, and an
-//!    entry that is lost later would make a taken cluster look free.
+//!    entry that is lost later would make a taken cluster look free. What was not closed is read
+//!    from the medium then, because after a failed sync the cache may show what will never be
+//!    there, and a repeated merge would build on it. A plain file has no mark, so it is not
+//!    believed at all; everything that changes in it is still in the upper images, and is copied
+//!    once more.
 //! 2. The in-use mark of the lower image. Without it another program could take what is half merged
 //!    for a closed image.
 //! 3. Where the upper disk is larger: room for its entries, cleared, and then the header that says
@@ -210,9 +214,30 @@ impl Merge<'_> {
     }
 
     fn carry(&self, progress: &Progress, stopped: WhenStopped) -> Result<()> {
-        let storage = &**self.lower.storage();
+        let is_open = |image: &Image| image.header().is_some_and(Header::is_in_use);
+        let lower = self.lower.settled()?;
+        if !is_open(self.lower) && !self.uppers.iter().any(is_open) {
+            return Merge {
+                lower: &lower,
+                ..*self
+            }
+            .fill(progress, stopped);
+        }
+        let uppers = self.uppers.iter().map(Image::settled);
+        let uppers = uppers.collect::<Result<Vec<_>>>()?;
+        let merge = Merge {
+            lower: &lower,
+            uppers: &uppers,
+            ..*self
+        };
+        // What was examined may have been in the cache only.
+        merge.examine()?;
+        merge.fill(progress, stopped)
+    }
+
+    /// Steps 2 to 6.
+    fn fill(&self, progress: &Progress, stopped: WhenStopped) -> Result<()> {
         let here = |e: Error| e.in_file(self.lower.path());
-        storage.sync_data().map_err(here)?;
         match self.lower.header() {
             Some(header) => match self.resize(header, progress).map_err(here)? {
                 Some(lower) => Merge {

@@ -301,6 +301,7 @@ pub fn create(bundle: &mut Bundle<'_>, names: Names) -> Result<Created> {
         below.push(opened);
     }
     let images = empty_over(bundle, &below, names.file)?;
+    settle(&below)?;
     let mut edits = vec![
         Edit::RenameImages {
             from: old,
@@ -322,6 +323,12 @@ pub fn create(bundle: &mut Bundle<'_>, names: Names) -> Result<Created> {
         files: images.into_iter().map(|image| image.name).collect(),
         warnings,
     })
+}
+
+/// Before images become a snapshot: what they show must be what they will show after a power cut.
+fn settle(frozen: &[Opened]) -> Result<()> {
+    let mut frozen = frozen.iter();
+    frozen.try_for_each(|opened| opened.image.settled().map(drop))
 }
 
 fn too_deep(depth: usize) -> Result<()> {
@@ -355,12 +362,14 @@ pub fn switch(
     }
     let chain = descriptor.chain(target).map_err(descriptor_error)?;
     too_deep(chain.len())?;
-    let mut below = Vec::new();
-    let mut gone = Vec::new();
+    let (mut below, mut kept, mut gone) = (Vec::new(), Vec::new(), Vec::new());
     for part in 0..descriptor.parts.len() {
         below.push(open(bundle, part, target)?);
         match keep {
-            Some(_) => closed(&open(bundle, part, old)?)?,
+            Some(_) => {
+                kept.push(open(bundle, part, old)?);
+                kept.iter().try_for_each(closed)?;
+            }
             None => gone.extend(remove::file_of(bundle, part, old)?),
         }
     }
@@ -368,6 +377,7 @@ pub fn switch(
         check_name(descriptor, keep)?;
     }
     let images = empty_over(bundle, &below, file)?;
+    settle(&kept)?;
     let mut edits = match keep {
         Some(keep) => vec![
             Edit::RenameImages {

@@ -68,6 +68,24 @@ impl Image {
         })
     }
 
+    /// The same file as it is now, for who builds on it: what a killed program wrote is made
+    /// durable, and after that, where the image was not closed or has no mark that could tell, it
+    /// is read from the medium. After a failed sync the host's cache may hold what that does not.
+    pub fn settled(&self) -> Result<Self> {
+        let here = |e: Error| e.in_file(&self.path);
+        self.storage.sync_data().map_err(here)?;
+        if self.header().is_none_or(Header::is_in_use) {
+            if let Err(error) = self.storage.drop_cache() {
+                log::debug!("{}: the host's cache stays: {error}", self.path.display());
+            }
+        }
+        let storage = self.storage.clone();
+        match self.kind {
+            Kind::Plain => Self::plain(&self.path, storage),
+            Kind::Expanding(_) => Self::expanding(&self.path, storage),
+        }
+    }
+
     /// The file's name, for messages.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -259,6 +259,9 @@ impl Course {
         let host = SimDirectory::with(&self.old, manners);
         let ended = self.act(&host);
         let left = host.media();
+        if errno == libc::EIO {
+            self.repeat(&left, good, ended.is_ok(), dice)?;
+        }
         if let Rule::Makes { .. } = self.rule {
             return self.judge_failed_make(ended, errno, &left, good);
         }
@@ -270,6 +273,37 @@ impl Course {
                 self.judge_changed(&left.cut(dice), good, false)
             }
         }
+    }
+
+    /// Repeated by a new process, which sees what the host has given up to write as if it were
+    /// there; and when that is told to be done, it is, whatever the power does.
+    fn repeat(&self, failed: &Media, good: &Media, is_done: bool, dice: &mut u64) -> Verdict {
+        let host = SimDirectory::on(failed);
+        let makes = matches!(self.rule, Rule::Makes { .. });
+        match self.act(&host) {
+            Err(e) if makes && is_done && e.kind() == ErrorKind::Usage => return Ok(()),
+            done => done.map_err(|e| format!("repeated in the host's cache: {e}"))?,
+        }
+        let now = host.media();
+        for attempt in 0..ATTEMPTS {
+            let left = now.cut(dice);
+            let judged = match makes {
+                true => self.judge(&left, good, true),
+                false => self.judge_repeated(&left, good),
+            };
+            judged.map_err(|why| format!("repeated, then cut {attempt}: {why}"))?;
+        }
+        Ok(())
+    }
+
+    /// A mark whose removal was the last thing that failed comes back with the cut. It tells
+    /// nobody anything wrong: all that was done under it lasts.
+    fn judge_repeated(&self, left: &Media, good: &Media) -> Verdict {
+        told(|| expect_sound(left, false, "a check"))?;
+        hold(plain_names(left) == plain_names(good), || {
+            "left over".to_owned()
+        })?;
+        self.judge_bundle(left, good, true, false)
     }
 
     fn judge_failed_make(

@@ -8,7 +8,9 @@ use crate::forge::bundle::{BundleSpec, Style};
 use crate::forge::content::splitmix;
 use crate::forge::image::Mapped;
 use crate::sim::directory::SimDirectory;
+use crate::sim::faults::Nth;
 use crate::sim::media::Media;
+use crate::sim::storage::Manners;
 use crate::steps::{create, delete, line, merge, name, switch};
 use crate::world::{
     DESCRIPTOR, Step, after, carry_out, chain, described, expect_sound, like, load, over_plain,
@@ -277,6 +279,52 @@ fn a_host_that_fails_leaves_a_bundle_and_a_way_on() {
             expect_completed(&case, &left, &good, &what);
         }
     }
+}
+
+/// One operation fails, and another process repeats the change: it sees what the host has given up
+/// to write, and names that no sync has made to stay.
+#[test]
+fn a_change_that_is_repeated_after_a_failure_lasts() {
+    let (mut dice, mut repeated) = (5, 0);
+    for case in cases() {
+        let (good, _) = undisturbed(&case);
+        let end = shows(&good, "after");
+        let host = SimDirectory::on(&case.old);
+        carry_out(&host, &*case.step).unwrap_or_else(|e| panic!("{}: {e}", case.what));
+        let operations = host.world().total();
+        for number in (splitmix(&mut dice) % 3..operations).step_by(3) {
+            let nth = Nth {
+                nth: number,
+                errno: libc::EIO,
+                for_ever: false,
+                of_all: true,
+            };
+            let manners = Manners {
+                nth: Some(nth),
+                ..Manners::default()
+            };
+            let host = SimDirectory::with(&case.old, manners);
+            let _ = carry_out(&host, &*case.step);
+            let failed = host.media();
+            let what = format!("{}, operation {number} failed", case.what);
+            let host = SimDirectory::on(&failed);
+            let settle = |bundle: &mut Bundle<'_>| bundle.settle();
+            let again: Step<'_> = match is_done(&failed, &good, &what) {
+                true => &settle,
+                false => &*case.step,
+            };
+            carry_out(&host, again).unwrap_or_else(|e| panic!("{what}: {e}"));
+            for _ in 0..2 {
+                let left = host.media().cut(&mut dice);
+                // A mark whose removal failed comes back, over an image that is whole.
+                expect_sound(&left, false, &what);
+                assert!(shows(&left, &what) == end, "{what}: another end");
+                assert_eq!(left.names(), good.names(), "{what}: left over");
+            }
+            repeated += 1;
+        }
+    }
+    assert!(repeated > 200, "only {repeated}");
 }
 
 /// A merge that goes on in several steps: what is above covers all that changes.

@@ -2,8 +2,10 @@
 //!
 //! Growing, in this order, each step durable before the next begins: bytes that the file has behind
 //! the disk's end become zeros; the file is lengthened with a hole; the descriptor says so. The
-//! disk shows nothing of the first two before the third. Shrinking, the descriptor comes first and
-//! then the cut: the other way round the disk would be as large as before, and its end gone.
+//! disk shows nothing of the first two before the third. Nothing tells whether an earlier attempt
+//! has failed to make them durable, so the file is synced, read anew and given its length again.
+//! Shrinking, the descriptor comes first and then the cut: the other way round the disk would be as
+//! large as before, and its end gone.
 
 use super::{Planned, Request, room, rounded};
 use crate::admin::relocate::first_data;
@@ -66,6 +68,10 @@ pub fn resize_plain(
     request: &Request,
     describe: &mut dyn FnMut(SectorCount) -> Result<()>,
 ) -> Result<Planned> {
+    storage.sync_data()?;
+    if let Err(error) = storage.drop_cache() {
+        log::debug!("the host's cache stays: {error}");
+    }
     let told = plan_plain(storage, place, request)?;
     let (old, new) = (bytes(told.before)?, bytes(told.after)?);
     let len = storage.len()?.get();
@@ -74,7 +80,7 @@ pub fn resize_plain(
         storage.zero(at(old)..at(len), Keep::Nothing)?;
         storage.sync_data()?;
     }
-    if new > len {
+    if new > old && new >= len {
         storage.set_len(at(new))?;
         storage.sync_data()?;
     }

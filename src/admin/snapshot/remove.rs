@@ -157,7 +157,11 @@ pub fn delete(
             let job = Job::new(bundle, chain, None, drop_bitmaps)?;
             carry_out(bundle, &job, progress)?
         }
-        Deleted::Marked { .. } if is_marked(bundle.descriptor(), target) => Vec::new(),
+        Deleted::Marked { .. } if is_marked(bundle.descriptor(), target) => {
+            // Marked it may be only until a power cut.
+            bundle.settle()?;
+            Vec::new()
+        }
         Deleted::Marked { .. } => {
             bundle.settle()?;
             bundle.replace(&[Edit::Mark(target)])?;

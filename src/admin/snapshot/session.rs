@@ -134,6 +134,8 @@ impl Session {
             .get(&guid)
             .is_some_and(|own| own == name)
         {
+            // An earlier attempt may have failed to make that last.
+            bundle.settle()?;
             return Ok(guid);
         }
         self.free_name(name)?;
