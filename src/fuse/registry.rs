@@ -169,14 +169,20 @@ impl Record {
         let Ok(backing) = fs::read(shown) else {
             return false;
         };
-        let backing = Path::new(OsStr::from_bytes(backing.trim_ascii_end()));
-        let at_the_top = backing.parent() == Some(Path::new("/"));
-        at_the_top && backing.file_name() == self.image.0.file_name()
+        is_shown_as(&self.image.0, &backing)
     }
 
     fn file_in(&self, directory: &Path) -> PathBuf {
         directory.join(format!("{}.json", self.pid))
     }
+}
+
+/// True where a loop device's file, as the kernel tells it, is an image at the top of a mount. The
+/// mount's own names are UTF-8, whatever the image's is; blanks at the end belong to the name.
+fn is_shown_as(image: &Path, backing: &[u8]) -> bool {
+    let backing = backing.strip_suffix(b"\n").unwrap_or(backing);
+    let name = image.file_name().map(OsStr::to_string_lossy);
+    name.is_some_and(|name| backing.strip_prefix(b"/") == Some(name.as_bytes()))
 }
 
 /// The directory of records of one user.
@@ -433,6 +439,22 @@ mod tests {
         assert!(record(&bundle.join("root.hds")).is_of(&link));
         assert!(record(Path::new("/gone")).is_of(Path::new("/gone")));
         assert!(!record(Path::new("/gone")).is_of(Path::new("/gone too")));
+    }
+
+    #[test]
+    fn the_file_of_a_device_is_known_by_any_name() {
+        for (image, backing, expected) in [
+            (&b"/x/a.hds"[..], &b"/a.hds\n"[..], true),
+            (b"/x/a.hds", b"/x/a.hds\n", false),
+            (b"/x/a.hds ", b"/a.hds \n", true),
+            (b"/x/a\n", b"/a\n\n", true),
+            (b"/x/a.hds", b"/a.hds \n", false),
+            (b"/x/\xfe.hds", "/\u{fffd}.hds\n".as_bytes(), true),
+            (b"/", b"/\n", false),
+        ] {
+            let path = Path::new(OsStr::from_bytes(image));
+            assert_eq!(is_shown_as(path, backing), expected, "{path:?}");
+        }
     }
 
     #[test]
