@@ -502,7 +502,7 @@ mod tests {
 
     /// Two rings, unless the host lets nobody have any.
     fn rings() -> Option<[Ring; 2]> {
-        let null = File::open("/dev/null").unwrap();
+        let null = File::open("/dev/zero").unwrap();
         match Ring::new(null.as_fd(), 8, 64) {
             Ok(one) => Some([one, Ring::new(null.as_fd(), 8, 64).unwrap()]),
             Err(e) => {
@@ -566,7 +566,7 @@ mod tests {
             Some(Event::Bounced(_, Message::Serve)) => {}
             other => panic!("{other:?}"),
         }
-        // And /dev/null takes no commands.
+        // And /dev/zero takes no commands.
         one.register(slots.pop().unwrap()).unwrap();
         one.submit(1).unwrap();
         match one.next_event() {
