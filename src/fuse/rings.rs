@@ -238,7 +238,7 @@ pub(crate) fn run(
         }
     }
     for mailbox in &shared.mailboxes {
-        mailbox.stop()?;
+        result = result.and(mailbox.stop());
     }
     for ring in rings {
         if ring.join().is_err() {

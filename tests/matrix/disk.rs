@@ -223,17 +223,6 @@ pub(crate) fn scribble(image: &Path, seed: u64, percent: u64, gap: u64) -> Resul
     clear_empty(image)
 }
 
-/// Bytes of an image whose clusters lie one after the other, without gaps.
-pub(crate) fn packed_len(image: &Path) -> Result<u64> {
-    let file = File::open(image)?;
-    let fields = reader::fields(&file)?.context("a header")?;
-    let mut mapped = 0;
-    for number in 0..fields.entries {
-        mapped += u64::from(le32(&file, 64 + 4 * number)? != 0);
-    }
-    Ok((fields.first + mapped * fields.cluster) * SECTOR)
-}
-
 /// The flag that says "empty" goes where it is not true.
 pub(crate) fn clear_empty(image: &Path) -> Result<()> {
     let file = File::options().read(true).write(true).open(image)?;

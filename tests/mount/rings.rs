@@ -59,12 +59,8 @@ fn rings_are_taken() -> Outcome {
     rings::on()?;
     let dir = scratch()?;
     let (spec, path) = image(dir.path())?;
-    for options in [
-        &[][..],
-        &["--transport", "uring"],
-        &["-o", "transport=auto"],
-    ] {
-        let mounted = Mounted::new(dir.path(), &path, options)?;
+    for options in [["--transport", "uring"], ["-o", "transport=uring"]] {
+        let mounted = Mounted::new(dir.path(), &path, &options)?;
         let found = (threads(&mounted, "ring-")?, threads(&mounted, "fuser-")?);
         ensure!(found == (cpus()?, 0), "{options:?}: {found:?} threads");
         expect_flat(&mounted.disk(), &Model::of(&spec))?;

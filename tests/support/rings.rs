@@ -5,8 +5,7 @@
 //!
 //! The switch is one for the whole host. A helper has a lock while it is on, so that no two runs
 //! are in each other's way; it puts the switch back when it reads the end of its input, which comes
-//! with the end of this program. Mounts of others that are made meanwhile may go through rings too,
-//! which is what their `--transport auto` means.
+//! with the end of this program. Mounts that are made meanwhile go through rings only if they ask.
 
 use super::harness::skip;
 use anyhow::{Context, Result};

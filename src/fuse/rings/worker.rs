@@ -18,6 +18,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use std::io;
 use std::mem;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
@@ -70,7 +71,10 @@ impl Worker {
         let Ok(start) = begin.recv() else {
             return;
         };
-        if let Err(e) = self.serve(&start) {
+        // A queue without its thread would keep every request of its CPU for ever.
+        let served = catch_unwind(AssertUnwindSafe(|| self.serve(&start)));
+        let served = served.unwrap_or_else(|_| Err(io::Error::other("it panicked")));
+        if let Err(e) = served {
             log::error!("ring {} cannot go on: {e}", self.number);
             let _ = self.tell.send(Told::Failed(e));
         }
@@ -98,6 +102,8 @@ impl Worker {
             (self.fresh, self.handed) = (fresh, handed);
             self.give_made()?;
         }
+        // After an unmount nobody waits for these; after a stop somebody may.
+        let _ = self.ring.submit(0);
         Ok(())
     }
 
