@@ -112,6 +112,8 @@ fn collect<'a>(said: &'a Value, names: &mut Vec<&'a str>) {
 }
 
 #[cfg(test)]
+// Its numbers are in the order of networks.
+#[allow(clippy::big_endian_bytes)]
 mod tests {
     use super::*;
     use crate::units::len_u64;
