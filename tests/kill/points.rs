@@ -142,6 +142,8 @@ fn one(bench: &mut Bench, after: u32, when: When, cut: bool) -> Outcome {
         (Err(error), 0) => return Err(error.context("not killed")),
         (Ok(()), 0) => {
             // A life has a few operations more or less, as the flusher's rounds fall.
+            // The next daemon is not the one to be killed.
+            bench.host.arm(Fault::None);
             bench.host.survive();
             return bench.reopen();
         }

@@ -106,9 +106,24 @@ pub(crate) fn all() -> Vec<Kind> {
         (Bare, Parallels, &V1),
         (Bitmap, Parallels, &[(2, 64)]),
     ];
-    let mut kinds = Vec::new();
+    // Each form is there in each of its shapes; who made it is varied in all of them only when
+    // `PLOOPFS_MATRIX=all` asks for that, since each kind takes seconds.
+    let is_whole = std::env::var_os("PLOOPFS_MATRIX").is_some_and(|word| word == "all");
+    let mut kinds: Vec<Kind> = Vec::new();
     for (form, maker, shapes) in rows {
-        kinds.extend(shapes.iter().map(|&(version, cluster)| Kind {
+        let known: Vec<_> = kinds.iter().filter(|kind| kind.form == form).collect();
+        let is_known = |version, cluster| {
+            let same = |kind: &&Kind| (kind.version, kind.cluster) == (version, cluster);
+            known.iter().copied().any(|kind| same(&kind))
+        };
+        let is_other = !known.is_empty() && !is_whole;
+        // Of each further maker one of those shapes will do.
+        let again = shapes.iter().filter(|(v, c)| is_known(*v, *c)).nth(1);
+        let again = again.filter(|_| is_other);
+        let drop =
+            |&(v, c): &(u8, u64)| is_other && is_known(v, c) && again.is_some_and(|&a| a != (v, c));
+        let wanted: Vec<_> = shapes.iter().filter(|shape| !drop(shape)).collect();
+        kinds.extend(wanted.into_iter().map(|&(version, cluster)| Kind {
             form,
             version,
             cluster,
