@@ -111,18 +111,14 @@ pub(crate) fn all() -> Vec<Kind> {
     let is_whole = std::env::var_os("PLOOPFS_MATRIX").is_some_and(|word| word == "all");
     let mut kinds: Vec<Kind> = Vec::new();
     for (form, maker, shapes) in rows {
-        let known: Vec<_> = kinds.iter().filter(|kind| kind.form == form).collect();
-        let is_known = |version, cluster| {
-            let same = |kind: &&Kind| (kind.version, kind.cluster) == (version, cluster);
-            known.iter().copied().any(|kind| same(&kind))
-        };
-        let is_other = !known.is_empty() && !is_whole;
+        let known = kinds.iter().filter(|kind| kind.form == form);
+        let known: Vec<_> = known.map(|kind| (kind.version, kind.cluster)).collect();
         // Of each further maker one of those shapes will do.
-        let again = shapes.iter().filter(|(v, c)| is_known(*v, *c)).nth(1);
-        let again = again.filter(|_| is_other);
-        let drop =
-            |&(v, c): &(u8, u64)| is_other && is_known(v, c) && again.is_some_and(|&a| a != (v, c));
-        let wanted: Vec<_> = shapes.iter().filter(|shape| !drop(shape)).collect();
+        let again = shapes.iter().filter(|shape| known.contains(shape)).nth(1);
+        let drops = |shape: &&(u8, u64)| {
+            !is_whole && known.contains(shape) && again.is_some_and(|again| again != *shape)
+        };
+        let wanted: Vec<_> = shapes.iter().filter(|shape| !drops(shape)).collect();
         kinds.extend(wanted.into_iter().map(|&(version, cluster)| Kind {
             form,
             version,

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const NEEDS: &[Need] = &[Fuse, Root, Rings];
 const TRACED: &[Need] = &[Fuse, Root, Rings, Strace];
@@ -80,8 +81,12 @@ fn fuser_is_taken() -> Outcome {
         &["-o", "transport=auto"],
     ] {
         let mounted = Mounted::new(dir.path(), &path, options)?;
-        let found = (threads(&mounted, "ring-")?, threads(&mounted, "fuser-")?);
-        ensure!(found == (0, 8), "{options:?}: {found:?} threads");
+        // The mount is there before the last of its threads.
+        command::eventually(Duration::from_secs(10), || {
+            let found = (threads(&mounted, "ring-")?, threads(&mounted, "fuser-")?);
+            ensure!(found == (0, 8), "{options:?}: {found:?} threads");
+            Ok(())
+        })?;
         expect_flat(&mounted.disk(), &Model::of(&spec))?;
         mounted.umount()?;
     }
