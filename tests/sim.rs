@@ -48,7 +48,7 @@ fn is_chosen() -> bool {
 const STATES: u64 = 200_000;
 
 /// Seeds of each kind of disk when nothing else is asked for.
-const SEEDS: u64 = 60;
+const SEEDS: u64 = 90;
 
 fn seeds(usual: u64) -> std::ops::Range<u64> {
     let count = number("PLOOPFS_SEEDS");
