@@ -64,7 +64,7 @@ fn describe(place: &Place, selection: &Selection) {
         no_lock: true,
         ..selection.clone()
     };
-    if let Ok(told) = info::info(&place.bundle, &looking) {
+    if let Ok(told) = info::info(&place.bundle, &looking, info::Tables::Count) {
         assert!(!info::render(&told).is_empty());
     }
     let options = check::disk::Options {

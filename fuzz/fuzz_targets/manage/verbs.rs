@@ -113,7 +113,7 @@ pub(crate) fn carry_out(
         }
         1 => {
             let target = chosen.ok_or_else(none)?;
-            let done = snapshot::delete(&mut bundle, target, false, progress)?;
+            let (done, _) = snapshot::delete(&mut bundle, target, false, progress)?;
             Ok(Changed::Gone(match done {
                 Deleted::Merged(merged) => [merged.gone, vec![target]].concat(),
                 _ => vec![target],
@@ -132,7 +132,7 @@ pub(crate) fn carry_out(
                 all: step.at & 0x80 != 0,
                 ..Upper::default()
             };
-            let merged = snapshot::merge(&mut bundle, &upper, progress)?;
+            let (merged, _) = snapshot::merge(&mut bundle, &upper, progress)?;
             Ok(Changed::Merged(merged.gone))
         }
         4 => resize(host, &bundle, step, progress),
