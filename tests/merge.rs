@@ -22,16 +22,10 @@ mod stopping;
 mod support;
 
 use libtest_mimic::Trial;
-use support::harness;
+use support::harness::{self, simulated as run};
 
 /// What needs no host at all.
-fn simulated() -> Vec<Trial> {
-    let run = |name, test: fn()| {
-        Trial::test(name, move || {
-            test();
-            Ok(())
-        })
-    };
+fn hostless() -> Vec<Trial> {
     vec![
         run(
             "every_byte_is_where_it_was",
@@ -47,7 +41,7 @@ fn simulated() -> Vec<Trial> {
 }
 
 fn main() {
-    let mut trials = simulated();
+    let mut trials = hostless();
     trials.extend(commands::trials());
     trials.extend(names::trials());
     harness::main(trials)

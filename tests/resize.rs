@@ -24,16 +24,10 @@ mod stopping;
 mod support;
 
 use libtest_mimic::Trial;
-use support::harness;
+use support::harness::{self, simulated as run};
 
 /// What needs no host at all.
-fn simulated() -> Vec<Trial> {
-    let run = |name, test: fn()| {
-        Trial::test(name, move || {
-            test();
-            Ok(())
-        })
-    };
+fn hostless() -> Vec<Trial> {
     vec![
         run(
             "stopping_leaves_a_closed_disk",
@@ -55,7 +49,7 @@ fn simulated() -> Vec<Trial> {
 }
 
 fn main() {
-    let mut trials = simulated();
+    let mut trials = hostless();
     trials.extend(interop::trials());
     trials.extend(refusals::trials());
     harness::main(trials)
