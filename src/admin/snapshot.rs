@@ -349,30 +349,10 @@ pub fn switch(
     keep: Option<Guid>,
     progress: &Progress,
 ) -> Result<Created> {
+    let Switch { below, kept, gone } = plan_switch(bundle, target, keep.is_some())?;
     let descriptor = bundle.descriptor();
-    changeable(bundle)?;
     let left = parent(descriptor, descriptor.top);
     let (old, top) = (descriptor.top, top_name(descriptor));
-    if target == old {
-        let why = "the disk is at its top: there is nothing to go back to";
-        return Err(Error::why(ErrorKind::Usage, why));
-    }
-    if is_marked(descriptor, target) {
-        return Err(being_deleted(target));
-    }
-    let chain = descriptor.chain(target).map_err(descriptor_error)?;
-    too_deep(chain.len())?;
-    let (mut below, mut kept, mut gone) = (Vec::new(), Vec::new(), Vec::new());
-    for part in 0..descriptor.parts.len() {
-        below.push(open(bundle, part, target)?);
-        match keep {
-            Some(_) => {
-                kept.push(open(bundle, part, old)?);
-                kept.iter().try_for_each(closed)?;
-            }
-            None => gone.extend(remove::file_of(bundle, part, old)?),
-        }
-    }
     if let Some(keep) = keep {
         check_name(descriptor, keep)?;
     }
@@ -411,6 +391,43 @@ pub fn switch(
         files: images.into_iter().map(|image| image.name).collect(),
         warnings,
     })
+}
+
+/// What a switch needs, and what goes with it.
+struct Switch {
+    /// The images of the snapshot.
+    below: Vec<Opened>,
+    /// Those of the top, where it becomes a snapshot.
+    kept: Vec<Opened>,
+    /// The files of the top, where it is dropped.
+    gone: Vec<String>,
+}
+
+/// Refuses what [`switch`] refuses. Changes nothing.
+fn plan_switch(bundle: &Bundle<'_>, target: Guid, keeps: bool) -> Result<Switch> {
+    changeable(bundle)?;
+    let descriptor = bundle.descriptor();
+    let old = descriptor.top;
+    if target == old {
+        let why = "the disk is at its top: there is nothing to go back to";
+        return Err(Error::why(ErrorKind::Usage, why));
+    }
+    if is_marked(descriptor, target) {
+        return Err(being_deleted(target));
+    }
+    let chain = descriptor.chain(target).map_err(descriptor_error)?;
+    too_deep(chain.len())?;
+    let (mut below, mut kept, mut gone) = (Vec::new(), Vec::new(), Vec::new());
+    for part in 0..descriptor.parts.len() {
+        below.push(open(bundle, part, target)?);
+        if keeps {
+            kept.push(open(bundle, part, old)?);
+        } else {
+            gone.extend(remove::file_of(bundle, part, old)?);
+        }
+    }
+    kept.iter().try_for_each(closed)?;
+    Ok(Switch { below, kept, gone })
 }
 
 fn being_deleted(guid: Guid) -> Error {

@@ -153,8 +153,11 @@ fn switch(args: &super::args::SwitchArgs, json: bool) -> Result<(), Box<Report>>
         "what was written since then is lost"
     };
     let plan = format!("the disk becomes what it was in {target}; {fate}");
+    let planned = session.plan_switch(target, args.keep);
+    planned.map_err(|e| refused(&e))?;
     if args.dry_run {
-        tell(&format!("{plan}\n"), "none", json!({}), json, args.quiet);
+        let document = json!({ "snapshot": target.to_string() });
+        tell(&format!("{plan}\n"), "none", document, json, args.quiet);
         return Ok(());
     }
     if !args.yes && !args.keep {

@@ -41,6 +41,7 @@ fn what_only_plans_or_is_refused_leaves_no_lock_file() {
     for args in [
         &["snapshot", "switch", path, &base][..],
         &["snapshot", "switch", "-y", path, TOP],
+        &["snapshot", "switch", "-n", path, TOP],
         &["snapshot", "delete", "-y", path, TOP],
         &["snapshot", "delete", "-y", path, "none"],
         &["snapshot", "rename", path, &base, "latest"],

@@ -185,6 +185,12 @@ impl Session {
         ))
     }
 
+    /// Refuses what [`Self::switch`] would refuse.
+    pub fn plan_switch(&self, target: Guid, keep: bool) -> Result<()> {
+        let planned = super::plan_switch(&self.bundle()?, target, keep);
+        planned.map(drop).map_err(|e| self.placed(e))
+    }
+
     /// The disk becomes what it was in a snapshot; the GUID that the top is kept under, if it is,
     /// and what could not be done after that.
     pub fn switch(
