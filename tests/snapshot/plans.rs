@@ -98,6 +98,10 @@ fn what_refuses_the_second_step_refuses_the_first() {
         assert_eq!(error.kind(), kind, "{error}");
         let moments = host.world().moments().collect::<Vec<_>>();
         assert_eq!(moments.len(), 1, "{error}: something was done");
+        let why = error.to_string();
+        assert!(why.contains("was marked, is to go with it"), "{why}");
+        assert!(error.place().path.is_some(), "{why}");
+        assert!(error.fix_text().is_some(), "{why}");
     };
     // Data behind the end of the only child that is left.
     let (old, _) = waiting([400, 237]);

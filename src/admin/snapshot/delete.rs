@@ -136,8 +136,10 @@ impl Plan {
         let job = match chain.is_empty() {
             true => None,
             false => {
+                let going = chain[0];
                 chain.push(target);
-                Some(Job::new(bundle, chain, None, losses)?)
+                let job = Job::new(bundle, chain, None, losses);
+                Some(job.map_err(|error| going_too(going, &error))?)
             }
         };
         Ok(Self {
@@ -173,7 +175,10 @@ impl Plan {
         let below = gone.first().and_then(|guid| parent(descriptor, *guid));
         let below = below.filter(|below| is_going(descriptor, *below));
         let after = |below: Guid| match children(left.descriptor(), below).as_slice() {
-            [child] => Some(Self::merge(&left, below, *child, losses)),
+            [child] => {
+                let merge = Self::merge(&left, below, *child, losses);
+                Some(merge.map_err(|error| going_too(below, &error)))
+            }
             _ => None,
         };
         let job = below.and_then(after).transpose()?.and_then(|plan| plan.job);
@@ -199,6 +204,24 @@ impl Plan {
         let why = format!("{target} is {what}, but {then}, which was to go with it, is not");
         Error::why(error.kind(), format!("{why}: {error}"))
             .fix("`ploopfs snapshot delete` with its name goes on with that")
+    }
+}
+
+/// An error of what goes with the snapshot that was named.
+fn going_too(guid: Guid, error: &Error) -> Error {
+    let (kind, place) = (error.kind(), error.place());
+    let why = error.why_text().unwrap_or_else(|| kind.phrase().to_owned());
+    let why = format!("{guid}, which was marked, is to go with it, and cannot: {why}");
+    let mut new = Error::why(kind, why);
+    if let Some(path) = &place.path {
+        new = new.in_file(path);
+    }
+    if let Some(cluster) = place.cluster {
+        new = new.at_cluster(cluster);
+    }
+    match error.fix_text() {
+        Some(fix) => new.fix(fix),
+        None => new,
     }
 }
 
