@@ -277,6 +277,12 @@ impl Disk {
         self.resources.large.max.store(max, Ordering::Relaxed);
     }
 
+    /// Gives back the memory for large requests that bring none: a transport whose requests bring
+    /// theirs has no use for it. Should there be such requests all the same, they are served alone.
+    pub fn release_buffers(&self) {
+        self.resources.buffers.release();
+    }
+
     /// Counts a lack of space, and logs the first of a series.
     fn note_no_space(&self, error: &Error) {
         bump(&self.counters.no_space_events, 1);

@@ -167,6 +167,11 @@ impl PloopFs {
         self.views.live.disk.set_large_inline_max(threads);
     }
 
+    /// Says that requests come with memory of their own from now on.
+    pub(crate) fn release_buffers(&self) {
+        self.views.live.disk.release_buffers();
+    }
+
     /// Gets ready for requests on so many threads; called at INIT with what the kernel granted.
     pub(crate) fn start(&mut self, granted: InitFlags, threads: usize) -> io::Result<()> {
         if !granted.contains(InitFlags::FUSE_ASYNC_DIO) {

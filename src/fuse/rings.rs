@@ -66,12 +66,10 @@ const ONLINE: &str = "/sys/devices/system/cpu/online";
 const CROWD: usize = 4;
 /// Commands that a thread can have ready for the kernel at a time; with more it calls more often.
 const COMMANDS: u32 = 64;
-/// Bytes of all payloads that are touched at the start, so that serving needs no memory from a host
-/// that may be short of it. Of each payload it is the beginning, as most requests are small, and
-/// large ones use the slots that were used last.
-const TOUCHED: usize = 4 << 20;
-/// Of each payload no more than this.
-const TOUCHED_EACH: usize = 64 << 10;
+/// Bytes of all payloads that have memory from the start, so that serving needs none from a host
+/// that may be short of it: all of them on hosts with two CPUs, the beginning of each where there
+/// are more. Most requests are small, and use the slots that were used last.
+const BACKED: usize = 20 << 20;
 /// How long threads may take to show that their rings work.
 const PROOF_MAX: Duration = Duration::from_secs(20);
 
@@ -131,6 +129,8 @@ impl Shared {
 enum Told {
     /// A thread's ring works.
     Ready,
+    /// Requests come through a ring.
+    Serving,
     /// A thread on the device has ended.
     Device(io::Result<()>),
     /// The kernel does not want all slots.
@@ -181,6 +181,7 @@ fn plan(shape: Shape) -> io::Result<Layout> {
 fn slots_of(layout: &Layout, thread: usize, shape: Shape) -> io::Result<(Vec<Slot>, Vec<u16>)> {
     let payload = usize::try_from(WRITE_MAX).unwrap_or(1 << 20);
     let short = payload / 2;
+    let backed = (BACKED / layout.slots()).next_multiple_of(4096);
     let (mut slots, mut shallow) = (Vec::new(), Vec::new());
     for queue in layout.queues.iter().filter(|queue| queue.home == thread) {
         let payload = if shape == Shape::Refused {
@@ -188,9 +189,10 @@ fn slots_of(layout: &Layout, thread: usize, shape: Shape) -> io::Result<(Vec<Slo
         } else {
             payload
         };
-        slots.extend(uring::slots(queue.id, thread, queue.depth, payload)?);
+        let (id, depth) = (queue.id, queue.depth);
+        slots.extend(uring::slots(id, thread, depth, payload, backed)?);
         if shape == Shape::PartlyRefused {
-            slots.extend(uring::slots(queue.id, thread, 2, short)?);
+            slots.extend(uring::slots(id, thread, 2, short, 0)?);
         }
         if queue.depth < DEPTH {
             shallow.push(queue.id);
@@ -226,12 +228,12 @@ pub(crate) fn prepare(device: &impl AsFd, shape: Shape) -> io::Result<Prepared> 
             cpu: layout.pins[number],
             slots,
             shallow,
-            touched: (TOUCHED / all).clamp(4096, TOUCHED_EACH),
             shared: Arc::clone(&prepared.shared),
             scratch: vec![0; NAMES_MAX],
             fresh: Vec::with_capacity(all),
             handed: Vec::with_capacity(all),
             troubles: 0,
+            has_told: false,
         };
         // Half of the proof: its thread waits for this, and for a command of its own.
         prepared.shared.mailboxes[number].echo()?;
@@ -334,7 +336,9 @@ impl Session {
                 Ok(Told::Failed(e)) => return Err(e),
                 Ok(Told::Refused(errno)) => self.fall_back(errno),
                 Ok(Told::Late(slot)) => self.late.push(slot),
-                Ok(Told::Ready) | Err(_) => {}
+                // What comes this way brings its memory.
+                Ok(Told::Serving) if !self.has_fallen_back => self.start.fs.release_buffers(),
+                Ok(Told::Ready | Told::Serving) | Err(_) => {}
             }
             let late = std::mem::take(&mut self.late).into_iter();
             self.late = late

@@ -119,6 +119,11 @@ fn short_of_memory() -> Outcome {
         scribble(&mounted.disk(), &mut shadow, seed, 20)?;
         drop(tracer);
     }
+    // Nor are answers from other threads lost, which reach a ring by messages.
+    let how = "error=ENOMEM:when=1+2";
+    let tracer = Tracer::new(&["-f", "-p", &pid], "io_uring_register", how)?;
+    scribble(&mounted.disk(), &mut shadow, 5, 40)?;
+    drop(tracer);
     mounted.umount()?;
     support::expect_clean(&path)?;
     expect_shadow(&path, &shadow)

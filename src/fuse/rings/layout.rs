@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 
 /// Requests that a queue lets out at a time. More than may wait for space on the host, so that
 /// other requests get through meanwhile.
-pub(super) const DEPTH: usize = 16;
+pub(super) const DEPTH: usize = 10;
 
 /// One queue, or a share of one, at home with a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,12 @@ impl Layout {
             layout.queues.push(Queue { id, home, depth });
         }
         layout
+    }
+
+    /// Slots of all queues at first, and at least one.
+    pub(super) fn slots(&self) -> usize {
+        let slots: usize = self.queues.iter().map(|queue| queue.depth).sum();
+        slots.max(1)
     }
 
     /// Slots of all queues, once each is of full depth.

@@ -45,8 +45,6 @@ pub(super) struct Worker {
     pub(super) slots: Vec<Slot>,
     /// Queues that have fewer slots than they need once requests come through them.
     pub(super) shallow: Vec<u16>,
-    /// Bytes of each payload that are touched before the first request.
-    pub(super) touched: usize,
     pub(super) shared: Arc<Shared>,
     /// Names, while the slot that they came in makes ready for the answer.
     pub(super) scratch: Vec<u8>,
@@ -56,17 +54,14 @@ pub(super) struct Worker {
     pub(super) handed: Vec<Slot>,
     /// How often in a row io_uring lacked something for a command.
     pub(super) troubles: u32,
+    /// Requests come through rings.
+    pub(super) has_told: bool,
 }
 
 impl Worker {
     pub(super) fn run(mut self, begin: &Receiver<Start>, all: usize) {
         if let Err(e) = self.pin() {
             log::debug!("thread {} is not pinned: {e}", self.number);
-        }
-        let pages = self.touched / 4096;
-        for slot in &mut self.slots {
-            let touched = slot.payload_mut().chunks_mut(4096).take(pages);
-            touched.for_each(|page| page[0] = 1);
         }
         reply::keep_on_this_thread(all);
         let tell = self.shared.tell.clone();
@@ -158,6 +153,9 @@ impl Worker {
             match event {
                 Event::Request(mut slot) => {
                     self.troubles = 0;
+                    if !mem::replace(&mut self.has_told, true) {
+                        let _ = self.shared.tell.send(Told::Serving);
+                    }
                     slot.set_mark(wire::data_len(slot.header(), FIXED_AT) >= LARGE);
                     self.deepen(slot.queue());
                     self.fresh.push(slot);
@@ -206,7 +204,7 @@ impl Worker {
         };
         self.shallow.swap_remove(place);
         let payload = usize::try_from(WRITE_MAX).unwrap_or(1 << 20);
-        let more = uring::slots(queue, self.number, DEPTH - 1, payload);
+        let more = uring::slots(queue, self.number, DEPTH - 1, payload, 4096);
         let more = more.and_then(|more| {
             let mut more = more.into_iter();
             more.try_for_each(|slot| self.ring.register(slot))

@@ -54,6 +54,23 @@ impl Memory {
         let _ = unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_NOHUGEPAGE) };
         Ok(Self { start, len })
     }
+
+    /// Has the host put memory behind a range, whose content stays as it is.
+    fn back(&self, at: usize, len: usize) -> io::Result<()> {
+        if len == 0 || at.checked_add(len).is_none_or(|end| end > self.len) {
+            return Ok(());
+        }
+        // SAFETY: the range is inside the mapping, and what is in it does not change.
+        #[allow(unsafe_code)]
+        let result = unsafe {
+            let start = self.start.as_ptr().add(at);
+            libc::madvise(start.cast(), len, libc::MADV_POPULATE_WRITE)
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Memory {
@@ -95,15 +112,26 @@ impl fmt::Debug for Slot {
 }
 
 /// Makes slots of a queue that are at home in the ring of this number; each payload starts a page
-/// and is so many bytes long, in whole pages.
-pub fn slots(queue: u16, home: usize, count: usize, payload_len: usize) -> io::Result<Vec<Slot>> {
+/// and is so many bytes long, in whole pages. So many of them have memory behind them then.
+pub fn slots(
+    queue: u16,
+    home: usize,
+    count: usize,
+    payload_len: usize,
+    backed: usize,
+) -> io::Result<Vec<Slot>> {
     let too_many = || io::Error::from(io::ErrorKind::InvalidInput);
     let payload_len = payload_len.next_multiple_of(4096);
+    let backed = backed.min(payload_len).next_multiple_of(4096);
     let headers = (HEADER_STRIDE * count).next_multiple_of(4096);
     let payloads = payload_len.checked_mul(count).ok_or_else(too_many)?;
     let memory = Arc::new(Memory::new(
         headers.checked_add(payloads).ok_or_else(too_many)?,
     )?);
+    memory.back(0, headers)?;
+    for number in 0..count {
+        memory.back(headers + number * payload_len, backed)?;
+    }
     let slot = |number: usize| {
         // SAFETY: `headers + count * payload_len` bytes are mapped, `headers` has room for `count`
         // strides, and `number` is below `count`: both places and what follows them are inside, and

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 
 #[test]
 fn slots_share_nothing() {
-    let mut slots = slots(3, 7, 5, 10_000).unwrap();
+    let mut slots = slots(3, 7, 5, 10_000, 5000).unwrap();
     for (number, slot) in (1..).zip(&mut slots) {
         assert_eq!((slot.queue(), slot.home(), slot.is_known()), (3, 7, false));
         assert_eq!(slot.payload().len(), 12_288);
@@ -46,7 +46,7 @@ fn slots_travel_from_ring_to_ring_and_from_elsewhere() {
         return;
     };
     let (to_one, to_two) = (one.mailbox().unwrap(), two.mailbox().unwrap());
-    let mut slots = slots(0, 0, 2, 4096).unwrap();
+    let mut slots = slots(0, 0, 2, 4096, 0).unwrap();
     slots[0].payload_mut()[0] = 1;
     slots[1].payload_mut()[0] = 2;
     let second = slots.pop().unwrap();
@@ -83,7 +83,7 @@ fn a_slot_that_cannot_be_sent_comes_back() {
     };
     // A file that is no ring.
     let nobody = Mailbox(File::open("/dev/null").unwrap().into());
-    let mut slots = slots(0, 0, 2, 4096).unwrap();
+    let mut slots = slots(0, 0, 2, 4096, 0).unwrap();
     let (_, slot) = nobody
         .post(slots.pop().unwrap(), Message::Answer)
         .unwrap_err();
