@@ -155,16 +155,15 @@ pub(super) fn detach_and_wait(device: &Path) -> Result<()> {
 
 fn find<'a>(target: &Path, records: &'a [Record]) -> Result<&'a Record> {
     let full = fs::canonicalize(target).map_err(|e| Error::from(e).in_file(target))?;
-    let fits = |record: &&Record| {
-        let device = record.device.as_ref();
-        device.is_some_and(|path| path.0 == full || record.is_of(&full))
-    };
+    let is_device = |record: &&Record| record.device.as_ref().is_some_and(|path| path.0 == full);
+    let fits =
+        |record: &&Record| is_device(record) || record.device.is_some() && record.is_of(&full);
     let named: Vec<&Record> = records.iter().filter(fits).collect();
-    let living: Vec<&Record> = named
-        .iter()
-        .copied()
-        .filter(|record| record.is_alive())
-        .collect();
+    let alive = |record: &&Record| record.is_alive();
+    let mut living: Vec<&Record> = named.iter().copied().filter(alive).collect();
+    if living.len() > 1 && living.iter().all(is_device) {
+        living = vec![holder(&living)?];
+    }
     match (living.as_slice(), named.as_slice()) {
         ([record], _) | ([], [.., record]) => Ok(record),
         ([], []) => {
@@ -177,6 +176,18 @@ fn find<'a>(target: &Path, records: &'a [Record]) -> Result<&'a Record> {
             Err(Error::why(ErrorKind::Usage, why).fix("name the device; ploopfs list shows them"))
         }
     }
+}
+
+/// Which of those that had a device has it now: the others have let go of it and still close their
+/// disks.
+fn holder<'a>(living: &[&'a Record]) -> Result<&'a Record> {
+    let started = |record: &&&Record| record.start;
+    let attached = living.iter().filter(|record| record.is_attached());
+    attached
+        .max_by_key(started)
+        .or(living.iter().max_by_key(started))
+        .copied()
+        .ok_or_else(|| Error::errno(libc::ENXIO))
 }
 
 /// Unmounts what `attach -m` mounted, if it is still that.
@@ -196,4 +207,24 @@ fn unmount_file_system(device: &Attached, place: &Path) -> Result<()> {
             error.fix(format!("end what uses it: {users}"))
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuse::registry::RecordedPath;
+
+    #[test]
+    fn the_last_who_got_a_device_has_it() {
+        let device = Path::new("/dev/no such loop");
+        let began = |start| {
+            let mut record = Record::of_this_process(Path::new("/a.hds"), false).unwrap();
+            record.device = Some(RecordedPath(device.to_owned()));
+            record.start = start;
+            record
+        };
+        let records = [began(5), began(9), began(7)];
+        let living: Vec<&Record> = records.iter().collect();
+        assert_eq!(holder(&living).unwrap().start, 9);
+    }
 }

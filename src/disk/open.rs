@@ -19,7 +19,7 @@ use crate::plan::RequestOrder;
 use crate::sync::{Condvar, Mutex, Rank};
 use arc_swap::ArcSwap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::Duration;
 
 /// Bytes of map pages for a frozen view: people look into one, they do not work on it.
@@ -90,17 +90,27 @@ pub fn open_view(disk: &Disk, images: OpenedImages) -> Result<Arc<Disk>> {
         ..DiskOptions::default()
     };
     let resources = disk.resources.clone();
-    open_with(Arc::new(images), &options, resources).map(|(disk, _)| disk)
+    open_on(Arc::new(images), &options, resources).map(|(disk, _)| disk)
 }
 
-/// Opens a disk with resources that the caller has.
+/// Opens a disk with a pool and buffers that the caller has, maybe for other disks as well.
 pub fn open_with(
     images: Arc<OpenedImages>,
     options: &DiskOptions,
     resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
-    let large = &resources.large.max;
-    large.fetch_max(options.large_inline_max, Ordering::Relaxed);
+    let large = Arc::new(LargeInline {
+        count: AtomicUsize::new(0),
+        max: AtomicUsize::new(options.large_inline_max),
+    });
+    open_on(images, options, Resources { large, ..resources })
+}
+
+fn open_on(
+    images: Arc<OpenedImages>,
+    options: &DiskOptions,
+    resources: Resources,
+) -> Result<(Arc<Disk>, Vec<String>)> {
     let caches = look_at_parts(&images, options)?;
     if !options.read_only {
         images.claim()?;

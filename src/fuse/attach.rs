@@ -31,6 +31,9 @@ const TRIES: u32 = 64;
 /// Longer than the kernel believes the attributes that a daemon of ours told it.
 const BELIEVED: Duration = Duration::from_secs(3);
 
+/// Longer than a program takes that only looks at what lies on a device.
+const LOOKED_AT: Duration = Duration::from_secs(1);
+
 /// A loop device of ours.
 #[derive(Clone, Debug)]
 pub struct Attached {
@@ -240,10 +243,7 @@ impl Attached {
     /// is refused and nothing changes.
     pub fn clear(&self, lazy: bool) -> Result<()> {
         let path = self.path();
-        let exclusive = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_EXCL)
-            .open(&path);
+        let exclusive = self.open_exclusive(!lazy);
         let (device, idle) = match exclusive {
             Ok(device) => (device, true),
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) && lazy => (File::open(&path)?, false),
@@ -261,6 +261,28 @@ impl Attached {
             }
         }
         loopdev::clear(device.as_fd()).map_err(|e| Error::from(e).in_file(&path))
+    }
+
+    /// Opens the device for nobody else. Others do so for a moment to look at it, and are waited
+    /// for with `patient`, if it is not mounted.
+    fn open_exclusive(&self, patient: bool) -> io::Result<File> {
+        let path = self.path();
+        let begun = Instant::now();
+        loop {
+            let opened = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_EXCL)
+                .open(&path);
+            let is_busy = |e: &io::Error| e.raw_os_error() == Some(libc::EBUSY);
+            let may_pass = patient
+                && opened.as_ref().is_err_and(is_busy)
+                && begun.elapsed() < LOOKED_AT
+                && self.mounts().is_ok_and(|mounts| mounts.is_empty());
+            if !may_pass {
+                return opened;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     fn busy(&self) -> Error {
