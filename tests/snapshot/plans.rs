@@ -132,6 +132,36 @@ fn what_refuses_the_second_step_refuses_the_first() {
     expect(&host.media(), Losses::default(), ErrorKind::Corrupt);
 }
 
+/// The leaf is gone by then, and only the rest is to be repeated.
+#[test]
+fn a_failure_of_the_second_step_says_what_is_done() {
+    let (old, base) = waiting([237, 237]);
+    let step = delete_with(name(9), Losses::default());
+    let host = SimDirectory::on(&old);
+    carry_out(&host, &step).expect("it can go");
+    let (end, mut late) = (shows(&host.media(), "end"), 0);
+    for number in 0..host.world().total() {
+        let host = SimDirectory::on(&old);
+        host.world().fail_after(number);
+        let Err(error) = carry_out(&host, &step) else {
+            continue;
+        };
+        if !error.to_string().contains(&format!("is gone, but {base}")) {
+            continue;
+        }
+        late += 1;
+        let left = host.media();
+        let shots = described(&left, "late").snapshots;
+        assert!(shots.iter().all(|shot| shot.guid != name(9)));
+        assert!(shots.iter().any(|shot| shot.guid == base && shot.temporary));
+        let fix = error.fix_text().unwrap_or_default();
+        assert!(fix.contains("goes on with that"), "{fix}");
+        let new = after(&left, &delete_with(base, Losses::default()));
+        assert!(shows(&new, "repeated") == end);
+    }
+    assert!(late > 5, "only {late}");
+}
+
 /// Deletions that were interrupted are completed with the next one above them.
 #[test]
 fn interrupted_deletions_below_are_planned() {
