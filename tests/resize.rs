@@ -36,6 +36,10 @@ fn hostless() -> Vec<Trial> {
         run("what_stays_is_as_before", sizes::what_stays_is_as_before),
         run("the_power_may_fail", sizes::the_power_may_fail),
         run("the_host_may_fail", sizes::the_host_may_fail),
+        run(
+            "half_cut_and_mounted_it_is_closed_clean",
+            sizes::half_cut_and_mounted_it_is_closed_clean,
+        ),
         run("garbage_does_not_come_up", sizes::garbage_does_not_come_up),
         run(
             "growing_and_shrinking_back",
