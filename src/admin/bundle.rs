@@ -175,9 +175,10 @@ impl<'a> Bundle<'a> {
         other_descriptors(self.directory, there, &self.name)
     }
 
-    /// The bundle as these changes would leave it, for whoever plans what comes after them. Changes
-    /// nothing.
+    /// The bundle as these changes would leave it, for whoever plans what comes after them, where
+    /// they can be made at all. Changes nothing.
     pub fn preview(&self, edits: &[Edit]) -> Result<Self> {
+        self.spare_others(edits)?;
         Ok(Self {
             directory: self.directory,
             files: self.files,

@@ -5,8 +5,8 @@ use crate::sim::directory::SimDirectory;
 use crate::sim::media::Media;
 use crate::steps::{FORCED, delete_with, line, mark, name, switch};
 use crate::world::{
-    DESCRIPTOR, InMemory, after, carry_out, chain, described, expect_sound, like, load, overwrite,
-    shows,
+    DESCRIPTOR, InMemory, Step, after, carry_out, chain, described, expect_sound, like, load,
+    overwrite, shows, with_file,
 };
 use ploopfs::admin::bundle::Bundle;
 use ploopfs::admin::progress::Progress;
@@ -130,6 +130,62 @@ fn what_refuses_the_second_step_refuses_the_first() {
     let host = SimDirectory::on(&old);
     overwrite(&host, file, &bytes);
     expect(&host.media(), Losses::default(), ErrorKind::Corrupt);
+}
+
+/// A leaf is not merged, but its file goes: somebody else may name that.
+#[test]
+fn what_another_descriptor_names_is_spared_by_plans_too() {
+    let (old, _) = waiting([237, 237]);
+    let text = old.bytes(DESCRIPTOR).expect("it is there").to_vec();
+    let old = with_file(&old, "DiskDescriptor.old.xml", &text);
+    let deletion = plan_of(&old, name(9), Losses::default()).map(drop);
+    let switched = plan(&old, |bundle| {
+        plan_switch(bundle, name(9), name(3), None).map(drop)
+    });
+    for refused in [deletion, switched] {
+        let error = refused.expect_err("the other disk needs it");
+        assert!(error.to_string().contains("would be lost"), "{error}");
+    }
+    let steps: [Step<'_>; 2] = [
+        &delete_with(name(9), Losses::default()),
+        &switch(name(9), 2, None),
+    ];
+    for step in steps {
+        let host = SimDirectory::on(&old);
+        let error = carry_out(&host, step).expect_err("the other disk needs it");
+        let moments = host.world().moments().collect::<Vec<_>>();
+        assert_eq!(moments.len(), 1, "{error}: something was done");
+    }
+}
+
+/// The leaf is gone by then, and only the rest is to be repeated.
+#[test]
+fn a_failure_of_the_second_step_says_what_is_done() {
+    let (old, base) = waiting([237, 237]);
+    let step = delete_with(name(9), Losses::default());
+    let host = SimDirectory::on(&old);
+    carry_out(&host, &step).expect("it can go");
+    let (end, mut late) = (shows(&host.media(), "end"), 0);
+    for number in 0..host.world().total() {
+        let host = SimDirectory::on(&old);
+        host.world().fail_after(number);
+        let Err(error) = carry_out(&host, &step) else {
+            continue;
+        };
+        if !error.to_string().contains(&format!("is gone, but {base}")) {
+            continue;
+        }
+        late += 1;
+        let left = host.media();
+        let shots = described(&left, "late").snapshots;
+        assert!(shots.iter().all(|shot| shot.guid != name(9)));
+        assert!(shots.iter().any(|shot| shot.guid == base && shot.temporary));
+        let fix = error.fix_text().unwrap_or_default();
+        assert!(fix.contains("goes on with that"), "{fix}");
+        let new = after(&left, &delete_with(base, Losses::default()));
+        assert!(shows(&new, "repeated") == end);
+    }
+    assert!(late > 5, "only {late}");
 }
 
 /// Deletions that were interrupted are completed with the next one above them.

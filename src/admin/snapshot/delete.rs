@@ -192,15 +192,18 @@ impl Plan {
         })
     }
 
-    /// An error of the merge that came after the first change.
-    fn late(&self, target: Guid, error: Error) -> Error {
+    /// An error of the merge that came after the first change, where it has left the descriptor as
+    /// that made it.
+    fn late(&self, descriptor: &Descriptor, target: Guid, error: Error) -> Error {
         let what = match &self.told.what {
             Deleted::Merged(_) => return error,
             Deleted::Dropped { .. } => "gone",
             Deleted::Marked { .. } => "marked",
         };
-        let then = self.told.then.iter().flat_map(|merged| merged.gone.last());
-        let then: String = then.map(Guid::to_string).collect();
+        let mut then = self.told.then.iter().flat_map(|merged| merged.gone.last());
+        let Some(then) = then.find(|then| is_going(descriptor, **then)) else {
+            return error;
+        };
         let why = format!("{target} is {what}, but {then}, which was to go with it, is not");
         Error::why(error.kind(), format!("{why}: {error}"))
             .fix("`ploopfs snapshot delete` with its name goes on with that")
@@ -257,7 +260,7 @@ pub fn delete(
     };
     if let Some(job) = &plan.job {
         let more = carry_out(bundle, job, progress);
-        warnings.extend(more.map_err(|error| plan.late(target, error))?);
+        warnings.extend(more.map_err(|error| plan.late(bundle.descriptor(), target, error))?);
     }
     Ok((plan.told, warnings))
 }
