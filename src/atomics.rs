@@ -5,8 +5,9 @@
 //!
 //! `tools/test` builds the unit tests once more with the feature `loom`. Then each atomic here is
 //! one of loom's, and `disk/models/tests.rs` runs small scenes with it in every order that the
-//! threads and the memory model allow. Loom keeps sequentially consistent loads from stale values only among
-//! sequentially consistent stores, so there the first value of each atomic is such a store too.
+//! threads and the memory model allow. Loom keeps sequentially consistent loads from stale values
+//! only among sequentially consistent stores, so there the first value of each atomic is such a
+//! store too.
 
 #[cfg(not(all(test, feature = "loom")))]
 pub use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
