@@ -91,6 +91,18 @@ fn what_another_descriptor_names_is_no_orphan_and_is_never_removed() {
     expect(&check, 3, &[orphan], &["a descriptor too"]);
 }
 
+/// By itself it is a frozen image of the disk that the other descriptor describes.
+#[test]
+fn an_image_of_another_descriptor_is_not_changed_by_itself() {
+    let dir = directory();
+    let (path, other) = with_other(dir.path(), "a.hdd");
+    corrupt::apply("t-past-eof", &other).expect("it can be broken");
+    let words = ["frozen", "copy it out"];
+    expect_refused(&["repair", "-qy", text(&other)], 1, &words, &path);
+    fs::write(path.join(OLD), "<Parallels_other/>").expect("there is room");
+    expect(&["repair", "-qy", text(&other)], 0, &[], &[]);
+}
+
 #[test]
 fn what_another_descriptor_needs_is_not_merged_nor_dropped() {
     let dir = directory();
