@@ -24,7 +24,7 @@ pub mod flags;
 pub mod flush;
 pub mod flusher;
 pub mod health;
-#[cfg(all(test, loom))]
+#[cfg(all(test, feature = "loom"))]
 mod models {
     mod tests;
 }
@@ -162,9 +162,6 @@ pub struct Disk {
     size: u64,
     read_only: bool,
     inline_order: RequestOrder,
-    large_inline_max: usize,
-    /// Requests above the threshold that threads of the transport serve now.
-    large_inline: AtomicUsize,
     enospc: EnospcPolicy,
     resources: Resources,
     health: Health,
@@ -179,6 +176,8 @@ pub struct Disk {
     /// A lack of space has been logged and is not over yet.
     space_is_short: AtomicBool,
     closing: AtomicBool,
+    /// Set under the lock of `in_flight`: nothing that comes later changes the files.
+    closed: AtomicBool,
     /// Keeps locks and descriptors for as long as the disk is served.
     _images: Arc<crate::chain::bundle::OpenedImages>,
 }
@@ -260,7 +259,28 @@ impl Disk {
         if at.checked_add(len).is_none_or(|end| end.get() > self.size) {
             return Err(Error::new(ErrorKind::OutOfRange));
         }
+        self.expect_open()?;
         self.health.check()
+    }
+
+    /// Fails once the disk is closed. A session that broke down may still have a request somewhere.
+    fn expect_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::why(ErrorKind::Host, "the disk is closed already"));
+        }
+        Ok(())
+    }
+
+    /// Lets so many requests above the threshold stay on the threads on which they arrive, over
+    /// the disk and its frozen views; for a transport whose threads are others than expected.
+    pub fn set_large_inline_max(&self, max: usize) {
+        self.resources.large.max.store(max, Ordering::Relaxed);
+    }
+
+    /// Gives back the memory for large requests that bring none: a transport whose requests bring
+    /// theirs has no use for it. Should there be such requests all the same, they are served alone.
+    pub fn release_buffers(&self) {
+        self.resources.buffers.release();
     }
 
     /// Counts a lack of space, and logs the first of a series.
@@ -274,7 +294,8 @@ impl Disk {
     /// Drains, flushes, trims the files and clears the in-use marks. On an error the marks stay,
     /// and the next open examines the image.
     ///
-    /// Nobody may make requests any more; those that are under way are waited for.
+    /// Nobody may make requests any more; those that are under way are waited for, and what comes
+    /// later all the same is refused.
     pub fn close(self: Arc<Self>) -> Result<()> {
         self.closing.store(true, Ordering::Release);
         let mut in_flight = self.in_flight.lock();
@@ -283,6 +304,7 @@ impl Disk {
             self.idle
                 .wait_for(&mut in_flight, Duration::from_millis(100));
         }
+        self.closed.store(true, Ordering::Release);
         drop(in_flight);
         self.flusher.stop();
         if self.read_only {

@@ -161,6 +161,17 @@ impl PloopFs {
         }
     }
 
+    /// Says that so many threads serve, each of which has requests of its own: all of them may be
+    /// busy with a large one.
+    pub(crate) fn expect_threads(&self, threads: usize) {
+        self.views.live.disk.set_large_inline_max(threads);
+    }
+
+    /// Says that requests come with memory of their own from now on.
+    pub(crate) fn release_buffers(&self) {
+        self.views.live.disk.release_buffers();
+    }
+
     /// Gets ready for requests on so many threads; called at INIT with what the kernel granted.
     pub(crate) fn start(&mut self, granted: InitFlags, threads: usize) -> io::Result<()> {
         if !granted.contains(InitFlags::FUSE_ASYNC_DIO) {

@@ -32,6 +32,14 @@ fn hostless() -> Vec<Trial> {
             cuts::every_byte_is_where_it_was,
         ),
         run("the_power_may_fail", cuts::the_power_may_fail),
+        run(
+            "nothing_behind_the_end_is_lost_unasked",
+            cuts::nothing_behind_the_end_is_lost_unasked,
+        ),
+        run(
+            "what_was_begun_by_force_needs_none",
+            cuts::what_was_begun_by_force_needs_none,
+        ),
         run("the_user_may_stop_it", cuts::the_user_may_stop_it),
         run(
             "new_files_are_whole_or_absent",

@@ -9,6 +9,8 @@ mod support;
 
 #[path = "mount/answers.rs"]
 mod answers;
+#[path = "mount/broken.rs"]
+mod broken;
 #[path = "mount/damage.rs"]
 mod damage;
 #[path = "mount/dead.rs"]
@@ -55,7 +57,8 @@ fn main() {
     trials.extend(memory::trials());
     trials.extend(process::trials());
     trials.extend(rings::trials());
-    for way in ["uring", "crowd", "dev"] {
+    trials.extend(broken::trials());
+    for way in ["uring", "crowd", "dev", "lame", "partly", "refused"] {
         trials.extend(harness::over(way, files::trials));
         trials.extend(harness::over(way, answers::trials));
     }

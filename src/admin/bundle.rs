@@ -175,6 +175,18 @@ impl<'a> Bundle<'a> {
         other_descriptors(self.directory, there, &self.name)
     }
 
+    /// The bundle as these changes would leave it, for whoever plans what comes after them. Changes
+    /// nothing.
+    pub fn preview(&self, edits: &[Edit]) -> Result<Self> {
+        Ok(Self {
+            directory: self.directory,
+            files: self.files,
+            name: self.name.clone(),
+            text: self.edited(edits)?,
+            descriptor: self.descriptor.edited(edits),
+        })
+    }
+
     fn edited(&self, edits: &[Edit]) -> Result<Vec<u8>> {
         let new = edit(&self.text, edits).map_err(|e| edit_error(e, &self.name))?;
         if len_u64(new.len()) > xml::BYTES_MAX {

@@ -321,6 +321,10 @@ impl Daemon<'_> {
                 .join()
                 .unwrap_or_else(|_| Err(Error::errno(libc::EIO)))
         });
+        if result.is_err() {
+            // Nobody serves the device any more.
+            drain_loop(&state);
+        }
         result.and(attached)
     }
 }

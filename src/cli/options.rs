@@ -203,7 +203,7 @@ pub fn parse_threads(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Reads how requests come in; `dev` and `crowd` are for tests.
+/// Reads how requests come in; what the error does not name is for tests.
 pub fn parse_transport(text: &str) -> Result<Transport, String> {
     match text {
         "auto" => Ok(Transport::Auto),
@@ -211,6 +211,9 @@ pub fn parse_transport(text: &str) -> Result<Transport, String> {
         "uring" => Ok(Transport::Uring),
         "dev" => Ok(Transport::Device),
         "crowd" => Ok(Transport::Crowded),
+        "lame" => Ok(Transport::Lame),
+        "refused" => Ok(Transport::Refused),
+        "partly" => Ok(Transport::PartlyRefused),
         _ => Err(format!("'{text}': use auto, fuser or uring")),
     }
 }

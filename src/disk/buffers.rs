@@ -82,6 +82,11 @@ impl Buffers {
         })
     }
 
+    /// Gives the host the large buffers back that nobody has.
+    pub fn release(&self) {
+        self.classes[1].free.lock().clear();
+    }
+
     /// A buffer of `len` bytes of any content, or `None` while there is none.
     #[must_use]
     pub fn take(self: &Arc<Self>, len: usize) -> Option<Buffer> {
@@ -162,5 +167,10 @@ mod tests {
             assert!(buffers.take(HEAP_MAX).is_some());
         }
         assert!(buffers.take(LARGE_LEN + 1).is_none());
+        let out = buffers.take(LARGE_LEN);
+        buffers.release();
+        assert!(out.is_some() && buffers.take(LARGE_LEN).is_none());
+        drop(out);
+        assert!(buffers.take(LARGE_LEN).is_some(), "it comes back as before");
     }
 }

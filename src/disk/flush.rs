@@ -108,6 +108,7 @@ impl Disk {
         let Some(state) = state.as_mut() else {
             return Err(Error::errno(libc::EROFS));
         };
+        self.expect_open()?;
         self.health.check()?;
         if part.marked.is_open() {
             return Ok(());

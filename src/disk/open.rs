@@ -19,7 +19,7 @@ use crate::plan::RequestOrder;
 use crate::sync::{Condvar, Mutex, Rank};
 use arc_swap::ArcSwap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Bytes of map pages for a frozen view: people look into one, they do not work on it.
@@ -32,6 +32,17 @@ const SPLIT_PAGES_MAX: u64 = 1 << 14;
 pub struct Resources {
     pub(super) pool: Arc<dyn Spawn>,
     pub(super) buffers: Arc<Buffers>,
+    pub(super) large: Arc<LargeInline>,
+}
+
+/// Requests above the threshold that stay on the threads on which they arrive. The threads serve a
+/// disk and its frozen views, so these share the account.
+#[derive(Debug, Default)]
+pub(super) struct LargeInline {
+    /// How many there are now.
+    pub(super) count: AtomicUsize,
+    /// How many there may be.
+    pub(super) max: AtomicUsize,
 }
 
 impl Resources {
@@ -40,7 +51,7 @@ impl Resources {
     pub fn with_pool(&self, pool: Arc<dyn Spawn>) -> Self {
         Self {
             pool,
-            buffers: Arc::clone(&self.buffers),
+            ..self.clone()
         }
     }
 
@@ -50,6 +61,7 @@ impl Resources {
         Self {
             pool,
             buffers: Buffers::none(),
+            large: Arc::default(),
         }
     }
 
@@ -58,6 +70,7 @@ impl Resources {
         Ok(Self {
             pool: pool::start(pool_threads)?,
             buffers: Buffers::new()?,
+            large: Arc::default(),
         })
     }
 }
@@ -73,7 +86,6 @@ pub fn open_view(disk: &Disk, images: OpenedImages) -> Result<Arc<Disk>> {
     let options = DiskOptions {
         read_only: true,
         inline_order: disk.inline_order.0,
-        large_inline_max: disk.large_inline_max,
         bat_cache: VIEW_CACHE,
         ..DiskOptions::default()
     };
@@ -87,6 +99,8 @@ pub fn open_with(
     options: &DiskOptions,
     resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
+    let large = &resources.large.max;
+    large.fetch_max(options.large_inline_max, Ordering::Relaxed);
     let caches = look_at_parts(&images, options)?;
     if !options.read_only {
         images.claim()?;
@@ -130,8 +144,6 @@ pub fn open_with(
         size,
         read_only: options.read_only,
         inline_order: RequestOrder(options.inline_order),
-        large_inline_max: options.large_inline_max,
-        large_inline: AtomicUsize::new(0),
         enospc: options.enospc,
         resources,
         health: Health::default(),
@@ -143,6 +155,7 @@ pub fn open_with(
         space_waiters: AtomicUsize::new(0),
         space_is_short: AtomicBool::new(false),
         closing: AtomicBool::new(false),
+        closed: AtomicBool::new(false),
         _images: images,
     });
     if !options.read_only {

@@ -1,4 +1,7 @@
 //! Where a request is served: on the thread it arrived on, in the pool, or parked until it can be.
+//!
+//! [`Disk::stay`] decides, for all ways in which bytes come and go. What may stay is tried there,
+//! and goes to the pool if a page of the map is missing or a cluster needs a place.
 
 use super::buffers::{BUFFER_MAX, Buffer};
 use super::part::{Part, Progress};
@@ -83,13 +86,14 @@ impl Disk {
     }
 
     /// Serves a read of `len` bytes, clipped at the disk's end, into memory that comes with it.
-    /// Where it is served is as for [`Disk::read`]; there is always a buffer.
+    /// Where it is served is decided as for [`Disk::read`]; but its memory goes to the pool with
+    /// it, so it needs no buffer there, and is never served alone.
     pub fn read_into<R: ReadInto>(self: &Arc<Self>, at: DiskOffset, len: usize, mut target: R) {
         let left = len_usize(self.size.saturating_sub(at.get())).unwrap_or(usize::MAX);
         let len = len.min(left).min(target.memory().len());
         bump(&self.counters.reads, 1);
         bump(&self.counters.read_bytes, len_u64(len));
-        if RequestOrder::of(len) < self.inline_order {
+        if let Some(_stay) = self.stay(len) {
             let buf = &mut target.memory()[..len];
             match self.guarded(|| self.read_pieces(at, buf, Load::No)) {
                 Ok(true) => {
@@ -114,7 +118,7 @@ impl Disk {
         if let Err(error) = self.check_change(at, len_u64(len)) {
             return reply.done(Err(error));
         }
-        if RequestOrder::of(len) < self.inline_order {
+        if let Some(_stay) = self.stay(len) {
             match self.guarded(|| self.write_pieces_in_place(at, reply.brought())) {
                 Ok(true) => {
                     bump(&self.counters.inline_requests, 1);
@@ -159,11 +163,12 @@ impl Disk {
         if RequestOrder::of(len) < self.inline_order {
             return Some(Stay { counted: None });
         }
-        let count = &self.large_inline;
+        let large = &*self.resources.large;
+        let max = large.max.load(Ordering::Relaxed);
         let stay = Stay {
-            counted: Some(count),
+            counted: Some(&large.count),
         };
-        (count.fetch_add(1, Ordering::Relaxed) < self.large_inline_max).then_some(stay)
+        (large.count.fetch_add(1, Ordering::Relaxed) < max).then_some(stay)
     }
 
     /// Makes a range read as zeros: punched holes and zeroed ranges alike.
@@ -183,10 +188,12 @@ impl Disk {
             .join_round(Box::new(move |result| reply.done(result)));
     }
 
-    /// Runs something that may take long on a thread of the pool.
+    /// Runs something that may take long on a thread of the pool. Once the disk is closed the job
+    /// is dropped instead.
     pub fn spawn(self: &Arc<Self>, job: impl FnOnce() + Send + 'static) {
-        bump(&self.counters.pooled_requests, 1);
-        *self.in_flight.lock() += 1;
+        if !self.job_begins() {
+            return;
+        }
         self.resources.pool.spawn(Box::new(Once {
             disk: Arc::clone(self),
             job,
@@ -368,8 +375,9 @@ impl Disk {
     }
 
     fn spawn_change<R: DoneReply>(self: &Arc<Self>, at: DiskOffset, op: Op, reply: R) {
-        bump(&self.counters.pooled_requests, 1);
-        *self.in_flight.lock() += 1;
+        if !self.job_begins() {
+            return reply.done(self.expect_open());
+        }
         let disk = Arc::clone(self);
         self.resources.pool.spawn(Box::new(ChangeJob {
             disk,
@@ -387,6 +395,17 @@ impl Disk {
             self.health.latch("a request panicked");
             Err(self.health.error())
         })
+    }
+
+    /// Counts a job, which keeps the disk from being closed; false if it is closed.
+    fn job_begins(&self) -> bool {
+        let mut in_flight = self.in_flight.lock();
+        if self.closed.load(Ordering::Acquire) {
+            return false;
+        }
+        *in_flight += 1;
+        bump(&self.counters.pooled_requests, 1);
+        true
     }
 
     fn job_finished(&self) {

@@ -10,6 +10,11 @@
 //! A request is read in two pieces, so that the bytes of a WRITE start a page: [`WRITE_HEAD_LEN`]
 //! bytes, and what follows. Answers are written with their head before them. The buffer belongs to
 //! the thread and is lent to the disk for the time of a call.
+//!
+//! Beside rings the readers can be told to stop. Each would else wait in the kernel, which keeps
+//! the descriptor open: a session that cannot go on could not end its mount, and who waits for an
+//! answer would wait for ever. The descriptor does not block then, and they wait for it and for the
+//! word to stop together.
 
 use super::answer::{DoneAnswer, ReadAnswer, Reading, Reply, Writing};
 use super::buffer::Buffers;
@@ -20,11 +25,16 @@ use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::DiskOffset;
 use fuser::{Errno, InitFlags};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::uio::{readv, writev};
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::OwnedFd;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
@@ -33,23 +43,100 @@ const ALWAYS: InitFlags = InitFlags::FUSE_ASYNC_READ
     .union(InitFlags::FUSE_BIG_WRITES)
     .union(InitFlags::FUSE_MAX_PAGES);
 
+/// The word to stop: one end is shut down, which all see who look at the other.
+#[derive(Debug)]
+struct Stop {
+    is_said: AtomicBool,
+    speaker: UnixStream,
+    listener: UnixStream,
+}
+
 /// The descriptor of a mount.
 #[derive(Debug)]
-pub(crate) struct Device(OwnedFd);
+pub(crate) struct Device {
+    fd: OwnedFd,
+    stop: Option<Stop>,
+}
+
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
 
 impl Device {
     pub(crate) fn new(fd: OwnedFd) -> Arc<Self> {
-        Arc::new(Self(fd))
+        Arc::new(Self { fd, stop: None })
     }
 
-    /// Reads one request; `None` when the mount has gone.
+    /// One whose readers [`Device::stop`] ends. If that cannot be, the descriptor comes back.
+    pub(crate) fn stoppable(fd: OwnedFd) -> std::result::Result<Arc<Self>, (io::Error, OwnedFd)> {
+        let made = UnixStream::pair().and_then(|pair| {
+            set_blocking(fd.as_fd(), false)?;
+            Ok(pair)
+        });
+        match made {
+            Ok((speaker, listener)) => Ok(Arc::new(Self {
+                fd,
+                stop: Some(Stop {
+                    is_said: AtomicBool::new(false),
+                    speaker,
+                    listener,
+                }),
+            })),
+            Err(e) => Err((e, fd)),
+        }
+    }
+
+    /// Ends all readers, those that wait and those that come.
+    pub(crate) fn stop(&self) {
+        if let Some(stop) = &self.stop {
+            stop.is_said.store(true, Ordering::Release);
+            // It fails only if it was shut down before.
+            let _ = stop.speaker.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// True when the mount has gone.
+    pub(crate) fn is_gone(&self) -> bool {
+        let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::empty())];
+        let gone = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
+            && fds[0].revents().is_some_and(|seen| seen.intersects(gone))
+    }
+
+    /// Waits until there is something to read, or the word to stop.
+    fn wait(&self) -> io::Result<()> {
+        let Some(stop) = &self.stop else {
+            return Ok(());
+        };
+        let mut fds = [
+            PollFd::new(self.fd.as_fd(), PollFlags::POLLIN),
+            PollFd::new(stop.listener.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        let stop = self.stop.as_ref();
+        stop.is_some_and(|stop| stop.is_said.load(Ordering::Acquire))
+    }
+
+    /// Reads one request; `None` when the mount has gone, or on the word to stop.
     fn read(&self, head: &mut [u8], rest: &mut [u8]) -> io::Result<Option<usize>> {
         loop {
+            if self.is_stopped() {
+                return Ok(None);
+            }
             let mut pieces = [IoSliceMut::new(head), IoSliceMut::new(rest)];
-            match readv(&self.0, &mut pieces) {
+            match readv(&self.fd, &mut pieces) {
                 Ok(len) => return Ok(Some(len)),
+                Err(nix::Error::EAGAIN) => self.wait()?,
                 // ENOENT: the request was taken back while it was read.
-                Err(nix::Error::EINTR | nix::Error::EAGAIN | nix::Error::ENOENT) => {}
+                Err(nix::Error::EINTR | nix::Error::ENOENT) => {}
                 Err(nix::Error::ENODEV | nix::Error::ECONNABORTED) => return Ok(None),
                 Err(errno) => return Err(errno.into()),
             }
@@ -63,13 +150,20 @@ impl Device {
         };
         let head = wire::out_head(unique, error, body.len());
         loop {
-            match writev(&self.0, &[IoSlice::new(&head), IoSlice::new(body)]) {
+            match writev(&self.fd, &[IoSlice::new(&head), IoSlice::new(body)]) {
                 Ok(_) => return Ok(()),
                 Err(nix::Error::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
         }
     }
+}
+
+fn set_blocking(fd: BorrowedFd<'_>, blocks: bool) -> io::Result<()> {
+    let mut flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_NONBLOCK, !blocks);
+    fcntl(fd, FcntlArg::F_SETFL(flags))?;
+    Ok(())
 }
 
 /// The answer to one request that was read from the device.
@@ -237,31 +331,39 @@ pub(crate) fn greet(
     }
 }
 
-/// Starts threads that serve what comes from the device until the mount has gone, and then tell
-/// how it went. Returns how many there are, which is not none.
+/// What a thread needs to begin.
+#[derive(Clone)]
+pub(crate) struct Start {
+    pub(crate) fs: Arc<PloopFs>,
+    pub(crate) device: Arc<Device>,
+    pub(crate) guard: Guard,
+}
+
+/// Serves what comes from the device, on this thread, until the mount has gone or it is stopped.
+pub(crate) fn read_on(start: Start, buffers: &Buffers) -> io::Result<()> {
+    let Start { fs, device, guard } = start;
+    let served = catch_unwind(AssertUnwindSafe(|| {
+        buffers.with(|buf| run(&fs, &device, guard, buf))
+    }));
+    match served {
+        Ok(Some(served)) => served,
+        Ok(None) => Err(io::ErrorKind::OutOfMemory.into()),
+        Err(_) => Err(io::Error::other("a session thread panicked")),
+    }
+}
+
+/// Starts threads that serve what comes from the device, and then tell how it went. Returns how
+/// many there are, which is not none.
 pub(crate) fn start(
-    fs: &Arc<PloopFs>,
-    device: &Arc<Device>,
-    guard: Guard,
+    start: &Start,
     threads: usize,
     tell: impl Fn(io::Result<()>) + Clone + Send + 'static,
 ) -> io::Result<usize> {
     let buffers = Arc::new(Buffers::new(threads));
     for number in 0..threads {
-        let (fs, device, buffers) = (Arc::clone(fs), Arc::clone(device), Arc::clone(&buffers));
-        let tell = tell.clone();
-        let run = move || {
-            let served = catch_unwind(AssertUnwindSafe(|| {
-                buffers.with(|buf| run(&fs, &device, guard, buf))
-            }));
-            // What the thread has of the file system goes before it is told.
-            drop((fs, device));
-            tell(match served {
-                Ok(Some(served)) => served,
-                Ok(None) => Err(io::ErrorKind::OutOfMemory.into()),
-                Err(_) => Err(io::Error::other("a session thread panicked")),
-            });
-        };
+        let (start, buffers, tell) = (start.clone(), Arc::clone(&buffers), tell.clone());
+        // What the thread has of the file system goes before it is told.
+        let run = move || tell(read_on(start, &buffers));
         let builder = thread::Builder::new().name(format!("device-{number}"));
         match builder.spawn(run) {
             Ok(_) => {}
@@ -284,9 +386,12 @@ pub(crate) fn serve_alone(
     threads: usize,
 ) -> io::Result<()> {
     let (tell, told) = mpsc::channel();
-    let threads = start(fs, device, guard, threads, move |result| {
+    let (fs, device) = (Arc::clone(fs), Arc::clone(device));
+    let all = Start { fs, device, guard };
+    let threads = start(&all, threads, move |result| {
         let _ = tell.send(result);
     })?;
+    drop(all);
     told.iter().take(threads).fold(Ok(()), io::Result::and)
 }
 

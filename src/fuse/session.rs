@@ -10,7 +10,7 @@
 //! is access for root only, which the kernel does not know.
 
 use super::PloopFs;
-use super::device::{self, Device};
+use super::device::{self, Device, Start};
 use super::dispatch::Guard;
 use super::library::Library;
 use super::mount::Access;
@@ -20,9 +20,6 @@ use fuser::{Config, Session, SessionACL};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-
-/// Threads for each queue where there are more of them than CPUs.
-const CROWD: usize = 4;
 
 /// How requests come in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,12 +35,31 @@ pub enum Transport {
     Device,
     /// By rings with more threads than CPUs; for tests.
     Crowded,
+    /// By rings as if all CPUs but one had been off at the start; for tests.
+    Lame,
+    /// By rings that the kernel refuses; for tests.
+    Refused,
+    /// By rings of which the kernel refuses a part; for tests.
+    PartlyRefused,
+}
+
+impl Transport {
+    /// The rings that were asked for.
+    fn shape(self) -> Option<rings::Shape> {
+        match self {
+            Self::Auto | Self::Fuser | Self::Device => None,
+            Self::Uring => Some(rings::Shape::Usual),
+            Self::Crowded => Some(rings::Shape::Crowded),
+            Self::Lame => Some(rings::Shape::Lame),
+            Self::Refused => Some(rings::Shape::Refused),
+            Self::PartlyRefused => Some(rings::Shape::PartlyRefused),
+        }
+    }
 }
 
 /// Fails if rings were asked for and the kernel does not offer them.
 pub fn expect_offered(transport: Transport) -> Result<()> {
-    let is_asked = matches!(transport, Transport::Uring | Transport::Crowded);
-    if !is_asked || rings::are_offered() {
+    if transport.shape().is_none() || rings::are_offered() {
         return Ok(());
     }
     let fix = format!(
@@ -68,21 +84,24 @@ pub fn serve(
     on_ready: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let threads = threads.max(1);
-    let crowd = if transport == Transport::Crowded {
-        CROWD
-    } else {
-        1
-    };
-    let served = match transport {
-        Transport::Auto | Transport::Fuser => serve_library(fs, fd, access, threads, on_ready),
-        Transport::Device => serve_own(fs, &Device::new(fd), None, (access, threads), on_ready),
-        Transport::Uring | Transport::Crowded => match rings::prepare(&fd, crowd) {
-            Ok(rings) => {
-                let device = Device::new(fd);
-                serve_own(fs, &device, Some(rings), (access, threads), on_ready)
+    let served = match (transport, transport.shape()) {
+        (_, Some(shape)) => {
+            let rings = rings::prepare(&fd, shape);
+            let made = rings.and_then(|rings| {
+                let device = Device::stoppable(fd).map_err(|(e, _)| e)?;
+                Ok((rings, device))
+            });
+            match made {
+                Ok((rings, device)) => {
+                    serve_own(fs, device, Some(rings), (access, threads), on_ready)
+                }
+                Err(e) => Err(no_rings(&e)),
             }
-            Err(e) => Err(no_rings(&e)),
-        },
+        }
+        (Transport::Device, None) => {
+            serve_own(fs, Device::new(fd), None, (access, threads), on_ready)
+        }
+        (_, None) => serve_library(fs, fd, access, threads, on_ready),
     };
     served.inspect_err(|error| log::error!("the session ended badly: {error}"))
 }
@@ -115,7 +134,7 @@ fn serve_library(
 
 fn serve_own(
     mut fs: PloopFs,
-    device: &Arc<Device>,
+    device: Arc<Device>,
     rings: Option<rings::Prepared>,
     (access, threads): (Access, usize),
     on_ready: impl FnOnce() -> Result<()>,
@@ -123,7 +142,10 @@ fn serve_own(
     let guard = Guard::new(access);
     // Threads of queues wait for locks as others do.
     let others = rings.as_ref().map_or(0, rings::Prepared::count);
-    let agreed = device::greet(device, &mut fs, threads + others, rings.is_some())?;
+    if rings.is_some() {
+        fs.expect_threads(others);
+    }
+    let agreed = device::greet(&device, &mut fs, threads + others, rings.is_some())?;
     let fs = Arc::new(fs);
     let served = match rings {
         Some(_) if !agreed => {
@@ -131,11 +153,12 @@ fn serve_own(
         }
         Some(rings) => {
             on_ready()?;
-            rings::run(rings, &fs, device, (guard, threads))
+            let fs = Arc::clone(&fs);
+            rings::run(rings, Start { fs, device, guard }, threads)
         }
         None => {
             on_ready()?;
-            device::serve_alone(&fs, device, guard, threads).map_err(Error::from)
+            device::serve_alone(&fs, &device, guard, threads).map_err(Error::from)
         }
     };
     // Only after a failure there is still somebody who has it.

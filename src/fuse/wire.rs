@@ -60,6 +60,7 @@ const RELEASEDIR: u32 = 29;
 const FSYNCDIR: u32 = 30;
 const ACCESS: u32 = 34;
 const CREATE: u32 = 35;
+const INTERRUPT: u32 = 36;
 const DESTROY: u32 = 38;
 const IOCTL: u32 = 39;
 const BATCH_FORGET: u32 = 42;
@@ -238,9 +239,10 @@ impl Head {
         )
     }
 
-    /// Whether nobody waits for an answer; one would be taken for another's.
+    /// Whether nobody waits for an answer; one would be taken for another's. Who is interrupted
+    /// gets the answer to what was interrupted, which may take its time.
     pub(crate) fn wants_no_answer(&self) -> bool {
-        matches!(self.opcode, FORGET | BATCH_FORGET)
+        matches!(self.opcode, FORGET | BATCH_FORGET | INTERRUPT)
     }
 
     /// Whether names follow the fixed part.

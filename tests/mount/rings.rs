@@ -25,6 +25,12 @@ pub(crate) fn trials() -> Vec<Trial> {
             rings_or_nothing,
         ),
         trial("no_other_transport_is_known", &[Fuse], no_other_transport),
+        trial(
+            "rings_stay_where_they_may_run",
+            NEEDS,
+            stay_where_they_may_run,
+        ),
+        trial("rings_take_little_memory", NEEDS, take_little_memory),
     ]
 }
 
@@ -93,14 +99,13 @@ fn fuser_is_taken() -> Outcome {
     Ok(())
 }
 
-/// Runs a mount for which the host makes no rings; it says so, and what it said comes back.
-fn without_rings(dir: &Path, image: &Path, way: &str) -> Result<command::Finished> {
+/// Runs a mount for which a call of rings fails; it says so, and what it said comes back.
+fn without_rings(dir: &Path, image: &Path, call: &str, how: &str) -> Result<command::Finished> {
     rings::on()?;
     let at = dir.join("mnt");
-    fs::create_dir(&at)?;
-    let script = "strace -qq -f -o \"$3.trace\" -e trace=io_uring_setup \
-                  -e inject=io_uring_setup:error=EPERM \
-                  \"$1\" mount -f --transport \"$4\" \"$2\" \"$3\" 2>\"$3.log\" &
+    fs::create_dir_all(&at)?;
+    let script = "strace -qq -f -o \"$3.trace\" -e trace=$4 -e inject=$4:$5 \
+                  \"$1\" mount -f --transport uring \"$2\" \"$3\" 2>\"$3.log\" &
                   for i in $(seq 100); do
                       test -e \"$3/disk.img\" && break; kill -0 $! || break; sleep 0.1
                   done
@@ -108,18 +113,27 @@ fn without_rings(dir: &Path, image: &Path, way: &str) -> Result<command::Finishe
                       cp \"$3/disk.img\" \"$3.copy\"; \"$1\" umount \"$3\"
                   fi
                   status=0; wait $! || status=$?; cat \"$3.log\" >&2; exit $status";
-    let args = [PLOOPFS, text(image), text(&at), way];
+    let args = [PLOOPFS, text(image), text(&at), call, how];
     let done = command::run(&mut command::sh(script, &args))?;
     ensure!(!is_mounted(&at), "it is still mounted: {}", done.story());
     Ok(done)
 }
 
+/// Whatever the host forbids shows while the mount can still be refused.
 fn rings_or_nothing() -> Outcome {
     let dir = scratch()?;
     let (_, path) = image(dir.path())?;
     let before = support::fingerprint(&path)?;
-    let done = without_rings(dir.path(), &path, "uring")?.expect_code(1)?;
-    done.expect_words(&["no rings can be had", "--transport"])?;
+    // Each ring has told of its device by then; what follows are the messages.
+    let messages = format!("error=EINVAL:when={}+", cpus()? + 1);
+    for (call, how) in [
+        ("io_uring_setup", "error=EPERM"),
+        ("io_uring_enter", "error=EPERM"),
+        ("io_uring_register", &messages),
+    ] {
+        let done = without_rings(dir.path(), &path, call, how)?.expect_code(1)?;
+        done.expect_words(&["no rings can be had", "--transport"])?;
+    }
     let after = support::fingerprint(&path)?;
     ensure!(before == after, "a refused mount changed the image");
     Ok(())
@@ -133,4 +147,63 @@ fn no_other_transport() -> Outcome {
         done.expect_words(&["auto, fuser or uring"])?;
     }
     Ok(())
+}
+
+/// The CPUs that each thread of the daemon with such a name may use.
+fn places(mounted: &Mounted, prefix: &str) -> Result<Vec<String>> {
+    let mut places = Vec::new();
+    for task in fs::read_dir(format!("/proc/{}/task", mounted.pid()))? {
+        let status = fs::read_to_string(task?.path().join("status"))?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.map(|value| value.trim().to_owned())
+                .context("no such field")
+        };
+        if field("Name:")?.starts_with(prefix) {
+            places.push(field("Cpus_allowed_list:")?);
+        }
+    }
+    places.sort();
+    Ok(places)
+}
+
+fn stay_where_they_may_run() -> Outcome {
+    rings::on()?;
+    let dir = scratch()?;
+    let (spec, path) = image(dir.path())?;
+    let uring = ["--transport", "uring"];
+    let mounted = Mounted::new(dir.path(), &path, &uring)?;
+    let all: Vec<String> = (0..cpus()?).map(|cpu| cpu.to_string()).collect();
+    let found = places(&mounted, "ring-")?;
+    // Where a CPU is off, its thread is missing.
+    ensure!(found.iter().all(|place| all.contains(place)), "{found:?}");
+    mounted.umount()?;
+    // The daemon inherits what its caller may use.
+    let before = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0))?;
+    let mut only = nix::sched::CpuSet::new();
+    only.set(0)?;
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &only)?;
+    let mounted = Mounted::new(dir.path(), &path, &uring);
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &before)?;
+    let mounted = mounted?;
+    let found = places(&mounted, "ring-")?;
+    ensure!(found.iter().all(|place| place == "0"), "{found:?}");
+    expect_flat(&mounted.disk(), &Model::of(&spec))?;
+    mounted.umount()
+}
+
+/// A disk of 16 TiB, idle and after small requests from everywhere.
+fn take_little_memory() -> Outcome {
+    rings::on()?;
+    let dir = scratch()?;
+    let path = dir.path().join("a.hds");
+    ImageSpec::new(2, 2048, 1 << 35).write(&path)?;
+    let mounted = Mounted::new(dir.path(), &path, &["--transport", "uring"])?;
+    let idle = mounted.memory(false)? >> 20;
+    for number in 0..64 {
+        support::read_at(&mounted.disk(), number << 30, 4096)?;
+    }
+    let used = mounted.memory(false)? >> 20;
+    ensure!(used < 40, "{idle} MiB idle, {used} MiB after small reads");
+    mounted.umount()
 }

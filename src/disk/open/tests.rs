@@ -123,6 +123,31 @@ impl crate::disk::ReadReply for Told {
     }
 }
 
+/// A request with its memory, which tells the thread that answers it.
+struct Brings(Vec<u8>, std::sync::mpsc::Sender<std::thread::ThreadId>);
+
+impl crate::disk::ReadInto for Brings {
+    fn memory(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+
+    fn done(self, result: Result<usize>) {
+        assert_eq!((result.unwrap(), self.0[0]), (4096, 7));
+        self.1.send(std::thread::current().id()).unwrap();
+    }
+}
+
+impl crate::disk::DoneReply for Brings {
+    fn done(self, result: Result<()>) {
+        result.unwrap();
+        self.1.send(std::thread::current().id()).unwrap();
+    }
+
+    fn brought(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 #[test]
 fn only_so_many_large_requests_stay_on_their_threads() {
     let options = DiskOptions {
@@ -133,13 +158,22 @@ fn only_so_many_large_requests_stay_on_their_threads() {
     let storage = image(&[(0, 1)]);
     let (disk, _) = open_as(&[&storage], &options).unwrap();
     let mut buf = [0; 4096];
-    // Loads the page of the map.
+    // Loads the page of the map, and sets the in-use mark.
     disk.read_at(crate::units::DiskOffset::new(0), &mut buf)
         .unwrap();
+    disk.write_at(crate::units::DiskOffset::new(0), &buf)
+        .unwrap();
     let mut stays_here = || {
+        let here = std::thread::current().id();
         let (told, heard) = std::sync::mpsc::channel();
-        disk.read(crate::units::DiskOffset::new(0), 4096, &mut buf, Told(told));
-        heard.recv().unwrap() == std::thread::current().id()
+        let start = crate::units::DiskOffset::new(0);
+        disk.read(start, 4096, &mut buf, Told(told.clone()));
+        disk.read_into(start, 4096, Brings(vec![0; 4096], told.clone()));
+        disk.write_brought(start, Brings(vec![7; 4096], told));
+        let places: Vec<_> = heard.iter().map(|thread| thread == here).collect();
+        assert_eq!(places.len(), 3);
+        assert!(places.iter().all(|is_here| *is_here == places[0]));
+        places[0]
     };
     assert!(stays_here() && stays_here() && stays_here());
     let one = disk.stay(4096).unwrap();
@@ -150,4 +184,41 @@ fn only_so_many_large_requests_stay_on_their_threads() {
     assert!(stays_here());
     drop(one);
     disk.close().unwrap();
+}
+
+/// Tells how a change went.
+struct Went(std::sync::mpsc::Sender<Result<()>>);
+
+impl crate::disk::DoneReply for Went {
+    fn done(self, result: Result<()>) {
+        self.0.send(result).unwrap();
+    }
+}
+
+#[test]
+fn what_comes_after_the_close_changes_nothing() {
+    let storage = image(&[(0, 1)]);
+    let options = DiskOptions {
+        inline_order: 1,
+        ..DiskOptions::default()
+    };
+    let (disk, _) = open_as(&[&storage], &options).unwrap();
+    let start = crate::units::DiskOffset::new(0);
+    disk.write_at(start, &[8; 8192]).unwrap();
+    Arc::clone(&disk).close().unwrap();
+    let closed = storage.to_vec();
+    assert_eq!(&closed[44..48], &[0; 4], "the in-use mark");
+    let (told, heard) = std::sync::mpsc::channel();
+    // In place, in the pool, and what would give a cluster a place.
+    disk.write(start, &[9; 512], Went(told.clone()));
+    disk.write(start, &[9; 8192], Went(told.clone()));
+    disk.zero(start, 8192, Went(told));
+    for _ in 0..3 {
+        assert_eq!(heard.recv().unwrap().unwrap_err().kind(), ErrorKind::Host);
+    }
+    assert!(disk.write_at(start, &[9; 8192]).is_err());
+    assert!(storage.to_vec() == closed, "a closed image was changed");
+    let (told, heard) = std::sync::mpsc::channel::<()>();
+    disk.spawn(move || told.send(()).unwrap());
+    assert!(heard.recv().is_err(), "a job ran after the close");
 }

@@ -1,48 +1,50 @@
 //! What the thread of a queue does, turn by turn.
 //!
-//! Imports: `fuse::{dispatch, wire}`, `sys`.
-//! Never: keeps an answer to itself while it waits.
+//! Imports: `fuse::{device, dispatch, wire}`, `sys`.
+//! Never: keeps an answer to itself while it waits for the kernel, or for a request that is known
+//! to take long.
 //!
 //! A turn begins with all that has come. Large requests that are to be shared out go first, so that
-//! their threads begin at once; then the others are served, and their answers given to the kernel
-//! with the call that waits for the next requests: one call a turn. Only after a large request is
-//! its answer given at once, as others would keep it waiting.
+//! their threads begin at once; then the others are served. Their answers are given to the kernel
+//! with the call that waits for the next requests, or before, as [`Pace`] says: one call a turn,
+//! where all is in memory.
+//!
+//! What io_uring itself refuses for lack of memory is tried again; only then FUSE has looked at it.
+//! When a thread cannot go on it lets go of the device and says so, and all others are told to end.
 
+use super::layout::DEPTH;
+use super::pace::Pace;
 use super::reply::{self, RingAnswer};
-use super::{Shared, Told};
-use crate::fuse::PloopFs;
-use crate::fuse::dispatch::{Guard, serve};
+use super::{Shared, Told, WRITE_MAX};
+use crate::fuse::device::Start;
+use crate::fuse::dispatch::serve;
 use crate::fuse::wire::{self, Head, NAMES_MAX};
-use crate::sys::uring::{Event, FIXED_AT, HEADER_LEN, Message, Ring, Slot};
+use crate::sys::uring::{self, Event, FIXED_AT, HEADER_LEN, Message, Ring, Slot, TROUBLES_MAX};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use std::io;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::Receiver;
+use std::time::Instant;
 
 /// Requests from this length on are shared out among the threads.
 const LARGE: usize = 64 << 10;
 /// Threads that share what comes together.
 const SHARERS_MAX: usize = 4;
 
-/// What a thread needs to begin.
-pub(super) struct Start {
-    pub(super) fs: Arc<PloopFs>,
-    pub(super) guard: Guard,
-}
-
 /// The thread of one queue, or one of them.
 pub(super) struct Worker {
     pub(super) ring: Ring,
     /// Its place among the threads.
     pub(super) number: usize,
-    pub(super) cpu: usize,
+    /// The CPU to stay on.
+    pub(super) cpu: Option<usize>,
     /// Those that the kernel is to be told of.
     pub(super) slots: Vec<Slot>,
-    /// Bytes of each payload that are touched before the first request.
-    pub(super) touched: usize,
+    /// Queues that have fewer slots than they need once requests come through them.
+    pub(super) shallow: Vec<u16>,
     pub(super) shared: Arc<Shared>,
     /// Names, while the slot that they came in makes ready for the answer.
     pub(super) scratch: Vec<u8>,
@@ -50,52 +52,83 @@ pub(super) struct Worker {
     pub(super) fresh: Vec<Slot>,
     /// Requests from other threads.
     pub(super) handed: Vec<Slot>,
-    pub(super) tell: Sender<Told>,
+    /// How often in a row io_uring lacked something for a command.
+    pub(super) troubles: u32,
+    /// Requests come through rings.
+    pub(super) has_told: bool,
 }
 
 impl Worker {
     pub(super) fn run(mut self, begin: &Receiver<Start>, all: usize) {
-        // A CPU that is not there, or not for us, gets no requests; its queue must be there.
-        let mut cpus = CpuSet::new();
-        let pinned = cpus.set(self.cpu);
-        let pinned = pinned.and_then(|()| sched_setaffinity(Pid::from_raw(0), &cpus));
-        if let Err(e) = pinned {
+        if let Err(e) = self.pin() {
             log::debug!("thread {} is not pinned: {e}", self.number);
         }
-        let pages = self.touched / 4096;
-        for slot in &mut self.slots {
-            let touched = slot.payload_mut().chunks_mut(4096).take(pages);
-            touched.for_each(|page| page[0] = 1);
-        }
         reply::keep_on_this_thread(all);
+        let tell = self.shared.tell.clone();
+        let is_proven = self.prove();
+        let failed = is_proven.is_err();
+        let _ = tell.send(is_proven.map_or_else(Told::Failed, |()| Told::Ready));
         let Ok(start) = begin.recv() else {
             return;
         };
+        if failed {
+            return;
+        }
         // A queue without its thread would keep every request of its CPU for ever.
         let served = catch_unwind(AssertUnwindSafe(|| self.serve(&start)));
         let served = served.unwrap_or_else(|_| Err(io::Error::other("it panicked")));
+        drop(start);
+        // Requests that are still somewhere keep the ring, but not the mount.
+        if let Err(e) = self.ring.let_go() {
+            log::debug!("ring {} keeps the device: {e}", self.number);
+        }
         if let Err(e) = served {
             log::error!("ring {} cannot go on: {e}", self.number);
-            let _ = self.tell.send(Told::Failed(e));
+            let _ = tell.send(Told::Failed(e));
         }
     }
 
+    fn pin(&self) -> nix::Result<()> {
+        let Some(cpu) = self.cpu else { return Ok(()) };
+        let mut cpus = CpuSet::new();
+        cpus.set(cpu)?;
+        sched_setaffinity(Pid::from_raw(0), &cpus)
+    }
+
+    /// Shows that commands and messages reach the ring.
+    fn prove(&mut self) -> io::Result<()> {
+        self.ring.echo()?;
+        let mut echoes = 0;
+        while echoes < 2 {
+            self.ring.submit(1)?;
+            while let Some(Event::Echo) = self.ring.next_event() {
+                echoes += 1;
+            }
+        }
+        Ok(())
+    }
+
     fn serve(&mut self, start: &Start) -> io::Result<()> {
-        for slot in std::mem::take(&mut self.slots) {
+        for slot in mem::take(&mut self.slots) {
             self.ring.register(slot)?;
         }
+        let mut pace = Pace::default();
         let mut is_over = false;
         while !is_over {
+            pace.given();
             self.ring.submit(1)?;
-            is_over = self.take_events()?;
+            is_over = self.take_events(start)?;
             self.share_out()?;
             let (mut fresh, mut handed) = (mem::take(&mut self.fresh), mem::take(&mut self.handed));
             for slot in fresh.drain(..).chain(handed.drain(..)) {
                 let is_large = slot.mark();
+                if pace.gives_before(is_large) {
+                    self.give_now(&mut pace)?;
+                }
+                let begun = Instant::now();
                 self.serve_one(start, slot);
-                if is_large {
-                    self.give_made()?;
-                    self.ring.submit(0)?;
+                if pace.gives_after(is_large, begun.elapsed()) {
+                    self.give_now(&mut pace)?;
                 }
             }
             // They keep their memory.
@@ -107,13 +140,24 @@ impl Worker {
         Ok(())
     }
 
+    fn give_now(&mut self, pace: &mut Pace) -> io::Result<()> {
+        self.give_made()?;
+        pace.given();
+        self.ring.submit(0)
+    }
+
     /// Takes all events that have come; true when it is over.
-    fn take_events(&mut self) -> io::Result<bool> {
+    fn take_events(&mut self, start: &Start) -> io::Result<bool> {
         let mut is_over = false;
         while let Some(event) = self.ring.next_event() {
             match event {
                 Event::Request(mut slot) => {
+                    self.troubles = 0;
+                    if !mem::replace(&mut self.has_told, true) {
+                        let _ = self.shared.tell.send(Told::Serving);
+                    }
                     slot.set_mark(wire::data_len(slot.header(), FIXED_AT) >= LARGE);
+                    self.deepen(slot.queue());
                     self.fresh.push(slot);
                 }
                 Event::Message(slot, Message::Serve) | Event::Bounced(slot, Message::Serve) => {
@@ -123,17 +167,52 @@ impl Worker {
                     self.ring.commit(slot)?;
                 }
                 Event::Stop => is_over = true,
-                Event::Ended(slot, errno) => match errno {
-                    libc::ENOTCONN | libc::ECONNABORTED | libc::ECANCELED => is_over = true,
-                    libc::EAGAIN | libc::EINTR if !slot.is_known() => self.ring.register(slot)?,
-                    _ if !slot.is_known() => {
-                        let _ = self.tell.send(Told::Refused(errno));
-                    }
-                    _ => return Err(io::Error::from_raw_os_error(errno)),
-                },
+                Event::Echo => {}
+                Event::Ended(slot, errno) => is_over |= self.ended(start, slot, errno)?,
             }
         }
         Ok(is_over)
+    }
+
+    /// What became of a command that brought no request; true when the mount has gone.
+    fn ended(&mut self, start: &Start, slot: Slot, errno: i32) -> io::Result<bool> {
+        match errno {
+            libc::ENOTCONN | libc::ECONNABORTED | libc::ECANCELED => return Ok(true),
+            _ if uring::is_passing(errno) && self.troubles < TROUBLES_MAX => {
+                self.troubles += 1;
+                uring::wait_a_moment();
+                if slot.is_known() {
+                    self.ring.commit(slot)?;
+                } else {
+                    self.ring.register(slot)?;
+                }
+            }
+            _ if start.device.is_gone() => return Ok(true),
+            _ if !slot.is_known() => {
+                let _ = self.shared.tell.send(Told::Refused(errno));
+            }
+            _ => return Err(io::Error::from_raw_os_error(errno)),
+        }
+        Ok(false)
+    }
+
+    /// Gives a queue the slots that it lacks, now that requests come through it: its CPU was off
+    /// when the mount was made, and is on.
+    fn deepen(&mut self, queue: u16) {
+        let Some(place) = self.shallow.iter().position(|shallow| *shallow == queue) else {
+            return;
+        };
+        self.shallow.swap_remove(place);
+        let payload = usize::try_from(WRITE_MAX).unwrap_or(1 << 20);
+        let more = uring::slots(queue, self.number, DEPTH - 1, payload, 4096);
+        let more = more.and_then(|more| {
+            let mut more = more.into_iter();
+            more.try_for_each(|slot| self.ring.register(slot))
+        });
+        match more {
+            Ok(()) => log::info!("CPU {queue} is on now, and has a queue"),
+            Err(e) => log::warn!("requests of CPU {queue} have to take turns: {e}"),
+        }
     }
 
     /// Hands some of the large requests to other threads, before it serves any itself.
