@@ -177,7 +177,7 @@ fn what_is_left_of_the_making_of_disks_is_told_and_cleared_away() {
     let missing = at("b.hdd");
     let missing = ["check", text(&missing)];
     let words = [
-        "not found",
+        "a file is missing",
         "nothing has this name",
         "b.hdd.creating.0123abcd",
     ];
@@ -330,7 +330,7 @@ fn what_is_not_there_is_called_so() {
         expect(
             &arguments,
             1,
-            &["not found", "nothing has this name"],
+            &["a file is missing", "nothing has this name"],
             &["of the disk"],
         );
     }

@@ -75,7 +75,11 @@ pub(super) fn find(image: &Path) -> Result<Found> {
 /// The error for a name that nothing has, with what an interrupted command has left of its making.
 #[must_use]
 pub fn nothing(image: &Path) -> Error {
-    let error = Error::why(ErrorKind::Missing, "nothing has this name").in_file(image);
+    let why = match image.symlink_metadata() {
+        Ok(_) => "it is a link that leads to nothing",
+        Err(_) => "nothing has this name",
+    };
+    let error = Error::why(ErrorKind::Missing, why).in_file(image);
     let parent = match image.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
