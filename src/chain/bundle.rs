@@ -21,7 +21,7 @@ mod unfinished;
 
 pub use change::Changing;
 pub use claim::NEW_LOCK;
-pub use find::{Going, going, role_in_bundle, subject};
+pub use find::{Going, going, nothing, role_in_bundle, subject};
 pub use loose::open_loose;
 pub use others::{OtherDescriptor, other_descriptors};
 pub use survey::{Survey, SurveyedFile, SurveyedPart};

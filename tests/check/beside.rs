@@ -91,6 +91,18 @@ fn what_another_descriptor_names_is_no_orphan_and_is_never_removed() {
     expect(&check, 3, &[orphan], &["a descriptor too"]);
 }
 
+/// By itself it is a frozen image of the disk that the other descriptor describes.
+#[test]
+fn an_image_of_another_descriptor_is_not_changed_by_itself() {
+    let dir = directory();
+    let (path, other) = with_other(dir.path(), "a.hdd");
+    corrupt::apply("t-past-eof", &other).expect("it can be broken");
+    let words = ["frozen", "copy it out"];
+    expect_refused(&["repair", "-qy", text(&other)], 1, &words, &path);
+    fs::write(path.join(OLD), "<Parallels_other/>").expect("there is room");
+    expect(&["repair", "-qy", text(&other)], 0, &[], &[]);
+}
+
 #[test]
 fn what_another_descriptor_needs_is_not_merged_nor_dropped() {
     let dir = directory();
@@ -165,7 +177,7 @@ fn what_is_left_of_the_making_of_disks_is_told_and_cleared_away() {
     let missing = at("b.hdd");
     let missing = ["check", text(&missing)];
     let words = [
-        "not found",
+        "a file is missing",
         "nothing has this name",
         "b.hdd.creating.0123abcd",
     ];
@@ -318,7 +330,7 @@ fn what_is_not_there_is_called_so() {
         expect(
             &arguments,
             1,
-            &["not found", "nothing has this name"],
+            &["a file is missing", "nothing has this name"],
             &["of the disk"],
         );
     }

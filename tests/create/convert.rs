@@ -367,7 +367,7 @@ fn refusals() -> Outcome {
         ("a.hds a.hds", "there already"),
         ("a.hds none/x.raw", "No such file"),
         ("a.hds x", "-O raw"),
-        ("none.hds x.raw", "not found"),
+        ("none.hds x.raw", "nothing has this name"),
         ("a.hds x.raw --image-version 1", "targets of ours"),
         ("a.hds x.qcow2 --for virtuozzo", "targets of ours"),
         ("a.hds x.hds --cluster-size 100", "power of two"),

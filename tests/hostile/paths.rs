@@ -180,7 +180,7 @@ fn named_images_are_plain_files() -> Outcome {
         ("fifo.hds", "an image must be a plain file"),
         ("fifo.xml", "must be plain files"),
         ("socket.hds", "an image must be a plain file"),
-        ("dangling.hds", "not found"),
+        ("dangling.hds", "missing"),
         ("loop.hds", "Too many levels of symbolic links"),
     ] {
         no_mount(home, &home.join(name), &[words]).with_context(|| name.to_string())?;
@@ -253,9 +253,9 @@ fn files_of_a_bundle() -> Outcome {
             "../../../../../../../../../../etc/passwd",
             "is not in the bundle's directory",
         ),
-        ("file/below", "not found"),
+        ("file/below", "missing"),
         ("self", "symbolic links"),
-        ("none", "not found"),
+        ("none", "missing"),
     ];
     let spec = chain(2);
     for (name, words) in names {
@@ -307,7 +307,7 @@ fn descriptors_are_plain_files() -> Outcome {
         (
             "a link nowhere",
             |path| Ok(symlink("none", path)?),
-            "not found",
+            "missing",
         ),
         (
             "an endless link",

@@ -1,6 +1,6 @@
 //! What kind of disk a path is, by its first bytes.
 
-use crate::chain::bundle::Selection;
+use crate::chain::bundle::{self, Selection};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Version;
 use crate::sys::open as sys;
@@ -76,7 +76,7 @@ pub(super) fn recognise(path: &Path, selection: &Selection) -> Result<Format> {
     let meta = match fs::metadata(path) {
         Ok(meta) => meta,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::new(ErrorKind::Missing).in_file(path));
+            return Err(bundle::nothing(path));
         }
         Err(e) => return Err(Error::from(e).in_file(path)),
     };

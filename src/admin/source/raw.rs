@@ -1,6 +1,7 @@
 //! A raw file or block device as a source.
 
 use super::{Extent, Extents, HostPlace, Source, What};
+use crate::chain::bundle;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::SharedStorage;
 use crate::storage::file::FileStorage;
@@ -32,7 +33,7 @@ impl RawDisk {
         let file = match sys::any(path, false) {
             Ok(file) => file,
             Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
-                return Err(Error::new(ErrorKind::Missing).in_file(path));
+                return Err(bundle::nothing(path));
             }
             Err(e) if matches!(e.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)) => {
                 return Err(not_raw(path));

@@ -1,6 +1,6 @@
 //! What IMAGE is, and what lies beside it.
 
-use super::{DESCRIPTOR, PENDING, Selection, unfinished};
+use super::{DESCRIPTOR, PENDING, Selection, others, unfinished};
 use crate::error::{Error, ErrorKind, Result, Shown};
 use crate::format::descriptor::{Descriptor, Image};
 use crate::format::guid::Guid;
@@ -72,9 +72,14 @@ pub(super) fn find(image: &Path) -> Result<Found> {
     }
 }
 
-/// There is nothing of the name, but perhaps what an interrupted command has left of its making.
-fn nothing(image: &Path) -> Error {
-    let error = Error::why(ErrorKind::Missing, "nothing has this name").in_file(image);
+/// The error for a name that nothing has, with what an interrupted command has left of its making.
+#[must_use]
+pub fn nothing(image: &Path) -> Error {
+    let why = match image.symlink_metadata() {
+        Ok(_) => "it is a link that leads to nothing",
+        Err(_) => "nothing has this name",
+    };
+    let error = Error::why(ErrorKind::Missing, why).in_file(image);
     let parent = match image.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
@@ -378,15 +383,50 @@ fn is_named(image: &Image, directory: &Path, real: &Path, own: &Metadata) -> boo
     real.file_name() == Some(name) || other.is_ok_and(same)
 }
 
-/// Looks for a descriptor beside an image that was named by itself.
+/// Looks for descriptors beside an image that was named by itself. Of several that name it one with
+/// which writing to it alone would damage a disk counts.
 pub(super) fn membership(image: &Path) -> Option<Membership> {
     let real = fs::canonicalize(image).ok()?;
-    let bytes = host::read_optional(real.parent()?, DESCRIPTOR, xml::BYTES_MAX)?;
-    let descriptor = Descriptor::parse(&bytes).ok()?;
     let (directory, own) = (real.parent()?, real.metadata().ok()?);
+    let mut found: Option<Membership> = None;
+    for name in descriptor_names(directory) {
+        let Some(bytes) = host::read_optional(directory, &name, xml::BYTES_MAX) else {
+            continue;
+        };
+        let member = Descriptor::parse(&bytes)
+            .ok()
+            .filter(|descriptor| name == DESCRIPTOR || others::is_meant(descriptor))
+            .and_then(|descriptor| role(&descriptor, directory, &real, &own));
+        match member {
+            Some(member) if member.entangled => return Some(member),
+            member => found = found.or(member),
+        }
+    }
+    found
+}
+
+/// The names that descriptors may have in a directory, the usual one first.
+fn descriptor_names(directory: &Path) -> Vec<String> {
+    let listing = fs::read_dir(directory).into_iter().flatten().flatten();
+    let names = listing.take(LISTED_MAX).map(|entry| entry.file_name());
+    let mut names: Vec<String> = names.filter_map(|name| name.into_string().ok()).collect();
+    names.retain(|name| name != DESCRIPTOR && has_extension(Path::new(name), "xml"));
+    names.sort();
+    names.truncate(others::READ_MAX);
+    names.insert(0, DESCRIPTOR.to_owned());
+    names
+}
+
+/// What an image is to a disk.
+fn role(
+    descriptor: &Descriptor,
+    directory: &Path,
+    real: &Path,
+    own: &Metadata,
+) -> Option<Membership> {
     let mut guids = Vec::new();
     for image in descriptor.parts.iter().flat_map(|part| &part.images) {
-        if is_named(image, directory, &real, &own) {
+        if is_named(image, directory, real, own) {
             guids.push(image.guid);
         }
     }

@@ -14,7 +14,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 /// More names that may be descriptors are too many to be read.
-const READ_MAX: usize = 256;
+pub(super) const READ_MAX: usize = 256;
 /// How the root element begins, which tells that broken XML was meant for a descriptor.
 const ROOTS: [&str; 2] = ["<Parallels_disk_image", "<Virtuozzo_disk_image"];
 
@@ -46,8 +46,7 @@ impl OtherDescriptor {
     fn read(name: &str, bytes: &[u8]) -> Option<Self> {
         let named = match Descriptor::parse(bytes) {
             Ok(found) => {
-                let is_foreign = |odd: &Oddity| matches!(odd, Oddity::RootName(_));
-                if found.oddities.iter().any(is_foreign) {
+                if !is_meant(&found) {
                     return None;
                 }
                 let images = found.parts.iter().flat_map(|part| &part.images);
@@ -67,6 +66,12 @@ impl OtherDescriptor {
             named,
         })
     }
+}
+
+/// True where the root element is that of a descriptor.
+pub(super) fn is_meant(descriptor: &Descriptor) -> bool {
+    let is_foreign = |odd: &Oddity| matches!(odd, Oddity::RootName(_));
+    !descriptor.oddities.iter().any(is_foreign)
 }
 
 /// The other descriptors among these names of a bundle's directory, where `own` is the bundle's.
