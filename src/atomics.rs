@@ -3,20 +3,20 @@
 //! Imports: nothing of this crate.
 //! Never: costs anything: outside of the checker's own build these are the standard library's.
 //!
-//! `tools/test` builds the unit tests once more with `--cfg loom`. Then each atomic here is one of
+//! `tools/test` builds the unit tests once more with the feature `loom`. Then each atomic here is one of
 //! loom's, and `disk/models/tests.rs` runs small scenes with it in every order that the threads and
 //! the memory model allow. Loom keeps sequentially consistent loads from stale values only among
 //! sequentially consistent stores, so there the first value of each atomic is such a store too.
 
-#[cfg(not(all(test, loom)))]
+#[cfg(not(all(test, feature = "loom")))]
 pub use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
-#[cfg(all(test, loom))]
+#[cfg(all(test, feature = "loom"))]
 pub use checked::{AtomicBool, AtomicU32, AtomicU64};
 
 pub use std::sync::atomic::Ordering;
 
-#[cfg(all(test, loom))]
+#[cfg(all(test, feature = "loom"))]
 mod checked {
     use super::Ordering;
 

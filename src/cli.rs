@@ -94,9 +94,22 @@ fn usage(error: &clap::Error, args: &[OsString]) -> u8 {
         }
     }
     let judges = ["compare", "checksum"];
-    match args.iter().skip(1).find(|word| *word != "--json") {
+    match verb(args) {
         Some(verb) if judges.iter().any(|judge| verb == judge) => exit::TROUBLE,
         _ => exit::FAILED,
+    }
+}
+
+/// The verb of a command line that clap does not understand: what comes before it are options for
+/// all verbs, of which one has a value.
+fn verb(args: &[OsString]) -> Option<&OsString> {
+    let mut words = args.iter().skip(1);
+    loop {
+        match words.next()? {
+            word if word == "--progress" => drop(words.next()),
+            word if word.as_encoded_bytes().starts_with(b"-") => {}
+            word => return Some(word),
+        }
     }
 }
 

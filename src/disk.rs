@@ -24,7 +24,7 @@ pub mod flags;
 pub mod flush;
 pub mod flusher;
 pub mod health;
-#[cfg(all(test, loom))]
+#[cfg(all(test, feature = "loom"))]
 mod models {
     mod tests;
 }

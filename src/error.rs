@@ -113,7 +113,7 @@ impl ErrorKind {
             Self::ReadOnly => "read-only",
             Self::Latched => "the disk refuses writes after an earlier failure",
             Self::OutOfRange => "position past the end of the disk",
-            Self::Missing => "a file of the disk is missing",
+            Self::Missing => "not found",
             Self::Descriptor => "bad disk descriptor",
             Self::Manifest => "bad manifest",
             Self::NoSuchSnapshot => "no such snapshot",

@@ -118,6 +118,8 @@ bugs! {
     MergeNamesFirst,
     /// A merge does not sync the data before the entries that name it.
     MergeDataNotSynced,
+    /// After a kill or a failed sync, a merge believes what the host has cached.
+    MergeBelievesCache,
     /// A punch counts as durable at once: a round with nothing else to sync leaves its sync out.
     PunchBelieved,
     /// The same of a longer file, whose new clusters have nothing but zeros in them.
@@ -173,6 +175,7 @@ impl Bug {
         Self::RenameNotSynced,
         Self::MergeNamesFirst,
         Self::MergeDataNotSynced,
+        Self::MergeBelievesCache,
     ];
 }
 

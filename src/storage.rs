@@ -22,8 +22,10 @@ mod pace;
 use crate::error::{Error, Result};
 use crate::units::FileOffset;
 use std::fmt::Debug;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// What happens to the host's blocks under a range that is zeroed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,6 +121,12 @@ pub trait Storage: Send + Sync + Debug {
 /// A storage shared by all who read through it.
 pub type SharedStorage = Arc<dyn Storage>;
 
+/// What [`Directory::hold`] keeps others from.
+#[derive(Debug, Default)]
+pub struct Hold {
+    _locked: Option<File>,
+}
+
 /// One directory of the host: the names in it. A name is a single component.
 pub trait Directory: Send + Sync + Debug {
     /// Opens a regular file; never follows a symbolic link.
@@ -144,6 +152,18 @@ pub trait Directory: Send + Sync + Debug {
     /// Makes a directory that must not exist yet. Only some kinds of directory can.
     fn create_directory(&self, _name: &str) -> Result<Arc<dyn Directory>> {
         Err(Error::errno(libc::EOPNOTSUPP))
+    }
+
+    /// Opens a directory in this one; never follows a symbolic link. A plain file is ENOTDIR.
+    fn open_directory(&self, _name: &str) -> Result<Arc<dyn Directory>> {
+        Err(Error::errno(libc::EOPNOTSUPP))
+    }
+
+    /// Keeps others who ask here too from what has this name, a file or a directory, for as long as
+    /// the value lives; asks for it until `deadline`. `None` where somebody else has it, or nothing
+    /// of the name is left; an error where the host cannot tell.
+    fn hold(&self, _name: &str, _deadline: Instant) -> Result<Option<Hold>> {
+        Ok(Some(Hold::default()))
     }
 
     /// Removes an empty directory.

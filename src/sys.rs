@@ -12,7 +12,7 @@ pub mod memory;
 pub mod mount;
 pub mod open;
 pub mod process;
-#[cfg(all(test, loom))]
+#[cfg(all(test, feature = "loom"))]
 pub mod raced;
 pub mod random;
 pub mod trim;

@@ -4,6 +4,8 @@
 //! left must be mended by another repair to the very bytes that an undisturbed one leaves, and
 //! until the repair is complete the undo file must give every old byte back.
 
+#[path = "check/beside.rs"]
+mod beside;
 #[path = "check/bundles.rs"]
 mod bundles;
 #[path = "check/cuts.rs"]

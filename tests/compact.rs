@@ -17,16 +17,10 @@ mod support;
 mod trim;
 
 use libtest_mimic::Trial;
-use support::harness;
+use support::harness::{self, simulated as run};
 
 /// What needs no host at all.
-fn simulated() -> Vec<Trial> {
-    let run = |name, test: fn()| {
-        Trial::test(name, move || {
-            test();
-            Ok(())
-        })
-    };
+fn hostless() -> Vec<Trial> {
     vec![
         run(
             "stopping_leaves_a_closed_disk",
@@ -40,7 +34,7 @@ fn simulated() -> Vec<Trial> {
 }
 
 fn main() {
-    let mut trials = simulated();
+    let mut trials = hostless();
     trials.extend(interop::trials());
     trials.extend(trim::trials());
     let announced = combos::announced_is_done;

@@ -22,22 +22,24 @@ mod stopping;
 mod support;
 
 use libtest_mimic::Trial;
-use support::harness;
+use support::harness::{self, simulated as run};
 
 /// What needs no host at all.
-fn simulated() -> Vec<Trial> {
-    let run = |name, test: fn()| {
-        Trial::test(name, move || {
-            test();
-            Ok(())
-        })
-    };
+fn hostless() -> Vec<Trial> {
     vec![
         run(
             "every_byte_is_where_it_was",
             cuts::every_byte_is_where_it_was,
         ),
         run("the_power_may_fail", cuts::the_power_may_fail),
+        run(
+            "nothing_behind_the_end_is_lost_unasked",
+            cuts::nothing_behind_the_end_is_lost_unasked,
+        ),
+        run(
+            "what_was_begun_by_force_needs_none",
+            cuts::what_was_begun_by_force_needs_none,
+        ),
         run("the_user_may_stop_it", cuts::the_user_may_stop_it),
         run(
             "new_files_are_whole_or_absent",
@@ -47,7 +49,7 @@ fn simulated() -> Vec<Trial> {
 }
 
 fn main() {
-    let mut trials = simulated();
+    let mut trials = hostless();
     trials.extend(commands::trials());
     trials.extend(names::trials());
     harness::main(trials)

@@ -24,16 +24,10 @@ mod stopping;
 mod support;
 
 use libtest_mimic::Trial;
-use support::harness;
+use support::harness::{self, simulated as run};
 
 /// What needs no host at all.
-fn simulated() -> Vec<Trial> {
-    let run = |name, test: fn()| {
-        Trial::test(name, move || {
-            test();
-            Ok(())
-        })
-    };
+fn hostless() -> Vec<Trial> {
     vec![
         run(
             "stopping_leaves_a_closed_disk",
@@ -42,6 +36,10 @@ fn simulated() -> Vec<Trial> {
         run("what_stays_is_as_before", sizes::what_stays_is_as_before),
         run("the_power_may_fail", sizes::the_power_may_fail),
         run("the_host_may_fail", sizes::the_host_may_fail),
+        run(
+            "half_cut_and_mounted_it_is_closed_clean",
+            sizes::half_cut_and_mounted_it_is_closed_clean,
+        ),
         run("garbage_does_not_come_up", sizes::garbage_does_not_come_up),
         run(
             "growing_and_shrinking_back",
@@ -55,7 +53,7 @@ fn simulated() -> Vec<Trial> {
 }
 
 fn main() {
-    let mut trials = simulated();
+    let mut trials = hostless();
     trials.extend(interop::trials());
     trials.extend(refusals::trials());
     harness::main(trials)

@@ -9,6 +9,8 @@ mod cuts;
 mod forge;
 #[path = "snapshot/manners.rs"]
 mod manners;
+#[path = "snapshot/plans.rs"]
+mod plans;
 #[path = "sim/mod.rs"]
 mod sim;
 #[path = "snapshot/sizes.rs"]

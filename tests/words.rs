@@ -49,6 +49,25 @@ fn wrong_usage_is_status_1_and_help_is_0() {
     );
 }
 
+/// As with cmp(1), 1 would read as "they differ".
+#[test]
+fn wrong_usage_of_a_judge_is_status_2() {
+    for verb in ["compare", "checksum"] {
+        for before in [
+            &[][..],
+            &["--json"],
+            &["--progress", "never"],
+            &["--progress=json", "--json"],
+            &["--progress", "compare"],
+        ] {
+            let args = [before, &[verb, "--no-such-option"]].concat();
+            assert_eq!(ploopfs(&args).status.code(), Some(2), "{args:?}");
+        }
+    }
+    let other = ploopfs(&["--progress", "compare", "check"]);
+    assert_eq!(other.status.code(), Some(1));
+}
+
 #[test]
 fn help_fits_lines_of_a_terminal() {
     let verbs = [

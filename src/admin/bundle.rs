@@ -25,11 +25,13 @@ mod pending;
 
 use crate::admin::bundle::pending::{Listed, Pending};
 pub use crate::chain::bundle::PENDING;
+use crate::chain::bundle::{OtherDescriptor, other_descriptors};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::edit::{Edit, EditError, edit};
 use crate::format::descriptor::{Descriptor, Image};
 use crate::format::{names, xml};
 use crate::planted::{Bug, planted};
+pub(super) use crate::storage::directory::read_small;
 use crate::storage::directory::take_after;
 use crate::storage::{Directory, SharedStorage, Storage};
 use crate::units::{FileOffset, len_u64};
@@ -139,9 +141,50 @@ impl<'a> Bundle<'a> {
         &self.name
     }
 
-    /// Finds out whether these changes can be made to the descriptor at all. Changes nothing.
+    /// Finds out whether these changes can be made at all. Changes nothing.
     pub fn try_edits(&self, edits: &[Edit]) -> Result<()> {
-        self.edited(edits).map(|_| ())
+        self.edited(edits)?;
+        self.spare_others(edits)
+    }
+
+    /// Refuses where another descriptor of the directory needs what would be lost: the files of the
+    /// images that go, and that of one which takes their content and the name of one of them.
+    fn spare_others(&self, edits: &[Edit]) -> Result<()> {
+        let is_gone = |edit: &Edit| matches!(edit, Edit::RemoveImages(_));
+        if !edits.iter().any(is_gone) {
+            return Ok(());
+        }
+        let others = self.others(&self.directory.entries()?)?;
+        let images = self.descriptor.parts.iter().flat_map(|part| &part.images);
+        for image in images.filter(|image| !others.is_empty() && is_lost(edits, image)) {
+            let file = last_name(image).unwrap_or_default();
+            if let Some(other) = others.iter().find(|other| other.needs(file)) {
+                let other = &other.name;
+                let why = format!("{file} would be lost, and {other} in the bundle names it too");
+                let fix = format!(
+                    "nothing was changed; if nobody needs what {other} describes, move it out of \
+                     the bundle, else `ploopfs copy` this disk first"
+                );
+                return Err(Error::why(ErrorKind::Usage, why).fix(fix));
+            }
+        }
+        Ok(())
+    }
+
+    fn others(&self, there: &[String]) -> Result<Vec<OtherDescriptor>> {
+        other_descriptors(self.directory, there, &self.name)
+    }
+
+    /// The bundle as these changes would leave it, for whoever plans what comes after them. Changes
+    /// nothing.
+    pub fn preview(&self, edits: &[Edit]) -> Result<Self> {
+        Ok(Self {
+            directory: self.directory,
+            files: self.files,
+            name: self.name.clone(),
+            text: self.edited(edits)?,
+            descriptor: self.descriptor.edited(edits),
+        })
     }
 
     fn edited(&self, edits: &[Edit]) -> Result<Vec<u8>> {
@@ -159,37 +202,34 @@ impl<'a> Bundle<'a> {
     /// The directory is synced before that: a change that failed at its last sync may have left a
     /// descriptor that a power cut takes back, and the old one needs those files.
     pub fn settle(&self) -> Result<()> {
-        self.files.claim()?;
         if !planted(Bug::RenameNotSynced) {
             self.directory.sync()?;
         }
         let there = self.directory.entries()?;
-        let has = |name: &str| there.iter().any(|found| found == name);
-        let mut gone = false;
-        let list = format!("{}{PENDING}", self.name);
-        for name in self.waste(&there)? {
-            self.directory.remove(&name)?;
-            gone = true;
-        }
+        let mut left = self.waste(&there)?;
         let ends = ["", BACKUP, names::OWN_END, ".lck", PENDING];
-        for end in ends.map(|end| format!("{end}{NEW}")) {
-            let name = format!("{}{end}", self.name);
-            if has(&name) {
-                self.directory.remove(&name)?;
-                gone = true;
+        let small = ends.map(|end| format!("{}{end}{NEW}", self.name));
+        left.extend(small.into_iter().filter(|name| there.contains(name)));
+        let list = format!("{}{PENDING}", self.name);
+        let has_list = there.contains(&list);
+        if left.is_empty() && !has_list {
+            return Ok(());
+        }
+        self.files.claim()?;
+        for name in &left {
+            match self.directory.remove(name) {
+                // The lock file had this name until it was locked.
+                Err(e) if e.kind() == ErrorKind::Missing => {}
+                other => other?,
             }
         }
-        if has(&list) {
-            if gone {
+        if has_list {
+            if !left.is_empty() {
                 self.directory.sync()?;
             }
             self.directory.remove(&list)?;
-            gone = true;
         }
-        if gone {
-            self.directory.sync()?;
-        }
-        Ok(())
+        self.directory.sync()
     }
 
     /// Files that an interrupted change has left and that nothing names.
@@ -200,10 +240,12 @@ impl<'a> Bundle<'a> {
         }
         let storage = self.directory.open(&list, false)?;
         let pending = Pending::decode(&read_small(&*storage, xml::BYTES_MAX)?);
-        let mut waste = Vec::new();
+        let (mut waste, others) = (Vec::new(), self.others(there)?);
+        let is_needed = |name: &str| others.iter().any(|other| other.needs(name));
         for listed in pending.map(|pending| pending.names).unwrap_or_default() {
             let name = listed.name().to_owned();
-            if there.contains(&name) && !self.names(&name) && self.is_meant(&listed)? {
+            let is_left = there.contains(&name) && !self.names(&name) && !is_needed(&name);
+            if is_left && self.is_meant(&listed)? {
                 waste.push(name);
             }
         }
@@ -240,16 +282,17 @@ impl<'a> Bundle<'a> {
     /// True for the descriptor itself and for every file that it names.
     fn names(&self, name: &str) -> bool {
         let images = self.descriptor.parts.iter().flat_map(|part| &part.images);
-        let mut last = images.filter_map(|image| Path::new(&image.file).file_name()?.to_str());
+        let mut last = images.filter_map(last_name);
         name.starts_with(&self.name) || last.any(|own| own == name)
     }
 
     /// Step 1: writes down which files come and go.
     pub fn announce(&self, names: &[String]) -> Result<()> {
+        // The change begins, whether or not there is anything to write down.
+        self.files.claim()?;
         if names.is_empty() || planted(Bug::NothingAnnounced) {
             return Ok(());
         }
-        self.files.claim()?;
         let list = format!("{}{PENDING}", self.name);
         let names = names.iter().cloned().map(Listed::Name);
         let pending = Pending {
@@ -360,18 +403,25 @@ impl<'a> Bundle<'a> {
     }
 }
 
+fn last_name(image: &Image) -> Option<&str> {
+    Path::new(&image.file).file_name()?.to_str()
+}
+
+/// True where a change takes an image away, or what it holds: where some go and another one gets
+/// the name of the last of them, it has taken their content.
+fn is_lost(edits: &[Edit], image: &Image) -> bool {
+    edits.iter().any(|edit| match edit {
+        Edit::RemoveImages(guid) => *guid == image.guid,
+        Edit::RenameImages { from, to } => {
+            *from == image.guid && edits.contains(&Edit::RemoveImages(*to))
+        }
+        _ => false,
+    })
+}
+
 fn edit_error(error: EditError, name: &str) -> Error {
     Error::new(ErrorKind::Descriptor)
         .because(error)
         .in_file(Path::new(name))
         .fix("nothing was changed; the disk can be copied to a new bundle instead")
-}
-
-/// Reads a whole file that must not have more than `max` bytes.
-pub(super) fn read_small(storage: &dyn Storage, max: u64) -> Result<Vec<u8>> {
-    let len = storage.len()?.get();
-    // One byte more than allowed is enough for whoever judges it.
-    let mut bytes = vec![0; usize::try_from(len.min(max.saturating_add(1))).unwrap_or(0)];
-    storage.read_at(FileOffset::ZERO, &mut bytes)?;
-    Ok(bytes)
 }

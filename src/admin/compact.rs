@@ -178,10 +178,22 @@ pub fn compact_image(
     request: &Request,
     progress: &Progress,
 ) -> Result<Planned> {
+    compact_image_after(storage, lower, request, progress, &mut || Ok(()))
+}
+
+/// The same, where `begin` is called before the first change, which it can still refuse.
+pub(super) fn compact_image_after(
+    storage: &dyn Storage,
+    lower: &[Image],
+    request: &Request,
+    progress: &Progress,
+    begin: &mut dyn FnMut() -> Result<()>,
+) -> Result<Planned> {
     let plan = plan(storage, lower, request, progress, true)?;
     if plan.told.is_nothing() {
         return Ok(plan.told);
     }
+    begin()?;
     let mut mark = InUseMark::new(*plan.sound.header.raw());
     mark.set(storage)?;
     let changed = plan.change(storage, request, progress);

@@ -11,7 +11,10 @@
 //! 4. the directory around it is synced: only then is the disk there to stay.
 //!
 //! What fails or is stopped removes what it has made. Of what is killed the temporary name is left,
-//! which is in nobody's way: the next attempt takes another.
+//! which is in nobody's way: the next attempt takes another. It also removes what is left of former
+//! ones for the same name, unless somebody holds that ([`Directory::hold`]): who makes a disk holds
+//! it from the start until it has its own name. Between the making and the holding somebody else
+//! may clear it away, and then it is made once more.
 
 pub(super) mod content;
 pub mod mkfs;
@@ -19,7 +22,7 @@ pub mod mkfs;
 pub use content::NewFile;
 
 use crate::admin::progress::Progress;
-use crate::chain::bundle::{self, DESCRIPTOR};
+use crate::chain::bundle::{self, DESCRIPTOR, FLAT, unfinished, unfinished_name};
 use crate::delta::create::{NewImage, Shape};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::ImageType;
@@ -28,21 +31,19 @@ use crate::format::guid::Guid;
 use crate::format::header::Version;
 use crate::format::xml;
 use crate::storage::directory::HostDirectory;
-use crate::storage::{Directory, SharedStorage};
+use crate::storage::lock::PATIENCE;
+use crate::storage::{Directory, Hold, SharedStorage};
 use crate::sys::random;
 use crate::units::{ClusterSize, FileOffset, SECTOR, SectorCount};
 use mkfs::FileSystem;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Bytes of a cluster where none are asked for.
 pub const CLUSTER_BYTES: u64 = 1 << 20;
-/// What a temporary name has behind the disk's.
-const CREATING: &str = ".creating.";
-/// What a flat file has behind that.
-const FLAT: &str = ".flat";
-/// The most bytes of a name on any usual file system.
-const NAME_MAX: usize = 255;
+/// A name that is cleared away so often as soon as it is made is left to others.
+const TRIES: u32 = 5;
 
 /// How the disk's bytes are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -217,17 +218,10 @@ impl Ids {
         })
     }
 
-    /// What a disk of this name is called until it is whole. Long names lose their end: theirs and
-    /// what is put behind it have room together.
+    /// What a disk of this name is called until it is whole.
     #[must_use]
     pub fn temporary_name(&self, name: &str) -> String {
-        let end = format!("{CREATING}{}", self.temporary);
-        let most = NAME_MAX.saturating_sub(end.len() + FLAT.len());
-        let mut kept = name.len().min(most);
-        while !name.is_char_boundary(kept) {
-            kept -= 1;
-        }
-        format!("{}{end}", &name[..kept])
+        unfinished_name(name, &self.temporary)
     }
 }
 
@@ -315,11 +309,13 @@ pub(super) fn exists(name: &str) -> Error {
         .fix("choose another name, or remove it first")
 }
 
-fn refuse_existing(parent: &dyn Directory, name: &str) -> Result<()> {
-    if parent.entries()?.iter().any(|entry| entry == name) {
+/// Returns all names that are there.
+fn refuse_existing(parent: &dyn Directory, name: &str) -> Result<Vec<String>> {
+    let there = parent.entries()?;
+    if there.iter().any(|entry| entry == name) {
         return Err(exists(name));
     }
-    Ok(())
+    Ok(there)
 }
 
 /// Makes a disk in a directory; `fill` writes what it holds at first.
@@ -362,14 +358,14 @@ pub(super) fn make_in(
     progress: &Progress,
     make: impl FnOnce(&Place) -> Result<()>,
 ) -> Result<()> {
-    refuse_existing(parent, name)?;
+    let there = refuse_existing(parent, name)?;
+    for left in unfinished(&there, Some(name)) {
+        if let Err(e) = clear(parent, left) {
+            log::debug!("{left} stays: {e}");
+        }
+    }
     let temporary = ids.temporary_name(name);
-    // Nothing of that name is ours yet, so what fails here has nothing to remove.
-    let place = if is_bundle {
-        Place::Bundle(parent.create_directory(&temporary)?)
-    } else {
-        Place::Image(parent.create_new(&temporary)?)
-    };
+    let (place, _held) = place_in(parent, &temporary, is_bundle)?;
     let named = make(&place).and_then(|()| {
         progress.check()?;
         parent.rename_new(&temporary, name)
@@ -386,6 +382,45 @@ pub(super) fn make_in(
         let left = remove(parent, name, &place);
         log::debug!("the disk that may not last was removed: {left:?}");
     })
+}
+
+/// Makes what has a temporary name, and holds it where the host can.
+fn place_in(
+    parent: &dyn Directory,
+    temporary: &str,
+    is_bundle: bool,
+) -> Result<(Place, Option<Hold>)> {
+    for _ in 0..TRIES {
+        // Nothing of that name is ours yet, so what fails here has nothing to remove.
+        let place = if is_bundle {
+            Place::Bundle(parent.create_directory(temporary)?)
+        } else {
+            Place::Image(parent.create_new(temporary)?)
+        };
+        match parent.hold(temporary, Instant::now() + PATIENCE) {
+            Ok(None) => log::debug!("{temporary} was cleared away"),
+            Ok(held) => return Ok((place, held)),
+            Err(e) => {
+                // Then nobody can clear it away either.
+                log::debug!("{temporary} is not held: {e}");
+                return Ok((place, None));
+            }
+        }
+    }
+    let why = format!("{temporary} was cleared away by somebody else, again and again");
+    Err(Error::why(ErrorKind::Locked, why))
+}
+
+/// Removes what is left of the making of a disk that was killed, unless somebody holds it.
+fn clear(parent: &dyn Directory, left: &str) -> Result<()> {
+    let Some(_held) = parent.hold(left, Instant::now())? else {
+        return Ok(());
+    };
+    match parent.open_directory(left) {
+        Ok(inner) => remove(parent, left, &Place::Bundle(inner)),
+        Err(e) if e.kind() == ErrorKind::Io(libc::ENOTDIR) => parent.remove(left),
+        Err(e) => Err(e),
+    }
 }
 
 /// Takes back what was made.

@@ -17,8 +17,10 @@
 //! 3. Where the upper disk is larger: room for its entries, cleared, and then the header that says
 //!    so. Entries that the header already counts could be garbage otherwise. Where clusters must
 //!    make way for the table, that is done before step 2, by [`crate::admin::resize`], which leaves
-//!    a whole image of the larger size. So it is where the upper disk is smaller: what lies behind
-//!    its end is given up, and the disk keeps its size.
+//!    a whole image of the larger size. So it is where the upper disk is smaller, which keeps its
+//!    size: either nothing lies behind its end, or it was said that this may go ([`behind`]). The
+//!    shorter header takes it all in one write; after that a merge that is repeated finds nothing
+//!    there, and needs no such word again.
 //! 4. The content of a run of clusters, to where the lower image has them or to free clusters.
 //! 5. The entries of that run, for clusters that got a new place. An entry that became durable
 //!    before its data would name what was there before. Then 4 for the next run.
@@ -28,11 +30,13 @@
 //! ([`crate::admin::bundle`]). Where no descriptor holds the images together ([`loose`]) the upper
 //! ones stay.
 
+mod behind;
 mod copy;
 mod examine;
 pub mod loose;
 
-pub use examine::{examine_new, refuse_bitmaps};
+pub use behind::Discard;
+pub use examine::{Examined, examine_new, refuse_bitmaps};
 
 use crate::admin::merge::copy::{Run, copy_run, join};
 use crate::admin::progress::Progress;
@@ -69,6 +73,8 @@ pub struct Merge<'a> {
     pub cluster: ClusterSize,
     /// Entries that are looked at at a time.
     pub window: usize,
+    /// What is behind the end of the uppermost disk may hold data.
+    pub force_discard: bool,
 }
 
 /// What a merge will do.
@@ -138,7 +144,7 @@ impl Merge<'_> {
             // What lies behind the end of the upper disk would come up with the next growth.
             return Some(resize::Request {
                 shrink: true,
-                force_discard: true,
+                force_discard: self.force_discard,
                 drop_bitmaps: true,
                 exact: true,
                 ..resize::Request::new(size)
@@ -238,6 +244,8 @@ impl Merge<'_> {
     /// Steps 2 to 6.
     fn fill(&self, progress: &Progress, stopped: WhenStopped) -> Result<()> {
         let here = |e: Error| e.in_file(self.lower.path());
+        // Whoever has looked at that may have seen what was in the host's cache only.
+        self.discards()?;
         match self.lower.header() {
             Some(header) => match self.resize(header, progress).map_err(here)? {
                 Some(lower) => Merge {

@@ -13,6 +13,7 @@
 //! undone takes the very places, when it is repeated, that it would have had.
 
 use crate::admin::check::{self, Checked, Gathered, Space};
+use crate::admin::create::content::is_zero;
 use crate::admin::progress::Progress;
 use crate::delta::image::header_error;
 use crate::delta::walk;
@@ -366,24 +367,40 @@ fn copy_range(storage: &dyn Storage, from: Range<u64>, to: u64) -> Result<()> {
 
 /// The first byte of a range of a file that is not 0; none where all are.
 pub(super) fn first_data(storage: &dyn Storage, range: Range<u64>) -> Result<Option<u64>> {
+    first_data_of(storage, range, |at| next_blocks(storage, at))
+}
+
+/// The next range at or after a place that the host has blocks for.
+pub(super) fn next_blocks(storage: &dyn Storage, at: u64) -> Result<Option<Range<u64>>> {
+    let found = storage.next_data(FileOffset::new(at))?;
+    Ok(found.map(|data| data.start.get()..data.end.get()))
+}
+
+/// The same where somebody knows what the host has blocks for.
+pub(super) fn first_data_of(
+    storage: &dyn Storage,
+    range: Range<u64>,
+    mut next: impl FnMut(u64) -> Result<Option<Range<u64>>>,
+) -> Result<Option<u64>> {
     let mut at = range.start;
     let mut buffer = Vec::new();
     // Most data is told by its first bytes.
     let mut most = 4096;
     while at < range.end {
-        let Some(data) = storage.next_data(FileOffset::new(at))? else {
+        let Some(data) = next(at)? else {
             break;
         };
-        at = at.max(data.start.get());
-        let len = range.end.min(data.end.get()).saturating_sub(at).min(most);
+        at = at.max(data.start);
+        let len = range.end.min(data.end).saturating_sub(at).min(most);
         most = (most * 4).min(STRIDE);
         if len == 0 {
             break;
         }
         buffer.resize(len_usize(len).unwrap_or(0), 0);
         storage.read_at(FileOffset::new(at), &mut buffer)?;
-        if let Some(place) = buffer.iter().position(|byte| *byte != 0) {
-            return Ok(Some(at + len_u64(place)));
+        if !is_zero(&buffer) {
+            let place = buffer.iter().position(|byte| *byte != 0);
+            return Ok(place.map(|place| at + len_u64(place)));
         }
         at += len;
     }

@@ -27,7 +27,7 @@
 pub mod disk;
 mod undo;
 
-pub use undo::{Saved, saved_names, undo_image};
+pub use undo::{Saved, saved_names, saved_of, undo_image};
 
 use crate::admin::check::{self, Checked, Gathered, Passed, Space};
 use crate::admin::progress::Progress;
@@ -163,24 +163,42 @@ pub fn repair_image_with(
     policy: &Policy,
     progress: &Progress,
 ) -> Result<Repaired> {
+    repair_image_after(storage, keep, policy, progress, &mut || Ok(()))
+}
+
+/// Steps 1 and 2.
+fn look(storage: &dyn Storage, progress: &Progress) -> Result<Gathered> {
     if !planted(Bug::RepairOnUnsynced) {
         storage.sync_data()?;
     }
-    let Gathered {
-        mut checked,
-        mut space,
-    } = check::gather_with(storage, progress)?;
-    if checked.report.has(Trouble::InUse.word()) && !planted(Bug::RepairBelievesCache) {
-        // After a failed sync the host's cache may hold what the medium does not.
-        if let Err(error) = storage.drop_cache() {
-            log::debug!("the host's cache stays: {error}");
-        }
-        Gathered { checked, space } = check::gather_with(storage, progress)?;
+    let found = check::gather_with(storage, progress)?;
+    if !found.checked.report.has(Trouble::InUse.word()) || planted(Bug::RepairBelievesCache) {
+        return Ok(found);
     }
+    // After a failed sync the host's cache may hold what the medium does not.
+    if let Err(error) = storage.drop_cache() {
+        log::debug!("the host's cache stays: {error}");
+    }
+    check::gather_with(storage, progress)
+}
+
+/// The same, where `begin` is called before the first change, which it can still refuse.
+pub(super) fn repair_image_after(
+    storage: &dyn Storage,
+    keep: KeepOld<'_>,
+    policy: &Policy,
+    progress: &Progress,
+    begin: &mut dyn FnMut() -> Result<()>,
+) -> Result<Repaired> {
+    let Gathered { checked, space } = look(storage, progress)?;
     let fixes = fixes(&checked.facts, *policy).map_err(refused)?;
     let copies = copied_bytes(&checked.facts, &fixes);
-    if !undo::is_begun(keep)? {
+    let is_begun = undo::is_begun(keep)?;
+    if !is_begun {
         check_room(keep, copies)?;
+    }
+    if is_begun || !fixes.is_empty() {
+        begin()?;
     }
     let mut begun = undo::begin(storage, keep, !fixes.is_empty())?;
     if let (Some(space), false) = (space, fixes.is_empty()) {

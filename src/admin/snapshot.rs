@@ -12,15 +12,18 @@
 //! is deleted. What has several children is marked as going away, and goes with the last but one
 //! of them.
 
+mod delete;
+mod job;
 pub mod list;
 mod new;
-mod remove;
 pub mod session;
+mod switch;
 
-pub use remove::{Deleted, Merged, Upper, delete, merge, plan_delete, plan_merge};
+pub use delete::{Deleted, Deletion, delete, plan_delete};
+pub use job::{Losses, Merged, Upper, merge, plan_merge};
+pub use switch::{Switched, plan_switch, switch};
 
 use crate::admin::bundle::{Bundle, Failure};
-use crate::admin::progress::Progress;
 use crate::admin::snapshot::new::NewImage;
 use crate::delta::image::{Image, header_error};
 use crate::error::{Error, ErrorKind, Result};
@@ -55,6 +58,8 @@ pub struct Created {
     pub guid: Guid,
     /// The new top's files.
     pub files: Vec<String>,
+    /// What went with the old top: it was marked, and waited for that.
+    pub then: Option<Deletion>,
     /// What could not be done after the change was made; it takes nothing of it back.
     pub warnings: Vec<String>,
 }
@@ -321,6 +326,7 @@ pub fn create(bundle: &mut Bundle<'_>, names: Names) -> Result<Created> {
     Ok(Created {
         guid: names.snapshot,
         files: images.into_iter().map(|image| image.name).collect(),
+        then: None,
         warnings,
     })
 }
@@ -338,83 +344,4 @@ fn too_deep(depth: usize) -> Result<()> {
             .fix("delete a snapshot first: its content goes into its neighbour"));
     }
     Ok(())
-}
-
-/// The disk becomes what it was in a snapshot. What was written since is dropped, or becomes the
-/// snapshot `keep`.
-pub fn switch(
-    bundle: &mut Bundle<'_>,
-    target: Guid,
-    file: Guid,
-    keep: Option<Guid>,
-    progress: &Progress,
-) -> Result<Created> {
-    let descriptor = bundle.descriptor();
-    changeable(bundle)?;
-    let left = parent(descriptor, descriptor.top);
-    let (old, top) = (descriptor.top, top_name(descriptor));
-    if target == old {
-        let why = "the disk is at its top: there is nothing to go back to";
-        return Err(Error::why(ErrorKind::Usage, why));
-    }
-    if is_marked(descriptor, target) {
-        return Err(being_deleted(target));
-    }
-    let chain = descriptor.chain(target).map_err(descriptor_error)?;
-    too_deep(chain.len())?;
-    let (mut below, mut kept, mut gone) = (Vec::new(), Vec::new(), Vec::new());
-    for part in 0..descriptor.parts.len() {
-        below.push(open(bundle, part, target)?);
-        match keep {
-            Some(_) => {
-                kept.push(open(bundle, part, old)?);
-                kept.iter().try_for_each(closed)?;
-            }
-            None => gone.extend(remove::file_of(bundle, part, old)?),
-        }
-    }
-    if let Some(keep) = keep {
-        check_name(descriptor, keep)?;
-    }
-    let images = empty_over(bundle, &below, file)?;
-    settle(&kept)?;
-    let mut edits = match keep {
-        Some(keep) => vec![
-            Edit::RenameImages {
-                from: old,
-                to: keep,
-            },
-            Edit::RenameShot {
-                from: old,
-                to: keep,
-            },
-        ],
-        None => vec![Edit::RemoveImages(old), Edit::RemoveShot(old)],
-    };
-    add_images(&mut edits, &images, top);
-    edits.push(Edit::AddShot {
-        guid: top,
-        parent: Some(target),
-    });
-    let mut warnings = with_new(bundle, &images, &below, gone, &edits)?;
-    if let Some(left) = left.filter(|_| keep.is_none()) {
-        match remove::collapse(bundle, left, true, progress) {
-            Ok(more) => warnings.extend(more),
-            Err(error) => warnings.push(format!(
-                "{left} was to go with what was dropped, and is still there: {error}; \
-                 `ploopfs snapshot delete` with its name goes on with that"
-            )),
-        }
-    }
-    Ok(Created {
-        guid: target,
-        files: images.into_iter().map(|image| image.name).collect(),
-        warnings,
-    })
-}
-
-fn being_deleted(guid: Guid) -> Error {
-    let why = format!("the snapshot {guid} is being deleted");
-    Error::why(ErrorKind::NoSuchSnapshot, why)
-        .fix("`ploopfs snapshot delete` with its name goes on with that")
 }

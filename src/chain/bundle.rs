@@ -15,13 +15,17 @@ mod claim;
 mod files;
 mod find;
 mod loose;
+mod others;
 mod survey;
+mod unfinished;
 
 pub use change::Changing;
 pub use claim::NEW_LOCK;
 pub use find::{Going, going, role_in_bundle, subject};
 pub use loose::open_loose;
+pub use others::{OtherDescriptor, other_descriptors};
 pub use survey::{Survey, SurveyedFile, SurveyedPart};
+pub use unfinished::{FLAT, unfinished, unfinished_name};
 
 use crate::chain::bundle::claim::{Held, Use};
 use crate::chain::bundle::files::{Opening, Registry, Wanted};
@@ -182,8 +186,7 @@ fn open_by_hand(
     selection: &Selection,
 ) -> Result<OpenedImages> {
     if let Some(snapshot) = &selection.snapshot {
-        let why = format!("{snapshot:?}: only a bundle has snapshots, and this is a single image");
-        return Err(Error::why(ErrorKind::NoSuchSnapshot, why).in_file(named));
+        return Err(find::no_snapshots(named, snapshot));
     }
     let warning = match selection.lower.as_slice() {
         [] => find::check_membership(top, selection)?,
@@ -323,9 +326,9 @@ fn told(directory: &Path, descriptor_name: &str, descriptor: &Descriptor) -> Vec
 /// What can be done where the host refuses to open a file.
 fn with_hint(error: Error, write: bool) -> Error {
     match error.kind() {
-        ErrorKind::Io(libc::EROFS) if write => error.fix("to read only: -r"),
+        ErrorKind::Io(libc::EROFS) if write => error.fix("to read only: `ploopfs mount -r`"),
         ErrorKind::Io(libc::EACCES | libc::EPERM) if write => {
-            error.fix("writing takes the owner or root; if you may read it: -r")
+            error.fix("writing takes the owner or root; if you may read it: `ploopfs mount -r`")
         }
         ErrorKind::Io(libc::EACCES | libc::EPERM) => {
             error.fix("reading takes the permission of its owner, on it and on its directories")
@@ -440,7 +443,7 @@ fn select(
 fn check_writable(descriptor: &Descriptor, target: Guid, mending: bool) -> Result<()> {
     if target != descriptor.top {
         let why = format!("the snapshot {target} is frozen: only the top can be written to");
-        return Err(Error::why(ErrorKind::ReadOnly, why).fix("to read it: -r"));
+        return Err(Error::why(ErrorKind::ReadOnly, why).fix("to read it: `ploopfs mount -r`"));
     }
     match descriptor
         .oddities
@@ -452,7 +455,7 @@ fn check_writable(descriptor: &Descriptor, target: Guid, mending: bool) -> Resul
             Err(error.fix(if mending {
                 "correct the descriptor first"
             } else {
-                "to read it: -r"
+                "to read it: `ploopfs mount -r`"
             }))
         }
         None => Ok(()),

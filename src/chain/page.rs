@@ -93,7 +93,7 @@ impl Word {
 }
 
 /// A model has room for a few words only.
-const FRAME_SLOTS: usize = if cfg!(all(test, loom)) {
+const FRAME_SLOTS: usize = if cfg!(all(test, feature = "loom")) {
     2
 } else {
     BAT_PAGE_SLOTS

@@ -90,6 +90,9 @@ fn carry_out(args: &CompactArgs, request: &Request, what: &str) -> Result<Told, 
     let session = open().map_err(refused)?;
     session.try_to(request, shown.progress()).map_err(refused)?;
     let mut disk = session.compact(request, shown.progress()).map_err(|e| {
+        if !session.has_begun() && !args.trim {
+            return Report::unbegun(what, &e);
+        }
         let mut report = Report::new(what, &e);
         let state = "the disk shows what it did before; repeat the command to complete it";
         report.data = Some(state.to_owned());

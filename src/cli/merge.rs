@@ -8,8 +8,11 @@ use super::output::{Report, note};
 use super::progress::Shown;
 use super::repair::confirm;
 use super::size::show_size;
-use super::snapshot::{half_way, merged_document, merged_text, tell, warn};
+use super::snapshot::{
+    discards_document, discards_text, half_way, merged_document, merged_text, tell, warn,
+};
 use crate::admin::merge::loose;
+use crate::admin::snapshot::Losses;
 use crate::admin::snapshot::session::{MergeWish, Session};
 use crate::chain::bundle;
 use crate::error::{Error, ErrorKind, Shown as Quoted};
@@ -50,7 +53,10 @@ fn wish(args: &MergeArgs) -> Result<MergeWish, Error> {
         snapshot: snapshot.map(|word| word.to_string_lossy().into_owned()),
         all: args.all,
         into_new: into_new.flatten(),
-        drop_bitmaps: args.drop_bitmaps,
+        losses: Losses {
+            drop_bitmaps: args.drop_bitmaps,
+            force_discard: args.force_discard,
+        },
     })
 }
 
@@ -98,6 +104,7 @@ fn by_themselves(args: &MergeArgs, json: bool, what: &str) -> Result<(), Box<Rep
         is_plain: args.format.is_some(),
         into_new: args.into_new.clone(),
         drop_bitmaps: args.drop_bitmaps,
+        force_discard: args.force_discard,
     };
     let session = loose::open(&wish, !args.dry_run).map_err(|e| refused(&e))?;
     let plan = session.plan().map_err(|e| refused(&e))?;
@@ -148,6 +155,7 @@ fn loose_text(plan: &loose::Merged, in_place: bool) -> String {
             "the disk has {disk}; of {largest}, the end is left out"
         );
     }
+    out += &discards_text(&plan.discards);
     if in_place {
         let _ = writeln!(
             out,
@@ -165,5 +173,6 @@ fn loose_document(plan: &loose::Merged) -> Value {
         "clusters": plan.amount.clusters,
         "bytes": plan.amount.bytes,
         "disk_size_bytes": plan.disk_len,
+        "discards": discards_document(&plan.discards),
     })
 }

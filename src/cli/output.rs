@@ -59,6 +59,14 @@ impl Report {
         report
     }
 
+    /// The same, of a command that is known not to have begun, whatever the error.
+    #[must_use]
+    pub fn unbegun(what: &str, error: &Error) -> Box<Self> {
+        let mut report = Self::new(what, error);
+        report.data = Some("nothing was changed".into());
+        report
+    }
+
     /// A report of wrong usage, which is found before anything is touched.
     #[must_use]
     pub fn usage(what: &str, why: impl Into<String>) -> Box<Self> {

@@ -91,7 +91,7 @@ fn undo(
     if !args.yes {
         note("the image will be as it was before the repair, with all that was wrong with it;");
         note("what was written to the disk since then may be lost");
-        confirm("Undo the repair?", &what)?;
+        confirm_or("Undo the repair?", &what, "to do it: --yes")?;
     }
     let clean = session.undo(file).map_err(|e| Report::refused(&what, &e))?;
     if json {
@@ -173,12 +173,14 @@ fn text(plan: &DiskRepair) -> String {
 
 /// Asks at a terminal; elsewhere only `--yes` is a yes.
 pub(super) fn confirm(question: &str, what: &str) -> Result<(), Box<Report>> {
+    confirm_or(question, what, "to do it: --yes; to look only: --dry-run")
+}
+
+/// The same, with what can be done where nobody says yes.
+fn confirm_or(question: &str, what: &str, fix: &str) -> Result<(), Box<Report>> {
     let refuse = |why: &str| {
         let error = Error::why(ErrorKind::Usage, why);
-        Err(Report::refused(
-            what,
-            &error.fix("to do it: --yes; to look only: --dry-run"),
-        ))
+        Err(Report::refused(what, &error.fix(fix)))
     };
     if !io::stdin().is_terminal() {
         return refuse("this changes the image, and nobody can be asked here");

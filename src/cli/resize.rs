@@ -40,6 +40,9 @@ pub fn run(args: &ResizeArgs, json: bool) -> Result<(), Box<Report>> {
     }
     let shown = progress::Shown::start(args.quiet);
     let done = session.resize(shown.progress()).map_err(|e| {
+        if !session.has_begun() {
+            return Report::unbegun(&what, &e);
+        }
         let mut report = Report::new(&what, &e);
         if !plan.is_done {
             let state = "the disk opens, with its old or its new size; repeat the command to \

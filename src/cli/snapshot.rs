@@ -8,9 +8,10 @@ use super::output::{Report, note, print};
 use super::progress::Shown as Progress;
 use super::repair::confirm;
 use super::size::show_size;
+use crate::admin::merge::Discard;
 use crate::admin::snapshot::list::{self, Listed, Row};
 use crate::admin::snapshot::session::Session;
-use crate::admin::snapshot::{Deleted, Merged};
+use crate::admin::snapshot::{Deleted, Deletion, Losses, Merged};
 use crate::error::{Error, Shown};
 use crate::format::guid::Guid;
 use serde_json::{Value, json};
@@ -152,28 +153,42 @@ fn switch(args: &super::args::SwitchArgs, json: bool) -> Result<(), Box<Report>>
     } else {
         "what was written since then is lost"
     };
-    let plan = format!("the disk becomes what it was in {target}; {fate}");
+    let planned = session.plan_switch(target, args.keep);
+    let planned = planned.map_err(|e| refused(&e))?;
+    let mut plan = format!("the disk becomes what it was in {target}; {fate}\n");
+    let (more, then) = told_of(planned.then.as_ref());
+    plan += &more;
     if args.dry_run {
-        tell(&format!("{plan}\n"), "none", json!({}), json, args.quiet);
+        warn(&planned.warnings);
+        let document = json!({ "snapshot": target.to_string(), "then": then });
+        tell(&plan, "none", document, json, args.quiet);
         return Ok(());
     }
     if !args.yes && !args.keep {
-        note(&plan);
+        warn(&planned.warnings);
+        plan.lines().for_each(note);
         confirm("Switch now?", &what)?;
     }
     let shown = Progress::start(args.quiet || json);
-    let kept = session.switch(&args.snapshot, args.keep, shown.progress());
+    let made = session.switch(&args.snapshot, args.keep, shown.progress());
     drop(shown);
-    let (kept, warnings) = kept.map_err(|e| refused(&e))?;
-    warn(&warnings);
+    let (made, kept) = made.map_err(|e| refused(&e))?;
+    warn(&made.warnings);
     let kept = kept.map(|guid| guid.to_string());
-    let text = match &kept {
+    let mut text = match &kept {
         Some(kept) => format!("the disk is that of {target}; what it was is {kept}\n"),
         None => format!("the disk is that of {target}\n"),
     };
-    let document = json!({ "snapshot": target.to_string(), "kept": kept });
+    let (more, then) = told_of(made.then.as_ref());
+    text += &more;
+    let document = json!({ "snapshot": target.to_string(), "kept": kept, "then": then });
     tell(&text, "switched", document, json, args.quiet);
     Ok(())
+}
+
+/// What goes with a switch.
+fn told_of(then: Option<&Deletion>) -> (String, Value) {
+    then.map(|then| deletion(None, then)).unwrap_or_default()
 }
 
 fn delete(args: &super::args::DeleteArgs, json: bool) -> Result<(), Box<Report>> {
@@ -181,25 +196,27 @@ fn delete(args: &super::args::DeleteArgs, json: bool) -> Result<(), Box<Report>>
     let session = open(&args.image, &args.allow_outside, &what)?;
     let refused = |e: &Error| Report::refused(&what, e);
     let target = session.find(&args.snapshot).map_err(|e| refused(&e))?;
-    let plan = session.plan_delete(target, args.drop_bitmaps);
+    let losses = Losses {
+        drop_bitmaps: args.drop_bitmaps,
+        force_discard: args.force_discard,
+    };
+    let plan = session.plan_delete(target, losses);
     let plan = plan.map_err(|e| refused(&e))?;
-    let (text, document) = deletion(target, &plan);
+    let (text, document) = deletion(Some(target), &plan);
     if args.dry_run {
         tell(&text, "none", document, json, args.quiet);
         return Ok(());
     }
     if !args.yes {
-        for line in text.lines() {
-            note(line);
-        }
+        text.lines().for_each(note);
         confirm("Delete now?", &what)?;
     }
     let shown = Progress::start(args.quiet || json);
-    let done = session.delete(target, args.drop_bitmaps, shown.progress());
+    let done = session.delete(target, losses, shown.progress());
     drop(shown);
     let (_, warnings) = done.map_err(|e| half_way(&what, &e))?;
     warn(&warnings);
-    let word = match plan {
+    let word = match plan.what {
         Deleted::Marked { .. } => "marked",
         _ => "deleted",
     };
@@ -214,26 +231,60 @@ pub(super) fn half_way(what: &str, error: &Error) -> Box<Report> {
     report
 }
 
-fn deletion(target: Guid, plan: &Deleted) -> (String, Value) {
-    let guid = target.to_string();
-    match plan {
-        Deleted::Dropped { files } => {
-            let text = format!("{guid} goes, with what only it shows\n");
-            (text, json!({ "snapshot": guid, "files": files }))
+/// What a deletion does, of a snapshot that was named or of one that goes with another change.
+fn deletion(target: Option<Guid>, plan: &Deletion) -> (String, Value) {
+    let (mut text, mut document) = match &plan.what {
+        Deleted::Dropped { gone, files } => {
+            let gone: Vec<String> = gone.iter().rev().map(Guid::to_string).collect();
+            let lines = gone.iter();
+            let lines = lines.map(|guid| format!("{guid} goes, with what only it shows\n"));
+            let text = lines.collect::<String>() + &files_text(files);
+            (text, json!({ "gone": gone, "files": files }))
         }
-        Deleted::Merged(merged) => {
-            let mut document = merged_document(merged);
-            document["snapshot"] = guid.into();
-            (merged_text(merged), document)
-        }
+        Deleted::Merged(merged) => (merged_text(merged), merged_document(merged)),
         Deleted::Marked { children } => {
+            let guid = target.map(|guid| guid.to_string()).unwrap_or_default();
             let text = format!(
                 "{guid} has {children} children, which need it; it is marked, and goes when one \
                  is left\n"
             );
-            (text, json!({ "snapshot": guid, "children": children }))
+            (text, json!({ "children": children }))
         }
+    };
+    if let Some(then) = &plan.then {
+        text += "then goes what was marked, and has waited for that:\n";
+        text += &merged_text(then);
     }
+    if let Some(target) = target {
+        document["snapshot"] = target.to_string().into();
+    }
+    document["then"] = plan.then.as_ref().map(merged_document).into();
+    (text, document)
+}
+
+fn files_text(files: &[String]) -> String {
+    match files {
+        [] => String::new(),
+        files => format!("files that go: {}\n", Shown(&files.join(", "))),
+    }
+}
+
+/// What a merge loses, in words.
+pub(super) fn discards_text(discards: &[Discard]) -> String {
+    let line = |discard: &Discard| {
+        let file = discard.file.display().to_string();
+        let (file, byte) = (Shown(&file), discard.byte);
+        format!("the disk ends before data of {file}, which is lost from byte {byte} on\n")
+    };
+    discards.iter().map(line).collect()
+}
+
+pub(super) fn discards_document(discards: &[Discard]) -> Value {
+    let one = |discard: &Discard| {
+        let file = discard.file.display().to_string();
+        json!({ "file": file, "from_byte": discard.byte })
+    };
+    discards.iter().map(one).collect()
 }
 
 pub(super) fn merged_document(merged: &Merged) -> Value {
@@ -245,6 +296,7 @@ pub(super) fn merged_document(merged: &Merged) -> Value {
         "bytes": merged.amount.bytes,
         "files": merged.files,
         "made": merged.made,
+        "discards": discards_document(&merged.discards),
     })
 }
 
@@ -259,5 +311,5 @@ pub(super) fn merged_text(merged: &Merged) -> String {
         out,
         "{survivor} stays; {clusters} clusters ({bytes}) move for that"
     );
-    out
+    out + &files_text(&merged.files) + &discards_text(&merged.discards)
 }

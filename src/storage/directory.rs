@@ -4,14 +4,16 @@
 //! the directory itself, or one above it, leads nothing astray.
 
 use super::file::FileStorage;
-use super::{Directory, SharedStorage, Storage};
+use super::{Directory, Hold, SharedStorage, Storage, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::{directory as sys, open};
+use crate::units::FileOffset;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A real directory of the host.
 #[derive(Debug)]
@@ -79,6 +81,15 @@ pub fn take_after(new: &dyn Storage, old: &dyn Storage) -> Result<()> {
     })
 }
 
+/// Reads a whole file that must not have more than `max` bytes.
+pub fn read_small(storage: &dyn Storage, max: u64) -> Result<Vec<u8>> {
+    let len = storage.len()?.get();
+    // One byte more than allowed is enough for whoever judges it.
+    let mut bytes = vec![0; usize::try_from(len.min(max.saturating_add(1))).unwrap_or(0)];
+    storage.read_at(FileOffset::ZERO, &mut bytes)?;
+    Ok(bytes)
+}
+
 fn not_plain(path: &Path) -> Error {
     Error::why(ErrorKind::OutsideBundle, "not a plain file").in_file(path)
 }
@@ -131,6 +142,34 @@ impl Directory for HostDirectory {
         Ok(Arc::new(Self { fd, path }))
     }
 
+    fn open_directory(&self, name: &str) -> Result<Arc<dyn Directory>> {
+        let fd = sys::open_in(self.fd.as_fd(), single(&self.path, name)?)
+            .map_err(|e| self.failed(name, e))?;
+        let path = self.path.join(name);
+        Ok(Arc::new(Self { fd, path }))
+    }
+
+    fn hold(&self, name: &str, deadline: Instant) -> Result<Option<Hold>> {
+        let (dir, place) = (self.fd.as_fd(), single(&self.path, name)?);
+        let opened = match sys::open_in(dir, place) {
+            Ok(directory) => Ok(File::from(directory)),
+            Err(e) if e.raw_os_error() == Some(libc::ENOTDIR) => open::lock_file(dir, place, false),
+            Err(e) => Err(e),
+        };
+        let file = match opened {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+            other => other.map_err(|e| self.failed(name, e))?,
+        };
+        if !lock::bundle(&file, true, deadline)? {
+            return Ok(None);
+        }
+        // Whoever had it may have renamed or removed it before he let it go.
+        let is_it = sys::is_named(dir, place, file.as_fd()).map_err(|e| self.failed(name, e))?;
+        Ok(is_it.then_some(Hold {
+            _locked: Some(file),
+        }))
+    }
+
     fn remove_directory(&self, name: &str) -> Result<()> {
         sys::remove_directory(self.fd.as_fd(), single(&self.path, name)?)
             .map_err(|e| self.failed(name, e))
@@ -160,7 +199,6 @@ impl Directory for HostDirectory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::FileOffset;
 
     #[test]
     fn names_are_made_renamed_and_removed() {
@@ -247,5 +285,37 @@ mod tests {
         }
         assert!(host.create_new("link").is_err());
         assert!(host.remove("sub").is_err());
+    }
+
+    #[test]
+    fn what_is_held_has_one_holder_and_still_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = HostDirectory::open(dir.path()).unwrap();
+        host.create_directory("d").unwrap();
+        host.create_new("f").unwrap();
+        for name in ["d", "f"] {
+            let held = host.hold(name, Instant::now()).unwrap();
+            assert!(held.is_some());
+            assert!(host.hold(name, Instant::now()).unwrap().is_none());
+            drop(held);
+            assert!(host.hold(name, Instant::now()).unwrap().is_some());
+        }
+        assert!(host.hold("none", Instant::now()).unwrap().is_none());
+        std::os::unix::fs::symlink("f", dir.path().join("link")).unwrap();
+        assert!(host.hold("link", Instant::now()).is_err());
+        // It is renamed while somebody waits for it.
+        let held = host.hold("f", Instant::now()).unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| host.hold("f", Instant::now() + 30 * lock::PATIENCE));
+            std::thread::sleep(lock::PATIENCE);
+            host.rename_new("f", "g").unwrap();
+            drop(held);
+            assert!(waiting.join().unwrap().unwrap().is_none());
+        });
+        let inner = host.open_directory("d").unwrap();
+        inner.create_new("x").unwrap();
+        assert_eq!(inner.entries().unwrap(), ["x"]);
+        let none = host.open_directory("g").unwrap_err();
+        assert_eq!(none.kind(), ErrorKind::Io(libc::ENOTDIR));
     }
 }

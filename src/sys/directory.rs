@@ -19,6 +19,22 @@ pub fn open(path: &Path) -> io::Result<OwnedFd> {
     Ok(openat(AT_FDCWD, path, how, Mode::empty())?)
 }
 
+/// Opens a directory in another one, for listing; a link of that name is none.
+pub fn open_in(dir: BorrowedFd<'_>, name: &Path) -> io::Result<OwnedFd> {
+    let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(openat(dir, name, how, Mode::empty())?)
+}
+
+/// True where a name, which is no link, is that of an open file or directory.
+pub fn is_named(dir: BorrowedFd<'_>, name: &Path, opened: BorrowedFd<'_>) -> io::Result<bool> {
+    let own = fstat(opened)?;
+    match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(there) => Ok((there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)),
+        Err(Errno::ENOENT) => Ok(false),
+        Err(other) => Err(other.into()),
+    }
+}
+
 /// Opens the directory behind a handle once more, for listing and syncing.
 pub fn reopen(dir: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// A bundle of this many levels.
-fn bundle(dir: &Path, name: &str, levels: usize) -> PathBuf {
+pub(crate) fn bundle(dir: &Path, name: &str, levels: usize) -> PathBuf {
     let path = dir.join(name);
     let like = ImageSpec::new(2, 64, 6400).mapping(Mapped::Percent(40));
     let bundle = BundleSpec::chain(Style::Ploop, &like, levels, |_, _| {});
@@ -17,7 +17,7 @@ fn bundle(dir: &Path, name: &str, levels: usize) -> PathBuf {
 }
 
 /// Every file of a directory with its bytes and its time.
-fn contents(dir: &Path) -> BTreeMap<PathBuf, (Vec<u8>, std::time::SystemTime)> {
+pub(crate) fn contents(dir: &Path) -> BTreeMap<PathBuf, (Vec<u8>, std::time::SystemTime)> {
     let entries = std::fs::read_dir(dir).expect("it is there").flatten();
     let of = |path: PathBuf| {
         let time = path.metadata().and_then(|meta| meta.modified());
@@ -29,7 +29,7 @@ fn contents(dir: &Path) -> BTreeMap<PathBuf, (Vec<u8>, std::time::SystemTime)> {
 }
 
 /// The images of a bundle in the order of its chain, base first.
-fn images(bundle: &Path) -> Vec<PathBuf> {
+pub(crate) fn images(bundle: &Path) -> Vec<PathBuf> {
     let output = ploopfs(&["check", "--json", text(bundle)]);
     let found: serde_json::Value =
         serde_json::from_slice(&output.stdout).expect("one JSON document");
@@ -39,7 +39,7 @@ fn images(bundle: &Path) -> Vec<PathBuf> {
 }
 
 /// Refused with this status and these words, and nothing has changed.
-fn expect_refused(arguments: &[&str], code: i32, words: &[&str], dir: &Path) {
+pub(crate) fn expect_refused(arguments: &[&str], code: i32, words: &[&str], dir: &Path) {
     let before = contents(dir);
     let output = ploopfs(arguments);
     let story = story(&output);

@@ -205,6 +205,10 @@ impl Course {
             (false, Ok(())) => {
                 let (made, rest) = parted(host.media().tree());
                 self.expect_source(&rest)?;
+                let mut left = rest.keys().filter(|path| path.contains(UNFINISHED));
+                hold(left.next().is_none(), || {
+                    "repeated, it leaves what was left".to_owned()
+                })?;
                 hold(like(&made, &whole, same), || {
                     "repeated, it ends otherwise".to_owned()
                 })

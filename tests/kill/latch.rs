@@ -53,6 +53,10 @@ fn latches(fault: Fault) -> Outcome {
     bench.work(&front.disk())?;
     let file = writer::open(&front.disk(), true)?;
     bench.scatter(&file)?;
+    // A file cluster that somebody had before needs a flush of two syncs.
+    bench.zero(&file, 0, 8 * u64::from(CLUSTER), true)?;
+    bench.flush(&file)?;
+    bench.write(&file, 5, 8 * u64::from(CLUSTER) - 10)?;
     ensure!(front.latched()?.is_none(), "latched too early");
     bench.host.arm(fault);
     let failed = file.sync_all().err().and_then(|e| e.raw_os_error());

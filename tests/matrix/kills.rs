@@ -59,20 +59,17 @@ enum Deed {
 
 /// One after the other.
 pub(crate) fn trials() -> Vec<Trial> {
-    use Deed::{
-        Compact, Convert, ConvertBundle, Copy, Defrag, Delete, Grow, Merge, MergeAll, Repair,
-    };
     let deeds = [
-        Delete,
-        Merge,
-        MergeAll,
-        Grow,
-        Compact,
-        Defrag,
-        Repair,
-        Convert,
-        ConvertBundle,
-        Copy,
+        Deed::Delete,
+        Deed::Merge,
+        Deed::MergeAll,
+        Deed::Grow,
+        Deed::Compact,
+        Deed::Defrag,
+        Deed::Repair,
+        Deed::Convert,
+        Deed::ConvertBundle,
+        Deed::Copy,
     ];
     let killed = |deed: Deed| {
         let name = format!("killed_{deed:?}").to_lowercase();

@@ -202,12 +202,29 @@ fn orders() -> Outcome {
     ImageSpec::new(2, 64, 64 * 200)
         .mapping(Mapped::Percent(30))
         .write(&large)?;
+    let (small, large) = (text(&small), text(&large));
     let words = ["uppermost image comes first", "--into-new"];
-    refused(dir.path(), &["-y", text(&small), text(&large)], &words)?;
+    refused(dir.path(), &["-y", small, large], &words)?;
     let new = path("new.hds");
-    let said = merge(&["--into-new", text(&new), text(&small), text(&large)])?;
-    ensure!(said.contains("the end is left out"), "{said}");
+    let into_new = ["--into-new", text(&new), small, large];
+    let words = ["large.hds", "ends at byte 3276800", "--force-discard"];
+    refused(dir.path(), &into_new, &words)?;
+    refused(dir.path(), &[&["-n"], &into_new[..]].concat(), &words)?;
+    let said = merge(&[&["--force-discard"], &into_new[..]].concat())?;
+    let is_told = said.contains("the end is left out") && said.contains("which is lost from byte");
+    ensure!(is_told, "{said}");
     ensure!(Flat::open(&new)?.bytes() == 64 * 100 * 512);
+    let said = merge(&["--json", "-y", "--force-discard", small, large])?;
+    let said: serde_json::Value = serde_json::from_str(&said)?;
+    ensure!(said["discards"][0]["file"] == large, "{said}");
+    let first = said["discards"][0]["from_byte"].as_u64();
+    ensure!(first.is_some_and(|byte| byte >= 64 * 100 * 512), "{said}");
+    let (large, new) = (Flat::open(Path::new(large))?, Flat::open(&new)?);
+    ensure!(large.bytes() == new.bytes());
+    for at in (0..new.bytes()).step_by(1 << 20) {
+        let len = (new.bytes() - at).min(1 << 20) as usize;
+        ensure!(large.read(at, len)? == new.read(at, len)?, "after {at}");
+    }
     Ok(())
 }
 

@@ -29,6 +29,8 @@ struct Case {
     disk: Vec<u8>,
     /// What the lowest shows by itself.
     own: Vec<u8>,
+    /// An image holds data behind the end of the disk, and that may go.
+    force: bool,
 }
 
 fn is_plain(file: &[u8]) -> bool {
@@ -62,6 +64,11 @@ fn cases() -> Vec<Case> {
         disk: flat(&files),
         own: flat(&files[..1]),
         files,
+        force: false,
+    };
+    let losing = |name: &str, files| Case {
+        force: true,
+        ..case(name, files)
     };
     let mut cases = Vec::new();
     for (lower, upper) in [(1, 1), (2, 2), (1, 2), (2, 1)] {
@@ -80,12 +87,13 @@ fn cases() -> Vec<Case> {
         case("larger by a table", three([205, 222, 8 * 1100])),
         case("a smaller one between", three([237, 205, 237])),
         // The cluster that the ends lie in comes from the first, the second or both.
-        case("a larger lower one", three([320, 203, 205])),
-        case(
+        losing("a larger lower one", three([320, 203, 205])),
+        losing(
             "a larger lower one, two ends in a cluster",
             three([207, 201, 205]),
         ),
-        case("a larger lower one, equal ends", three([320, 205, 205])),
+        losing("a larger lower one, equal ends", three([320, 205, 205])),
+        case("a larger lower one, empty behind the end", empty_behind()),
         case(
             "over a plain one",
             vec![plain(237 * 512), level(2, 1, 237, 60)],
@@ -94,17 +102,23 @@ fn cases() -> Vec<Case> {
             "over a plain one of odd length",
             vec![plain(50_001), level(2, 1, 237, 60)],
         ),
-        case(
+        losing(
             "two over a longer plain one",
             vec![plain(130_001), level(1, 1, 203, 70), level(1, 2, 205, 30)],
         ),
     ]);
     let ends = [level(2, 0, 320, 100), end(201), end(205)];
-    cases.push(case(
+    cases.push(losing(
         "the upper of two has no end",
         vec![ends[0].clone(), ends[1].clone(), level(2, 2, 205, 0)],
     ));
-    cases.push(case("both have an end", ends.to_vec()));
+    cases.push(losing("both have an end", ends.to_vec()));
+    let mut zeros = plain(130_001);
+    zeros[205 * 512..].fill(0);
+    cases.push(case(
+        "over a plain one with zeros behind the end",
+        vec![zeros, level(1, 1, 205, 70)],
+    ));
     cases
 }
 
@@ -115,6 +129,14 @@ fn end(sectors: u64) -> Vec<u8> {
     spec.level = 1;
     spec.garbage = true;
     forged(&spec)
+}
+
+/// The lowest has clusters up to the last before the end, and that one is a hole.
+fn empty_behind() -> Vec<Vec<u8>> {
+    let mut spec = ImageSpec::new(2, 8, 320).mapping(Mapped::List((0..25).step_by(2).collect()));
+    spec.layout = Layout::Shuffled(3);
+    spec.garbage = true;
+    vec![forged(&spec), level(2, 1, 203, 60), level(2, 2, 205, 60)]
 }
 
 fn images(files: &[Arc<SimStorage>]) -> Result<Vec<Image>> {
@@ -134,13 +156,14 @@ fn image(number: usize, storage: SharedStorage) -> Result<Image> {
     }
 }
 
-fn run(lower: &Image, uppers: &[Image], progress: &Progress) -> Result<()> {
+fn run(lower: &Image, uppers: &[Image], force: bool, progress: &Progress) -> Result<()> {
     let is_large = uppers.iter().any(|image| image.disk_len() > 1 << 20);
     let merge = Merge {
         lower,
         uppers,
         cluster: ClusterSize::from_sectors(8).expect("a size"),
         window: if is_large { 500 } else { 5 },
+        force_discard: force,
     };
     merge.examine()?;
     merge.carry_out(progress)
@@ -176,7 +199,7 @@ impl Case {
     fn run(&self, world: &Arc<World>) -> Result<()> {
         let mut images = images(&self.open(world))?;
         let lower = images.remove(0);
-        run(&lower, &images, &Progress::default())
+        run(&lower, &images, self.force, &Progress::default())
     }
 
     /// What the lowest shows by itself in the end: the disk. A plain file that was longer ends with
@@ -249,6 +272,69 @@ pub(crate) fn every_byte_is_where_it_was() {
     }
 }
 
+/// Nothing is lost without a word, however the images are merged; nothing is changed then.
+pub(crate) fn nothing_behind_the_end_is_lost_unasked() {
+    let mut refused = 0;
+    for mut case in cases() {
+        let loses = std::mem::take(&mut case.force);
+        for is_new in [false, true] {
+            let world = World::new(case.files.clone(), Manners::default(), true);
+            let names = (0..case.files.len()).map(|n| (format!("{n}.hds"), n));
+            world.set_names(names.collect());
+            let done = match is_new {
+                true => into_new(&case, &world),
+                false => case.run(&world),
+            };
+            assert_eq!(done.is_err(), loses, "{}: {done:?}", case.name);
+            let Err(error) = done else {
+                continue;
+            };
+            refused += 1;
+            assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
+            let fix = error.fix_text().unwrap_or_default().to_owned();
+            assert!(fix.contains("--force-discard"), "{error}: {fix}");
+            assert!(world.log().is_empty(), "{}: something was done", case.name);
+        }
+    }
+    assert_eq!(refused, 12);
+}
+
+/// A merge that may lose what is behind the end, repeated without that word after a power cut, is
+/// completed, or refused and leaves all as it is; once the lowest is shorter, nothing refuses what
+/// that held.
+pub(crate) fn what_was_begun_by_force_needs_none() {
+    let (mut completed, mut refused) = (0, 0);
+    for mut case in cases().into_iter().filter(|case| case.force) {
+        let world = World::new(case.files.clone(), Manners::default(), true);
+        case.run(&world).expect("it may");
+        case.force = false;
+        let mut media = Media::new(&case.files, Names::new());
+        let mut dice = 3;
+        for event in &world.log() {
+            if !media.take(event) {
+                continue;
+            }
+            let (files, _) = media.after_cut(&mut dice);
+            let world = World::new(files.clone(), Manners::default(), false);
+            match case.run(&world) {
+                Ok(()) => {
+                    completed += 1;
+                    let merged = case.is_merged(&world.files());
+                    merged.unwrap_or_else(|why| panic!("{}: {why}", case.name));
+                }
+                Err(error) => {
+                    refused += 1;
+                    assert!(world.files() == files, "{}: {error}", case.name);
+                    let lower = flat(&files[..1]).len();
+                    let held = error.to_string().contains("0.hds");
+                    assert!(!held || lower > case.disk.len(), "{}: {error}", case.name);
+                }
+            }
+        }
+    }
+    assert!(completed > 100 && refused > 20, "{completed}, {refused}");
+}
+
 pub(crate) fn the_power_may_fail() {
     let mut states = 0;
     for case in cases() {
@@ -306,14 +392,18 @@ fn stop(case: &Case, is_loose: bool, changes: u64, what: &str) -> bool {
     let mut images = images(&files).expect("forged");
     images[0] = image(0, Arc::new(lowest)).expect("forged");
     let done = if is_loose {
-        match session(&Wish::default(), images, Vec::new()) {
+        let wish = Wish {
+            force_discard: case.force,
+            ..Wish::default()
+        };
+        match session(&wish, images, Vec::new()) {
             Ok(session) => session.merge(&progress).map(drop),
             // A larger lower one is taken for the wrong order.
             Err(_) => return false,
         }
     } else {
         let lower = images.remove(0);
-        run(&lower, &images, &progress)
+        run(&lower, &images, case.force, &progress)
     };
     let now = world.files();
     assert!(flat(&now) == case.disk, "{what}: another disk");
@@ -396,9 +486,11 @@ fn into_new(case: &Case, world: &Arc<World>) -> Result<()> {
     let images = (0..case.files.len()).map(|n| image(n, open(n)?));
     let wish = Wish {
         into_new: Some("new.hds".into()),
+        force_discard: case.force,
         ..Wish::default()
     };
     let session = session(&wish, images.collect::<Result<_>>()?, Vec::new())?;
+    session.plan()?;
     let ids = Ids {
         // Of a cut attempt the temporary name is left.
         temporary: format!("{:08}", directory.entries()?.len()),

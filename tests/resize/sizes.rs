@@ -3,13 +3,19 @@
 use crate::forge::content::GARBAGE;
 use crate::forge::image::{IN_USE, ImageSpec, Layout, Mapped};
 use crate::net::{Act, Case, Disk, forged, levels, shown, sound};
+use crate::sim::directory::Names;
+use crate::sim::media::Media;
 use crate::sim::storage::{Manners, World};
 use crate::stopping::Stopping;
 use ploopfs::admin::progress::Progress;
 use ploopfs::admin::resize::{Request, resize_image};
+use ploopfs::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain};
+use ploopfs::disk::{self, DiskOptions, Resources};
 use ploopfs::error::ErrorKind;
 use ploopfs::units::SectorCount;
 use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 /// To this size, two clusters between syncs.
 fn to(sectors: u64, force_discard: bool) -> Box<Act> {
@@ -233,4 +239,59 @@ pub(crate) fn stopping_leaves_a_closed_disk() {
     }
     // Some were stopped before the header, and some of those that shrink after it.
     assert!(sizes.len() > cases().len(), "{sizes:?}");
+}
+
+/// A disk of one image that is opened to be written to, and closed.
+fn mounted(image: Vec<u8>, resources: &Resources) -> Vec<u8> {
+    let world = World::new(vec![image], Manners::default(), false);
+    let part = OpenedPart {
+        start: SectorCount::ZERO,
+        end: None,
+        blocksize: None,
+        files: vec![OpenedFile {
+            path: PathBuf::from("x.hds"),
+            storage: world.open(0, true),
+            plain: Plain::No,
+            guid: None,
+        }],
+    };
+    let images = OpenedImages::from_parts(PathBuf::from("x.hds"), vec![part]);
+    let opened = disk::open_with(Arc::new(images), &DiskOptions::default(), resources.clone());
+    let (disk, _) = opened.expect("it opens");
+    disk.close().expect("it closes");
+    world.files().remove(0)
+}
+
+/// What an interrupted shrinking has left is mended before the mark goes, whoever closes the image.
+pub(crate) fn half_cut_and_mounted_it_is_closed_clean() {
+    let resources = Resources::new(1).expect("threads and memory");
+    let (mut states, mut half_cut) = (0, 0);
+    let all = cases().into_iter().filter(|case| case.files.len() == 1);
+    for case in all.filter(|case| case.name.starts_with("shrinks")) {
+        let world = World::new(case.files.clone(), Manners::default(), true);
+        (case.act)(&[world.open(0, true)]).expect("undisturbed");
+        let mut media = Media::new(&case.files, Names::new());
+        let mut dice = 9;
+        for event in &world.log() {
+            if !media.take(event) {
+                continue;
+            }
+            let (files, _) = media.after_cut(&mut dice);
+            let before = shown(&files);
+            let is_stray = |top: &[u8]| {
+                let word = |at: usize| u32::from_le_bytes(top[at..at + 4].try_into().expect("4"));
+                let (entries, first) = (word(32) as usize, word(48) as usize * 512);
+                top[64 + 4 * entries..first].iter().any(|byte| *byte != 0)
+            };
+            half_cut += u64::from(is_stray(&files[0]));
+            let now = mounted(files[0].clone(), &resources);
+            let what = format!("{}, state {states}", case.name);
+            assert_eq!(now[44..48], [0; 4], "{what}: closed");
+            assert!(!is_stray(&now), "{what}: stray slots");
+            sound(&now).unwrap_or_else(|why| panic!("{what}: {why}"));
+            assert_eq!(shown(&[now]), before, "{what}: shows something else");
+            states += 1;
+        }
+    }
+    assert!(half_cut > 10 && states > 50, "{half_cut} of {states}");
 }

@@ -185,6 +185,21 @@ impl Directory for SimDirectory {
         }))
     }
 
+    fn open_directory(&self, name: &str) -> Result<Arc<dyn Directory>> {
+        let found = self.world.operation(Kind::Open, self.process, |state| {
+            let node = state.names(self.node).get(name).copied();
+            let node = node.ok_or_else(missing)?;
+            let is_one = state.directories.contains_key(&node);
+            is_one
+                .then_some(node)
+                .ok_or_else(|| Error::errno(libc::ENOTDIR))
+        });
+        Ok(Arc::new(Self {
+            node: found?,
+            ..self.clone()
+        }))
+    }
+
     fn remove_directory(&self, name: &str) -> Result<()> {
         let is_there = self.look(|state| state.names(self.node).contains_key(name));
         match self.inner(name) {

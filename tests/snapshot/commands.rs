@@ -280,15 +280,27 @@ fn a_change_that_was_made_is_not_said_to_have_changed_nothing() {
             let top = rows_of(TOP).expect("the top");
             assert_eq!(top["parent"], kept.as_str());
         } else {
-            let said = fails(&["snapshot", "delete", "-y", path, &kept]);
-            assert!(said.contains("is gone, but"), "{said}");
-            assert!(!said.contains("nothing was changed"), "{said}");
-            assert!(rows_of(&kept).is_none());
+            // What could refuse is found before anything is changed.
+            let before = traces(&bundle);
+            for more in ["-y", "-n"] {
+                let said = fails(&["snapshot", "delete", more, path, &kept]);
+                assert!(said.contains("nothing was changed"), "{said}");
+                assert!(said.contains(text(image.file_name().expect("it").as_ref())));
+            }
+            assert!(traces(&bundle) == before);
         }
         assert_eq!(rows_of(&base).expect("it is there")["is_going"], true);
         fs::write(image, &good).expect("there is room");
-        does(&["snapshot", "delete", "-y", path, &base]);
-        assert!(rows_of(&base).is_none());
+        let rest = if is_switch { &base } else { &kept };
+        let said = does(&["snapshot", "delete", "--json", "-y", path, rest]);
+        let said: Value = serde_json::from_str(&said).expect("one JSON document");
+        assert_eq!(said["action"], "deleted", "{said}");
+        if !is_switch {
+            assert_eq!(said["gone"], serde_json::json!([kept]), "{said}");
+            assert_eq!(said["then"]["gone"], serde_json::json!([base]), "{said}");
+            assert_eq!(said["then"]["survivor"], TOP, "{said}");
+        }
+        assert!(rows_of(&base).is_none() && rows_of(rest).is_none());
         does(&["check", "-q", path]);
     }
 }

@@ -11,7 +11,7 @@ use crate::sim::directory::SimDirectory;
 use crate::sim::faults::Nth;
 use crate::sim::media::Media;
 use crate::sim::storage::Manners;
-use crate::steps::{create, delete, line, merge, name, switch};
+use crate::steps::{FORCED, create, delete, line, mark, merge, name, switch};
 use crate::world::{
     DESCRIPTOR, Step, after, carry_out, chain, described, expect_sound, like, load, over_plain,
     shows, split, with_file,
@@ -62,13 +62,30 @@ fn wide() -> BundleSpec {
 }
 
 /// The lower image is cut to the size of the disk, and its clusters are moved for that.
-fn narrow() -> BundleSpec {
+fn narrow(mapped: &Mapped) -> BundleSpec {
     BundleSpec::chain(Style::Ploop, &like(2), 2, |level, image| {
         image.disk_sectors = if level == 0 { 8 * 1100 } else { 237 };
         if level == 0 {
-            image.mapped = Mapped::Every { step: 30, phase: 3 };
+            image.mapped = mapped.clone();
         }
     })
+}
+
+/// It has data behind the end of the upper disk.
+fn behind() -> Media {
+    load(&narrow(&Mapped::Every { step: 30, phase: 3 }))
+}
+
+/// It has none.
+fn before_the_end() -> Media {
+    load(&narrow(&Mapped::List((0..28).step_by(3).collect())))
+}
+
+fn forced() -> Upper {
+    Upper {
+        losses: FORCED,
+        ..Upper::default()
+    }
 }
 
 /// The upper disk needs a table that takes the place of the lower image's first clusters.
@@ -127,7 +144,25 @@ fn deletions() -> Vec<Case> {
             delete(line(&desktop(3))[1]),
         ),
         case("delete, split", in_parts, delete(base)),
+        case(
+            "delete over an interrupted one",
+            after(&three(), &mark(guids[0])),
+            delete(guids[1]),
+        ),
+        case(
+            "mark over an interrupted one",
+            over_marked(),
+            delete(guids[1]),
+        ),
     ]
+}
+
+/// The base is to go, and what is over it has two children.
+fn over_marked() -> Media {
+    let old = three();
+    let guids = line(&old);
+    let forked = after(&old, &switch(guids[1], 1, Some(name(9))));
+    after(&forked, &mark(guids[0]))
 }
 
 fn merges() -> Vec<Case> {
@@ -153,7 +188,8 @@ fn merges() -> Vec<Case> {
             merge(into_new),
         ),
         case("merge into a smaller one", load(&wide()), top()),
-        case("merge into a larger one", load(&narrow()), top()),
+        case("merge into a larger one", before_the_end(), top()),
+        case("merge, and lose the end", behind(), merge(forced())),
         case("merge where the table grows", load(&longer()), top()),
     ]
 }
@@ -288,14 +324,20 @@ fn a_host_that_fails_leaves_a_bundle_and_a_way_on() {
 /// to write, and names that no sync has made to stay.
 #[test]
 fn a_change_that_is_repeated_after_a_failure_lasts() {
-    let (mut dice, mut repeated) = (5, 0);
+    let repeated = repeat_after_failures(&mut 5);
+    assert!(repeated > 200, "only {repeated}");
+}
+
+/// The number of changes that were repeated.
+pub(crate) fn repeat_after_failures(dice: &mut u64) -> usize {
+    let mut repeated = 0;
     for case in cases() {
         let (good, _) = undisturbed(&case);
         let end = shows(&good, "after");
         let host = SimDirectory::on(&case.old);
         carry_out(&host, &*case.step).unwrap_or_else(|e| panic!("{}: {e}", case.what));
         let operations = host.world().total();
-        for number in (splitmix(&mut dice) % 3..operations).step_by(3) {
+        for number in (splitmix(dice) % 3..operations).step_by(3) {
             let nth = Nth {
                 nth: number,
                 errno: libc::EIO,
@@ -318,7 +360,7 @@ fn a_change_that_is_repeated_after_a_failure_lasts() {
             };
             carry_out(&host, again).unwrap_or_else(|e| panic!("{what}: {e}"));
             for _ in 0..2 {
-                let left = host.media().cut(&mut dice);
+                let left = host.media().cut(dice);
                 // A mark whose removal failed comes back, over an image that is whole.
                 expect_sound(&left, false, &what);
                 assert!(shows(&left, &what) == end, "{what}: another end");
@@ -327,7 +369,7 @@ fn a_change_that_is_repeated_after_a_failure_lasts() {
             repeated += 1;
         }
     }
-    assert!(repeated > 200, "only {repeated}");
+    repeated
 }
 
 /// A merge that goes on in several steps: what is above covers all that changes.
@@ -348,6 +390,7 @@ fn every_run_of_a_merge_can_be_cut() {
             uppers: &uppers,
             cluster: ClusterSize::from_sectors(8).expect("a size"),
             window: 4,
+            force_discard: false,
         };
         merge.examine()?;
         merge.carry_out(&Progress::default())
@@ -398,6 +441,7 @@ fn a_merge_that_is_stopped_leaves_no_mark() {
             uppers: &[image(1)?],
             cluster: ClusterSize::from_sectors(8).expect("a size"),
             window: 4,
+            force_discard: false,
         };
         merge.carry_out(progress)
     };

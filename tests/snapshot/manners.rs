@@ -41,6 +41,7 @@ fn what_only_plans_or_is_refused_leaves_no_lock_file() {
     for args in [
         &["snapshot", "switch", path, &base][..],
         &["snapshot", "switch", "-y", path, TOP],
+        &["snapshot", "switch", "-n", path, TOP],
         &["snapshot", "delete", "-y", path, TOP],
         &["snapshot", "delete", "-y", path, "none"],
         &["snapshot", "rename", path, &base, "latest"],
@@ -181,9 +182,18 @@ fn what_was_cut_off_does_not_come_back() {
         let old = shows(path)[TOP].clone();
         let whole = common(2).disk_sectors as usize * 512;
         assert_eq!((size(path), whole), (half, 2 * half));
-        for _ in 0..keep {
+        for number in 0..keep {
             let base = base_of(path);
-            does(&["snapshot", "delete", "-y", path, &base]);
+            let mut args = vec!["snapshot", "delete", "-y", path, &base];
+            // The top, which is next, is smaller.
+            if number == 1 {
+                let traced = traces(&bundle);
+                let said = fails(&args);
+                assert!(said.contains("--force-discard"), "{said}");
+                assert!(traces(&bundle) == traced);
+                args.push("--force-discard");
+            }
+            does(&args);
             assert_eq!(size(path), half);
             does(&["check", "-q", path]);
         }

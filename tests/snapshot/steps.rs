@@ -11,8 +11,9 @@ use crate::world::{
 };
 use ploopfs::admin::bundle::Bundle;
 use ploopfs::admin::progress::Progress;
-use ploopfs::admin::snapshot::{self, Deleted, Names, Upper};
+use ploopfs::admin::snapshot::{self, Deleted, Losses, Names, Upper};
 use ploopfs::error::{Error, ErrorKind, Result};
+use ploopfs::format::descriptor::edit::Edit;
 use ploopfs::format::guid::Guid;
 
 pub(crate) fn name(number: u8) -> Guid {
@@ -51,11 +52,26 @@ pub(crate) fn switch(
 }
 
 pub(crate) fn delete(target: Guid) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
-    move |bundle| whole(&snapshot::delete(bundle, target, false, &Progress::default())?.1)
+    delete_with(target, Losses::default())
 }
+
+pub(crate) fn delete_with(target: Guid, losses: Losses) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
+    move |bundle| whole(&snapshot::delete(bundle, target, losses, &Progress::default())?.1)
+}
+
+/// What is behind the end of the disk may go.
+pub(crate) const FORCED: Losses = Losses {
+    drop_bitmaps: false,
+    force_discard: true,
+};
 
 pub(crate) fn merge(upper: Upper) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
     move |bundle| whole(&snapshot::merge(bundle, &upper, &Progress::default())?.1)
+}
+
+/// As a deletion leaves it that was interrupted.
+pub(crate) fn mark(target: Guid) -> impl Fn(&mut Bundle<'_>) -> Result<()> {
+    move |bundle| Ok(bundle.replace(&[Edit::Mark(target)])?)
 }
 
 /// The snapshots from the base up to the top.
@@ -324,8 +340,12 @@ fn what_is_not_sure_is_refused_and_left_alone() {
         refusal(&with_bitmap, &merge(top())),
         ErrorKind::BitmapPresent
     );
-    let drop = Upper {
+    let losses = Losses {
         drop_bitmaps: true,
+        ..Losses::default()
+    };
+    let drop = Upper {
+        losses,
         ..Upper::default()
     };
     let new = after(&load(&with_bitmap), &merge(drop));
@@ -394,8 +414,8 @@ fn a_plan_tells_what_will_be_and_does_nothing() {
     let files = crate::world::InMemory(host.clone());
     let bundle = Bundle::open(&host, DESCRIPTOR, &files).expect("it opens");
     let middle = line(&old)[1];
-    let plan = snapshot::plan_delete(&bundle, middle, false).expect("it can go");
-    let Deleted::Merged(merged) = plan else {
+    let plan = snapshot::plan_delete(&bundle, middle, Losses::default()).expect("it can go");
+    let (Deleted::Merged(merged), None) = (&plan.what, &plan.then) else {
         panic!("{plan:?}");
     };
     assert_eq!(merged.gone, [middle]);

@@ -9,7 +9,7 @@ use ploopfs::admin::progress::Progress;
 use ploopfs::admin::repair::{KeepOld, repair_image_with};
 use ploopfs::admin::resize::disk::describe;
 use ploopfs::admin::resize::{self, Place, resize_image, resize_plain};
-use ploopfs::admin::snapshot::{self, Deleted, Names, Upper};
+use ploopfs::admin::snapshot::{self, Deleted, Losses, Names, Upper};
 use ploopfs::admin::source::OurDisk;
 use ploopfs::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain};
 use ploopfs::delta::image::Image;
@@ -113,11 +113,18 @@ pub(crate) fn carry_out(
         }
         1 => {
             let target = chosen.ok_or_else(none)?;
-            let (done, _) = snapshot::delete(&mut bundle, target, false, progress)?;
-            Ok(Changed::Gone(match done {
-                Deleted::Merged(merged) => [merged.gone, vec![target]].concat(),
-                _ => vec![target],
-            }))
+            let losses = Losses {
+                force_discard: step.at & 0x40 != 0,
+                ..Losses::default()
+            };
+            let (done, _) = snapshot::delete(&mut bundle, target, losses, progress)?;
+            let mut gone = match done.what {
+                Deleted::Dropped { gone, .. } => gone,
+                Deleted::Merged(merged) => merged.gone,
+                Deleted::Marked { .. } => vec![target],
+            };
+            gone.extend(done.then.into_iter().flat_map(|merged| merged.gone));
+            Ok(Changed::Gone(gone))
         }
         2 => {
             let target = chosen.ok_or_else(none)?;
@@ -130,7 +137,10 @@ pub(crate) fn carry_out(
                 snapshot: chosen.filter(|_| step.at & 0x40 != 0),
                 into_new: (step.at & 0x20 != 0).then(|| format!("new{number}.hds")),
                 all: step.at & 0x80 != 0,
-                ..Upper::default()
+                losses: Losses {
+                    force_discard: step.at & 0x10 != 0,
+                    ..Losses::default()
+                },
             };
             let (merged, _) = snapshot::merge(&mut bundle, &upper, progress)?;
             Ok(Changed::Merged(merged.gone))

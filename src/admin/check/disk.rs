@@ -1,26 +1,24 @@
 //! What is wrong with a whole disk: every image, how they fit together, and what lies beside them.
 
+mod around;
+
 use super::say::{self, Said};
 use super::{Checked, check_image_with};
-use crate::admin::bundle;
 use crate::admin::progress::Progress;
-use crate::admin::repair::{Saved, saved_names};
 use crate::chain;
 use crate::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain, Selection};
 use crate::delta::image::{header_error, version_of};
-use crate::error::{Error, ErrorKind, Result, Shown};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor::{Descriptor, ImageType, Oddity, Shot};
 use crate::format::guid::Guid;
 use crate::format::header::HeaderError;
 use crate::format::oddities;
-use crate::journal::{self, RUNNING, is_journal};
 use crate::plan::repair::Severity;
-use crate::storage::beside::{self, Home};
-use crate::storage::directory::HostDirectory;
+use crate::storage::beside;
 use crate::storage::file::FileStorage;
 use crate::storage::host::Roots;
 use crate::storage::lock::{self, Locked, Purpose};
-use crate::storage::{Directory, FileId, SharedStorage, Storage};
+use crate::storage::{FileId, SharedStorage, Storage};
 use crate::units::SectorCount;
 use serde::Serialize;
 use std::collections::{HashMap, HashSet};
@@ -32,8 +30,6 @@ use std::time::Instant;
 
 /// Version of the JSON document; grows when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 1;
-/// Names of a directory that are looked at.
-const NAMES_MAX: usize = 10_000;
 /// Snapshots that no chain leads to, of which each is told.
 const LOST_MAX: usize = 16;
 
@@ -418,123 +414,6 @@ impl Look<'_> {
             _ => Ok(()),
         }
     }
-
-    /// What lies beside an image, whatever name it was found by.
-    fn beside_image(&mut self, home: &Home) -> Result<()> {
-        let Some(name) = home.name.to_str() else {
-            return Ok(());
-        };
-        let saved = home.with(RUNNING);
-        if saved.symlink_metadata().is_ok() {
-            let text = self.interrupted(home, &format!("{name}{RUNNING}"), &saved);
-            self.found(Severity::Corrupt, "left-over", text);
-        }
-        if !self.is_alone {
-            return Ok(());
-        }
-        let directory = HostDirectory::open(&home.directory)?;
-        let names = directory.entries()?;
-        self.saved(&directory, name, &names);
-        for end in [".tmp", ".idx"] {
-            if names.contains(&format!("{name}{end}")) {
-                let text = format!("{name}{end} is left over from an operation of ploop");
-                self.found(Severity::Leak, "left-over", text);
-            }
-        }
-        Ok(())
-    }
-
-    /// What was interrupted, and what ends it.
-    fn interrupted(&self, home: &Home, name: &str, path: &Path) -> String {
-        let (image, path) = (self.image.display().to_string(), path.display().to_string());
-        let (image, path) = (Shown(&image), Shown(&path));
-        let repair = format!("`ploopfs repair {image}`");
-        let undo = format!("`ploopfs repair --undo {path} {image}`");
-        let directory = HostDirectory::open(&home.directory);
-        let saved = directory.and_then(|directory| directory.open(name, false));
-        match saved.and_then(|saved| journal::is_undoing(&*saved)) {
-            Ok(true) => format!(
-                "{path}: the undo of a repair was interrupted: {undo} goes on with it, {repair} \
-                 mends the image instead"
-            ),
-            Ok(false) => format!(
-                "{path}: a repair was interrupted: {repair} goes on with it, {undo} takes it back"
-            ),
-            Err(e) if e.kind() == ErrorKind::NotAnImage => format!(
-                "{path}: a repair was interrupted before it changed anything: {repair} begins anew"
-            ),
-            Err(e) => {
-                format!("{path}: a repair or an undo was interrupted: {repair} ends it ({e})")
-            }
-        }
-    }
-
-    /// The undo files of repairs that were completed.
-    fn saved(&mut self, directory: &HostDirectory, name: &str, names: &[String]) {
-        for (file, saved) in saved_names(name, names) {
-            // Nobody is told to remove what only has such a name.
-            let is_one = || {
-                directory
-                    .open(file, false)
-                    .is_ok_and(|file| is_journal(&*file))
-            };
-            if saved == Saved::Complete && is_one() {
-                let text = format!("{file}: the undo file of a repair, to be removed at will");
-                self.found(Severity::Note, "undo-file", text);
-            }
-        }
-    }
-
-    /// Images that no snapshot names, and left-overs, in a bundle's directory.
-    fn beside_descriptor(
-        &mut self,
-        home: &Path,
-        path: &Path,
-        descriptor: &Descriptor,
-    ) -> Result<()> {
-        let directory = HostDirectory::open(home)?;
-        let names = directory.entries()?;
-        let images = descriptor.parts.iter().flat_map(|part| &part.images);
-        let known: HashSet<&str> = images
-            .filter_map(|image| Path::new(&image.file).file_name()?.to_str())
-            .collect();
-        for name in &known {
-            self.saved(&directory, name, &names);
-        }
-        let own = path.file_name().and_then(|name| name.to_str());
-        let descriptor_name = own.unwrap_or_default();
-        for going in chain::bundle::going(home, descriptor_name, descriptor) {
-            match going.waits {
-                true => self.found(Severity::Note, "going", going.text),
-                false => self.found(Severity::Leak, "left-over", going.text),
-            }
-        }
-        let beside = [chain::bundle::NEW_LOCK, ".Backup.new", ".names.new"];
-        let ends = [[bundle::NEW, bundle::PENDING].as_slice(), &beside].concat();
-        for name in names.iter().take(NAMES_MAX) {
-            if known.contains(name.as_str()) || own == Some(name) {
-                continue;
-            }
-            let is_left = [".tmp", ".idx"].iter().any(|end| name.ends_with(end));
-            if is_left {
-                let text = format!("{name} is left over from an operation of ploop");
-                self.found(Severity::Leak, "left-over", text);
-            } else if ends
-                .iter()
-                .any(|end| *name == format!("{descriptor_name}{end}"))
-            {
-                let text = format!(
-                    "{name}: a change of the bundle runs or was interrupted; repeating the \
-                     command, or the next change, clears that away"
-                );
-                self.found(Severity::Leak, "left-over", text);
-            } else if is_image(&directory, name) {
-                let text = format!("{name} is an image that no snapshot names");
-                self.found(Severity::Leak, "orphan", text);
-            }
-        }
-        Ok(())
-    }
 }
 
 /// The directory that a path lies in.
@@ -544,9 +423,4 @@ pub fn parent_of(path: &Path) -> &Path {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     }
-}
-
-fn is_image(directory: &HostDirectory, name: &str) -> bool {
-    let file = directory.open(name, false);
-    file.is_ok_and(|file| matches!(version_of(&file), Ok(Some(_))))
 }

@@ -1,6 +1,6 @@
 //! Compacts a whole disk: the top of each part.
 
-use super::{Planned, Request, compact_image, plan_image};
+use super::{Planned, Request, compact_image_after, plan_image};
 use crate::admin::check;
 use crate::admin::progress::Progress;
 use crate::chain::Chain;
@@ -9,10 +9,12 @@ use crate::chain::open::chain;
 use crate::delta::image::Image;
 use crate::delta::walk;
 use crate::error::Result;
+use crate::storage::Storage;
 use crate::units::SECTOR;
 use serde::Serialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Version of the JSON document; grows when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -78,6 +80,7 @@ pub struct Session {
     /// Keeps the files locked.
     images: OpenedImages,
     parts: Vec<Chain>,
+    begun: AtomicBool,
 }
 
 /// Opens a disk. Without `write` it is only read, and nothing can be carried out.
@@ -94,13 +97,14 @@ pub fn open(image: &Path, allow_outside: &[PathBuf], write: bool) -> Result<Sess
         image: image.to_owned(),
         parts: parts.collect::<Result<_>>()?,
         images,
+        begun: AtomicBool::new(false),
     })
 }
 
-type Act = fn(&dyn crate::storage::Storage, &[Image], &Request, &Progress) -> Result<Planned>;
+type Act<'a> = &'a dyn Fn(&dyn Storage, &[Image], &Request, &Progress) -> Result<Planned>;
 
 impl Session {
-    fn each(&self, request: &Request, progress: &Progress, act: Act) -> Result<DiskCompact> {
+    fn each(&self, request: &Request, progress: &Progress, act: Act<'_>) -> Result<DiskCompact> {
         let files = self
             .parts
             .iter()
@@ -114,7 +118,7 @@ impl Session {
 
     /// What compacting would do. Nothing is changed.
     pub fn plan(&self, request: &Request, progress: &Progress) -> Result<DiskCompact> {
-        self.each(request, progress, plan_image)
+        self.each(request, progress, &plan_image)
     }
 
     /// Refuses before anything is changed, where a part is to be refused. Reads no data.
@@ -124,7 +128,7 @@ impl Session {
             fill_holes: false,
             ..*request
         };
-        self.each(&quick, progress, plan_image)
+        self.each(&quick, progress, &plan_image)
     }
 
     /// Ranges of the disk that its tops map, in order: what is free there takes room in them.
@@ -139,8 +143,21 @@ impl Session {
 
     /// Compacts the tops of all parts.
     pub fn compact(&self, request: &Request, progress: &Progress) -> Result<DiskCompact> {
+        self.each(request, progress, &|storage, lower, request, progress| {
+            compact_image_after(storage, lower, request, progress, &mut || self.begin())
+        })
+    }
+
+    fn begin(&self) -> Result<()> {
         self.images.claim()?;
-        self.each(request, progress, compact_image)
+        self.begun.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// True once anything may have been changed.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Relaxed)
     }
 }
 
@@ -170,7 +187,7 @@ fn mapped(top: &Image, start: u64, all: &mut Vec<Range<u64>>) -> Result<()> {
     })
 }
 
-fn file(part: &Chain, request: &Request, progress: &Progress, act: Act) -> Result<FileCompact> {
+fn file(part: &Chain, request: &Request, progress: &Progress, act: Act<'_>) -> Result<FileCompact> {
     let (top, levels) = (part.top(), part.levels());
     let run = || -> Result<FileCompact> {
         let storage = &**top.storage();

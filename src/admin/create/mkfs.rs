@@ -109,7 +109,11 @@ pub(super) fn content(
     let (head, tail) = table(size, len)?;
     progress.step("making the file system", 0);
     let flat = parent.create_new(name)?;
-    parent.remove(name)?;
+    match parent.remove(name) {
+        // Who makes a disk of the same name has cleared it away.
+        Err(e) if e.kind() == ErrorKind::Missing => {}
+        other => other?,
+    }
     flat.set_len(FileOffset::new(len))?;
     let mut command = Command::new(path);
     command.args(wanted.kind.arguments());

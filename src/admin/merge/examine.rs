@@ -1,14 +1,24 @@
 //! Whether images can be merged, and what that takes. Changes nothing.
 
+use super::behind::{Discard, discards};
 use super::{Amount, Lower, Merge, WINDOW, bad_size, entries, windows};
 use crate::admin::resize;
 use crate::delta::image::{Image, header_error};
-use crate::delta::survey::survey;
+use crate::delta::survey::{Survey, survey};
 use crate::error::{Error, ErrorKind, REPAIR_HINT, Result};
 use crate::format::header::{Header, IN_USE, Version};
 use crate::format::layout::Layout;
 use crate::plan::merge::Place;
 use crate::units::{ClusterSize, DiskCluster, len_u64};
+
+/// What was found out about a merge.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Examined {
+    /// What moves.
+    pub amount: Amount,
+    /// What is lost, because the disk ends before it.
+    pub discards: Vec<Discard>,
+}
 
 /// What helps where the lower image cannot take the content.
 pub(super) const INTO_NEW: &str = "merge into a new file: `ploopfs merge --into-new FILE`";
@@ -78,19 +88,26 @@ fn has_room(layout: &Layout, cluster: ClusterSize, clusters: u64) -> bool {
 }
 
 /// What it takes to merge images, the lowest first, into a new one of this layout. However large
-/// the disk is, a window of each table is held at a time. What an image has behind the
-/// end of the uppermost one is left out.
-pub fn examine_new(sources: &[Image], cluster: ClusterSize, layout: &Layout) -> Result<Amount> {
+/// the disk is, a window of each table is held at a time. What an image has behind the end of the
+/// uppermost one is left out, and refuses the merge where it is not to be lost.
+pub fn examine_new(
+    sources: &[Image],
+    cluster: ClusterSize,
+    layout: &Layout,
+    force_discard: bool,
+) -> Result<Examined> {
     for image in sources {
         same_clusters(image, cluster)?;
         readable(image, cluster)?;
     }
+    let end = sources.last().map_or(0, Image::disk_len);
+    let discards = discards(sources, end, force_discard)?;
     let amount = amount(sources, Lower::New(layout), cluster, WINDOW)?;
     if !has_room(layout, cluster, amount.fresh) {
         let why = "the new image would be larger than its version can be";
         return Err(Error::why(ErrorKind::Unsupported, why));
     }
-    Ok(amount)
+    Ok(Examined { amount, discards })
 }
 
 /// Refuses an image whose dirty bitmaps the merged one would not have.
@@ -107,36 +124,47 @@ pub fn refuse_bitmaps(image: &Image) -> Result<()> {
 
 impl Merge<'_> {
     /// Finds out whether the images can be merged, and what that takes. Changes nothing.
-    pub fn examine(&self) -> Result<Amount> {
-        let sources = self.uppers.iter();
-        sources
-            .chain([self.lower])
-            .try_for_each(|image| same_clusters(image, self.cluster))?;
+    pub fn examine(&self) -> Result<Examined> {
+        let mut sources = self.uppers.iter().chain([self.lower]);
+        sources.try_for_each(|image| same_clusters(image, self.cluster))?;
         for image in self.uppers {
             readable(image, self.cluster)?;
         }
-        let used = match self.lower.header() {
-            Some(header) => Some(self.writable(header)?),
-            None => None,
-        };
+        let header = self.lower.header();
+        let found = header.map(|header| self.writable(header)).transpose()?;
+        let discards = self.discards()?;
+        if let Some(header) = header {
+            self.resizable(header)?;
+        }
         let lower = Lower::There(self.lower);
         let amount = amount(self.uppers, lower, self.cluster, self.window)?;
-        if let (Some(used), Some(layout)) = (used, self.lower.layout()) {
-            if !has_room(layout, self.cluster, used + amount.fresh) {
+        if let (Some(found), Some(layout)) = (found, self.lower.layout()) {
+            if !has_room(layout, self.cluster, found.used.len() + amount.fresh) {
                 let why = "the lower image would be larger than its version can be";
                 return Err(bad_size(why.to_owned(), self.lower).fix(INTO_NEW));
             }
         }
-        Ok(amount)
+        Ok(Examined { amount, discards })
     }
 
-    /// The clusters that the lower image uses, where it can be written to.
-    fn writable(&self, header: &Header) -> Result<u64> {
+    /// What is lost, because the disk ends before it; refuses where it may not be.
+    pub(super) fn discards(&self) -> Result<Vec<Discard>> {
+        let images = self.uppers.iter().chain([self.lower]);
+        discards(images, self.disk_len(), self.force_discard)
+    }
+
+    /// The lower image can be written to.
+    fn writable(&self, header: &Header) -> Result<Survey> {
         if let Some(refusal) = header.write_refusal() {
             return Err(header_error(refusal).in_file(self.lower.path()));
         }
         let found = survey(self.lower, header)?;
         self.sound(&found)?;
+        Ok(found)
+    }
+
+    /// The lower image can get the size of the disk.
+    fn resizable(&self, header: &Header) -> Result<()> {
         let layout = self.grown_layout(header)?;
         if let Some(request) = self.resize_first(&layout) {
             resize::plan_image(&**self.lower.storage(), &[], &request)
@@ -145,6 +173,6 @@ impl Merge<'_> {
             let why = "the table of the lower image has no room for the entries of the upper one";
             return Err(bad_size(why.to_owned(), self.lower).fix(INTO_NEW));
         }
-        Ok(found.used.len())
+        Ok(())
     }
 }

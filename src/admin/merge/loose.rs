@@ -9,9 +9,9 @@
 //!
 //! Nothing says in which order the images belong, so what speaks against the one that was given
 //! refuses: a name that ends as that of a delta over another one, a disk that becomes smaller with
-//! time, a plain file above another.
+//! time (unless it was said that what is behind its end may go), a plain file above another.
 
-use super::{Amount, Merge, WINDOW, examine_new, refuse_bitmaps};
+use super::{Amount, Discard, Merge, WINDOW, examine_new, refuse_bitmaps};
 use crate::admin::create::{Ids, Place, make_in, place_for};
 use crate::admin::progress::Progress;
 use crate::chain::bundle::{Plain, open_loose};
@@ -38,6 +38,8 @@ pub struct Wish {
     pub into_new: Option<PathBuf>,
     /// Dirty bitmaps may be lost.
     pub drop_bitmaps: bool,
+    /// What lower images hold behind the end of the uppermost one may be lost.
+    pub force_discard: bool,
 }
 
 /// What a merge does, or has done.
@@ -53,6 +55,8 @@ pub struct Merged {
     pub disk_len: u64,
     /// The largest disk of an image, where that is more: its end is left out.
     pub clipped: Option<u64>,
+    /// What is lost with that end.
+    pub discards: Vec<Discard>,
 }
 
 /// Images that nobody else changes.
@@ -183,13 +187,16 @@ impl Session {
         for pair in self.images.windows(2) {
             let (below, above) = (&pair[0], &pair[1]);
             let (own, other) = (above.disk_len(), below.disk_len());
-            if own < other && self.wish.into_new.is_none() {
+            // Even where nothing is behind the end: it is rather two words that were exchanged.
+            let is_meant = self.wish.into_new.is_some() || self.wish.force_discard;
+            if own < other && !is_meant {
                 let why = format!("has a disk of {own} bytes, and the lower one of {other}");
                 let wrong = wrong(above, below, why);
                 return wrong.map_err(|e| {
                     e.fix(
                         "the uppermost image comes first, the lowest last; if that is how they \
-                         are: --into-new FILE, which changes neither",
+                         are: --into-new FILE, which changes neither, or --force-discard, which \
+                         loses what the lower one holds behind the end",
                     )
                 });
             }
@@ -216,6 +223,7 @@ impl Session {
             uppers,
             cluster: self.cluster,
             window: WINDOW,
+            force_discard: self.wish.force_discard,
         }
     }
 
@@ -224,25 +232,25 @@ impl Session {
         let disk_len = self.images.last().map_or(0, Image::disk_len);
         let largest = self.images.iter().map(Image::disk_len).max();
         let mut from = self.wish.files.clone();
-        let (into, amount) = match &self.wish.into_new {
+        let (into, examined) = match &self.wish.into_new {
             Some(path) => {
                 place_for(path)?;
-                let (_, layout) = self.shape()?;
-                let amount = examine_new(&self.images, self.cluster, &layout)?;
-                (path.clone(), amount)
+                let ((_, layout), force) = (self.shape()?, self.wish.force_discard);
+                let examined = examine_new(&self.images, self.cluster, &layout, force)?;
+                (path.clone(), examined)
             }
             None => {
                 let merge = self.merge_into(self.lowest()?, self.uppers());
                 (from.pop().unwrap_or_default(), merge.examine()?)
             }
         };
-        let clipped = largest.filter(|len| *len > disk_len && self.wish.into_new.is_some());
         Ok(Merged {
             into,
             from,
-            amount,
+            amount: examined.amount,
             disk_len,
-            clipped,
+            clipped: largest.filter(|len| *len > disk_len),
+            discards: examined.discards,
         })
     }
 

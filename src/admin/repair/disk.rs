@@ -1,8 +1,8 @@
 //! Repairs a whole disk: the top of each part. Frozen images are never touched, because other
 //! chains may stand on them.
 
-use super::undo::{self, saved_names, undo_image};
-use super::{KeepOld, check_room, copied_bytes, is_clean, plan_image_with, repair_image_with};
+use super::undo::{self, saved_names, undo_image_after};
+use super::{KeepOld, check_room, copied_bytes, is_clean, plan_image_with, repair_image_after};
 use crate::admin::check::disk::{Finding, Options, parent_of};
 use crate::admin::check::say::{self, Said};
 use crate::admin::check::{self, check_image};
@@ -135,13 +135,13 @@ impl Target<'_> {
             .fix("repair a copy (`cp --sparse=always`), or remove the others; nothing was changed"))
     }
 
-    fn repair(&self, policy: &Policy) -> Result<FileRepair> {
+    fn repair(&self, policy: &Policy, begin: &mut dyn FnMut() -> Result<()>) -> Result<FileRepair> {
         let (directory, name) = self.home()?;
         let keep = KeepOld::In {
             directory: &directory,
             image: &name,
         };
-        let done = repair_image_with(&**self.storage, keep, policy, self.progress)?;
+        let done = repair_image_after(&**self.storage, keep, policy, self.progress, begin)?;
         let undo = done.undo.map(|name| directory.path().join(name));
         Ok(FileRepair {
             path: self.path.display().to_string(),
@@ -331,9 +331,7 @@ impl Session {
 
     /// Repairs all images that can be written to.
     pub fn repair(&self, policy: &Policy) -> Result<DiskRepair> {
-        self.fits()?;
-        self.images.claim()?;
-        self.each(|target| target.repair(policy))
+        self.each(|target| target.repair(policy, &mut || self.images.claim()))
     }
 
     /// Gives the image that an undo file belongs to its old bytes back. True where it then is
@@ -352,8 +350,9 @@ impl Session {
             if saved_names(&own, &list).is_empty() || !is_in(file, &directory) {
                 continue;
             }
-            self.images.claim()?;
-            undo_image(&**target.storage, &directory, name).map_err(|e| e.in_file(target.path))?;
+            let begin = &mut || self.images.claim();
+            undo_image_after(&**target.storage, &directory, name, begin)
+                .map_err(|e| e.in_file(target.path))?;
             return Ok(is_clean(&check_image(&**target.storage)?));
         }
         Err(other())

@@ -29,20 +29,26 @@ pub enum Saved {
     Complete,
 }
 
+/// The image that a file beside it belongs to by its name, and what it is to that.
+#[must_use]
+pub fn saved_of(name: &str) -> Option<(&str, Saved)> {
+    if let Some(image) = name.strip_suffix(RUNNING) {
+        return Some((image, Saved::Interrupted));
+    }
+    let unnumbered = match name.rsplit_once('.') {
+        Some((start, digits)) if digits.parse::<u32>().is_ok() => start,
+        _ => name,
+    };
+    let image = unnumbered.strip_suffix(DONE)?;
+    Some((image, Saved::Complete))
+}
+
 /// The undo files of an image among the names of its directory.
 #[must_use]
 pub fn saved_names<'a>(image: &str, names: &'a [String]) -> Vec<(&'a str, Saved)> {
-    let kind = |name: &'a String| {
-        let rest = name.strip_prefix(image)?;
-        if rest == RUNNING {
-            return Some((name.as_str(), Saved::Interrupted));
-        }
-        let number = rest.strip_prefix(DONE)?;
-        let is_done = number.is_empty()
-            || number
-                .strip_prefix('.')
-                .is_some_and(|digits| digits.parse::<u32>().is_ok());
-        is_done.then_some((name.as_str(), Saved::Complete))
+    let kind = |name: &'a String| match saved_of(name) {
+        Some((of, saved)) if of == image => Some((name.as_str(), saved)),
+        _ => None,
     };
     names.iter().filter_map(kind).collect()
 }
@@ -289,6 +295,16 @@ fn running_name(file: &str) -> String {
 /// the image for a mended one; the in-use mark, so that an image that is neither old nor new never
 /// passes for a closed one; the old bytes and the old length; the old header; the undo file goes.
 pub fn undo_image(storage: &dyn Storage, directory: &dyn Directory, file: &str) -> Result<()> {
+    undo_image_after(storage, directory, file, &mut || Ok(()))
+}
+
+/// The same, where `begin` is called before the first change, which it can still refuse.
+pub(super) fn undo_image_after(
+    storage: &dyn Storage,
+    directory: &dyn Directory,
+    file: &str,
+    begin: &mut dyn FnMut() -> Result<()>,
+) -> Result<()> {
     storage.sync_data()?;
     let saved = open_saved(directory, file)?;
     let undo = journal::inspect(&*saved, storage)?;
@@ -303,10 +319,13 @@ pub fn undo_image(storage: &dyn Storage, directory: &dyn Directory, file: &str) 
                 "end that first: `ploopfs repair IMAGE`, or `ploopfs repair --undo` with its file",
             ));
         }
+        begin()?;
         directory.rename(file, &running)?;
         if !planted(Bug::UndoNameNotSynced) {
             directory.sync()?;
         }
+    } else {
+        begin()?;
     }
     let advise = |error: Error| {
         error.fix(format!(

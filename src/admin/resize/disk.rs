@@ -11,11 +11,12 @@ use crate::delta::image::{Image, Kind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::descriptor;
 use crate::format::descriptor::edit::Edit;
-use crate::storage::{Directory, SharedStorage};
+use crate::storage::{Directory, SharedStorage, Storage};
 use crate::units::{SECTOR, SectorCount};
 use serde::Serialize;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Version of the JSON document; grows when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -84,6 +85,7 @@ pub struct Session {
     /// The last part.
     chain: Chain,
     options: Options,
+    begun: AtomicBool,
 }
 
 /// The sizes of a disk, in sectors.
@@ -124,6 +126,7 @@ pub fn open(image: &Path, options: &Options, write: bool) -> Result<Session> {
         chain,
         images,
         options: options.clone(),
+        begun: AtomicBool::new(false),
     })
 }
 
@@ -304,7 +307,15 @@ impl Session {
         let sizes = self.sizes()?;
         let request = self.request(sizes)?;
         let storage = &**self.top().storage();
-        self.spare_snapshots(sizes, &request)?;
+        let plan = self.plan()?;
+        // A plain file may be longer than its disk, because its shrinking was interrupted.
+        let has_tail = self.top().layout().is_none()
+            && request.shrink
+            && self.top().len().get() > request.size.get().saturating_mul(SECTOR);
+        if plan.is_done && !has_tail {
+            self.make_last(storage)?;
+            return Ok(plan);
+        }
         self.try_to_describe(sizes, request.size)?;
         let mut describe = |part: SectorCount| self.describe(sizes, part);
         let planned = match self.top().kind() {
@@ -317,6 +328,23 @@ impl Session {
         Ok(self.told(sizes, planned))
     }
 
+    /// What another process has done is durable when this one says that it is done.
+    fn make_last(&self, storage: &dyn Storage) -> Result<()> {
+        storage
+            .sync_data()
+            .map_err(|e| e.in_file(self.top().path()))?;
+        match self.images.home()? {
+            Some((directory, _)) => directory.sync(),
+            None => Ok(()),
+        }
+    }
+
+    /// True once anything may have been changed.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Relaxed)
+    }
+
     /// Makes the descriptor say what size the disk has.
     fn describe(&self, sizes: Sizes, part: SectorCount) -> Result<()> {
         let total = SectorCount::new(sizes.start + part.get());
@@ -326,8 +354,9 @@ impl Session {
         }
     }
 
-    /// Refuses where the descriptor cannot be changed, before anything is. What an interrupted
-    /// change has left beside it goes now: if that fails, no image has a new size yet.
+    /// Refuses where the descriptor cannot be changed, before anything is; from then on it may be.
+    /// What an interrupted change has left beside it goes now: if that fails, no image has a new
+    /// size yet.
     fn try_to_describe(&self, sizes: Sizes, part: SectorCount) -> Result<()> {
         let total = SectorCount::new(sizes.start + part.get());
         match self.images.home()? {
@@ -335,9 +364,13 @@ impl Session {
                 let bundle = Bundle::open(&directory, name, &NoFiles)?;
                 bundle.try_edits(&[Edit::DiskSize(total)])?;
                 self.images.claim()?;
+                self.begun.store(true, Ordering::Relaxed);
                 bundle.settle()
             }
-            None => Ok(()),
+            None => {
+                self.begun.store(true, Ordering::Relaxed);
+                Ok(())
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Snapshots of a bundle of the host: opened and locked, and the words that people use.
 
-use super::{Created, Deleted, Merged, Names, Upper};
+use super::{Created, Deletion, Losses, Merged, Names, Switched, Upper};
 use crate::admin::bundle::{Bundle, host};
 use crate::admin::progress::Progress;
 use crate::chain::bundle::Changing;
@@ -29,8 +29,8 @@ pub struct MergeWish {
     pub all: bool,
     /// The result is a new file of this name.
     pub into_new: Option<String>,
-    /// Dirty bitmaps of the top may be lost.
-    pub drop_bitmaps: bool,
+    /// What may be lost.
+    pub losses: Losses,
 }
 
 /// A GUID that nobody else has.
@@ -185,37 +185,44 @@ impl Session {
         ))
     }
 
-    /// The disk becomes what it was in a snapshot; the GUID that the top is kept under, if it is,
-    /// and what could not be done after that.
+    /// What a switch would do besides. Refuses what [`Self::switch`] would refuse.
+    pub fn plan_switch(&self, target: Guid, keep: bool) -> Result<Switched> {
+        let kept = if keep { Some(new_guid()?) } else { None };
+        let planned = super::plan_switch(&self.bundle()?, target, new_guid()?, kept);
+        planned.map_err(|e| self.placed(e))
+    }
+
+    /// The disk becomes what it was in a snapshot. With it, the GUID that the top is kept under, if
+    /// it is.
     pub fn switch(
         &self,
         word: &str,
         keep: bool,
         progress: &Progress,
-    ) -> Result<(Option<Guid>, Vec<String>)> {
+    ) -> Result<(Created, Option<Guid>)> {
         let target = self.find(word)?;
         let kept = if keep { Some(new_guid()?) } else { None };
         let mut bundle = self.bundle()?;
         let made = super::switch(&mut bundle, target, new_guid()?, kept, progress);
-        let mut warnings = made.map_err(|e| self.placed(e))?.warnings;
-        warnings.extend(self.names_left());
-        Ok((kept, warnings))
+        let mut made = made.map_err(|e| self.placed(e))?;
+        made.warnings.extend(self.names_left());
+        Ok((made, kept))
     }
 
     /// What a deletion would do.
-    pub fn plan_delete(&self, target: Guid, drop_bitmaps: bool) -> Result<Deleted> {
-        super::plan_delete(&self.bundle()?, target, drop_bitmaps).map_err(|e| self.placed(e))
+    pub fn plan_delete(&self, target: Guid, losses: Losses) -> Result<Deletion> {
+        super::plan_delete(&self.bundle()?, target, losses).map_err(|e| self.placed(e))
     }
 
     /// A snapshot goes. With it, what could not be done after that.
     pub fn delete(
         &self,
         target: Guid,
-        drop_bitmaps: bool,
+        losses: Losses,
         progress: &Progress,
-    ) -> Result<(Deleted, Vec<String>)> {
+    ) -> Result<(Deletion, Vec<String>)> {
         let mut bundle = self.bundle()?;
-        let done = super::delete(&mut bundle, target, drop_bitmaps, progress);
+        let done = super::delete(&mut bundle, target, losses, progress);
         let (done, mut warnings) = done.map_err(|e| self.placed(e))?;
         warnings.extend(self.names_left());
         Ok((done, warnings))
@@ -227,7 +234,7 @@ impl Session {
             snapshot: snapshot.map(|word| self.find(word)).transpose()?,
             all: wish.all,
             into_new: wish.into_new.clone(),
-            drop_bitmaps: wish.drop_bitmaps,
+            losses: wish.losses,
         })
     }
 

@@ -189,7 +189,7 @@ impl<'a> Opening<'a> {
                     let why = "the host's file system has no locks, so nothing would keep another \
                                program from writing to the image too";
                     let error = Error::why(ErrorKind::Host, why).in_file(&met.path);
-                    return Err(error.fix("to read only: -r"));
+                    return Err(error.fix("to read only: `ploopfs mount -r`"));
                 }
                 Locked::Unsupported => unlocked = true,
             }
@@ -244,7 +244,10 @@ pub(super) fn refuse_shared_tops(
                 let why = format!("the snapshot {} has the same file", image.guid);
                 return Err(Error::why(ErrorKind::Descriptor, why)
                     .in_file(&top.path)
-                    .fix("what is written to the top would change the snapshot: to read it: -r"));
+                    .fix(
+                        "what is written to the top would change the snapshot; to read it: \
+                          `ploopfs mount -r`",
+                    ));
             }
         }
     }
@@ -287,7 +290,7 @@ fn classify(
         (ImageType::Plain, true) if write => {
             let why = "the image is said to be plain but starts with the magic of an expanding one";
             let error = Error::why(ErrorKind::Unsupported, why).in_file(&met.path);
-            Err(error.fix("to read it by its magic: -r; nothing was changed"))
+            Err(error.fix("to read it by its magic: `ploopfs mount -r`; nothing was changed"))
         }
         (ImageType::Plain, true) => {
             warnings.push(format!(

@@ -1,6 +1,6 @@
 //! What IMAGE is, and what lies beside it.
 
-use super::{DESCRIPTOR, PENDING, Selection};
+use super::{DESCRIPTOR, PENDING, Selection, unfinished};
 use crate::error::{Error, ErrorKind, Result, Shown};
 use crate::format::descriptor::{Descriptor, Image};
 use crate::format::guid::Guid;
@@ -50,9 +50,7 @@ fn has_extension(path: &Path, wanted: &str) -> bool {
 pub(super) fn find(image: &Path) -> Result<Found> {
     let meta = match fs::metadata(image) {
         Ok(meta) => meta,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::new(ErrorKind::Missing).in_file(image));
-        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(nothing(image)),
         Err(e) => return Err(Error::from(e).in_file(image)),
     };
     if meta.is_dir() {
@@ -72,6 +70,45 @@ pub(super) fn find(image: &Path) -> Result<Found> {
         }
         _ => Ok(Found::Image(image.to_owned(), Naming::User)),
     }
+}
+
+/// There is nothing of the name, but perhaps what an interrupted command has left of its making.
+fn nothing(image: &Path) -> Error {
+    let error = Error::why(ErrorKind::Missing, "nothing has this name").in_file(image);
+    let parent = match image.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let name = image.file_name().map(OsStr::to_string_lossy);
+    let left = left_unfinished(parent, name.as_deref());
+    match left.is_empty() {
+        true => error,
+        false => error.fix(format!(
+            "its making was interrupted, or goes on: {}; making it again clears that away",
+            shown(&left)
+        )),
+    }
+}
+
+/// What disks are called until they are whole, in a directory.
+fn left_unfinished(directory: &Path, disk: Option<&str>) -> Vec<PathBuf> {
+    let Ok(listing) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let names = listing
+        .flatten()
+        .take(LISTED_MAX)
+        .map(|entry| entry.file_name());
+    let mut names: Vec<String> = names.filter_map(|name| name.into_string().ok()).collect();
+    names.sort();
+    let left = unfinished(&names, disk).into_iter();
+    left.map(|name| directory.join(name)).collect()
+}
+
+/// The error for a snapshot of what has none.
+pub(super) fn no_snapshots(named: &Path, asked: &str) -> Error {
+    let why = format!("{asked:?}: only a bundle has snapshots, and this is a single image");
+    Error::why(ErrorKind::NoSuchSnapshot, why).in_file(named)
 }
 
 /// The file or the directory that an IMAGE stands for, whichever of its names was given.
@@ -134,9 +171,15 @@ fn find_in_directory(directory: &Path, naming: Naming) -> Result<Found> {
     } else if !disks.is_empty() {
         format!("perhaps one of these is meant: {}", shown(&disks))
     } else {
-        "name a .hds file, a .hdd bundle, its DiskDescriptor.xml or a .pvm; this directory has \
-         no image in it"
-            .to_owned()
+        let left = left_unfinished(directory, None);
+        let left = match left.is_empty() {
+            true => String::new(),
+            false => format!(", but what is left of the making of some: {}", shown(&left)),
+        };
+        format!(
+            "name a .hds file, a .hdd bundle, its DiskDescriptor.xml or a .pvm; this directory \
+             has no image in it{left}"
+        )
     };
     Err(error.in_file(directory).fix(fix))
 }
@@ -310,7 +353,7 @@ pub(super) fn check_membership(image: &Path, selection: &Selection) -> Result<Op
             "name the bundle, of which the top is repaired; a frozen image is not repaired in its \
              place: copy it out of the bundle, and repair the copy"
         } else {
-            "name the bundle to write to the disk; to read this image alone: -r"
+            "name the bundle to write to the disk; to read this image alone: `ploopfs mount -r`"
         }));
     }
     Ok(Some(format!("{what}; name the bundle to use the disk")))

@@ -63,17 +63,23 @@ pub struct SurveyedFile {
 }
 
 impl OpenedImages {
-    /// Looks at a disk without opening it for use. Fails only where IMAGE itself is not there.
+    /// Looks at a disk without opening it for use. Fails only where IMAGE itself is not there, or
+    /// not the snapshot that is asked for.
     pub fn survey(image: &Path, selection: &Selection) -> Result<Survey> {
         match find::find(image)? {
-            Found::Image(path, naming) => Ok(survey_by_hand(&path, naming, selection)),
+            Found::Image(path, naming) => {
+                if let Some(snapshot) = &selection.snapshot {
+                    return Err(find::no_snapshots(image, snapshot));
+                }
+                Ok(survey_by_hand(&path, naming, selection))
+            }
             Found::Bundle {
                 directory,
                 descriptor,
                 naming,
             } => {
                 let roots = find::open_roots(&directory, naming, &selection.allow_outside)?;
-                Ok(survey_bundle(&roots, &directory, &descriptor, selection))
+                survey_bundle(&roots, &directory, &descriptor, selection)
             }
         }
     }
@@ -118,7 +124,12 @@ fn survey_by_hand(top: &Path, naming: Naming, selection: &Selection) -> Survey {
     }
 }
 
-fn survey_bundle(roots: &Roots, directory: &Path, name: &str, selection: &Selection) -> Survey {
+fn survey_bundle(
+    roots: &Roots,
+    directory: &Path,
+    name: &str,
+    selection: &Selection,
+) -> Result<Survey> {
     let mut survey = Survey {
         is_bundle: true,
         ..Survey::default()
@@ -127,17 +138,17 @@ fn survey_bundle(roots: &Roots, directory: &Path, name: &str, selection: &Select
         Ok(descriptor) => descriptor,
         Err(e) => {
             survey.problems.push(e.to_string());
-            return survey;
+            return Ok(survey);
         }
     };
     let names: HashMap<Guid, String> = find::snapshot_names(directory, name);
     survey.snapshots = snapshot_infos(&descriptor, &names);
     survey.encryption = encryption_text(&descriptor);
     survey.warnings = told(directory, name, &descriptor);
-    let chain = select(&descriptor, &names, selection.snapshot.as_deref()).and_then(|target| {
-        survey.selected = Some(target);
-        descriptor.chain(target).map_err(descriptor_error)
-    });
+    let target = select(&descriptor, &names, selection.snapshot.as_deref())
+        .map_err(|e| e.in_file(&directory.join(name)))?;
+    survey.selected = Some(target);
+    let chain = descriptor.chain(target).map_err(descriptor_error);
     let chain = chain.map_err(|e| survey.problems.push(e.to_string())).ok();
     let levels: Option<HashMap<Guid, usize>> = chain
         .as_ref()
@@ -163,7 +174,7 @@ fn survey_bundle(roots: &Roots, directory: &Path, name: &str, selection: &Select
         });
     }
     survey.descriptor = Some((directory.join(name), descriptor));
-    survey
+    Ok(survey)
 }
 
 fn surveyed(roots: &Roots, image: &Image) -> SurveyedFile {

@@ -114,6 +114,9 @@ pub struct DeleteArgs {
     /// Lose dirty bitmaps of the top, where it is merged
     #[arg(long)]
     pub drop_bitmaps: bool,
+    /// Lose the data that the child's disk ends before, where it is merged
+    #[arg(long)]
+    pub force_discard: bool,
     /// Say what would be done and change nothing
     #[arg(short = 'n', long)]
     pub dry_run: bool,
@@ -152,6 +155,9 @@ pub struct MergeArgs {
     /// Lose dirty bitmaps
     #[arg(long)]
     pub drop_bitmaps: bool,
+    /// Lose the data that the upper disk ends before
+    #[arg(long)]
+    pub force_discard: bool,
     /// What the lowest of the images is, if it has no magic number
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub format: Option<super::Format>,

@@ -1,6 +1,6 @@
-//! Snapshots that go: dropped, merged into a neighbour, or marked until that is possible.
+//! Snapshots that are merged, in every part of the disk, and the descriptor that says so.
 //!
-//! The order of a merge, each step durable before the next begins:
+//! The order, each step durable before the next begins:
 //!
 //! 1. Everything is examined, in every part, and nothing is changed that could be refused.
 //! 2. The list of the files that will go ([`Bundle::announce`]).
@@ -15,7 +15,7 @@ use super::{
     open, parent, part_len,
 };
 use crate::admin::bundle::{Bundle, Failure};
-use crate::admin::merge::{self, Amount, Merge, WINDOW};
+use crate::admin::merge::{self, Amount, Discard, Examined, Merge, WINDOW};
 use crate::admin::progress::Progress;
 use crate::admin::resize::data_in;
 use crate::delta::image::Image;
@@ -32,23 +32,6 @@ use std::path::Path;
 /// Cluster size of a disk that only plain files make up: 1 MiB.
 const CLUSTER_SECTORS: u32 = 2048;
 
-/// What a deletion does, or has done.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Deleted {
-    /// The snapshot and its files are gone: it had no children.
-    Dropped {
-        /// The files.
-        files: Vec<String>,
-    },
-    /// Its content is in its only child now.
-    Merged(Merged),
-    /// It has several children: it goes with the last but one of them.
-    Marked {
-        /// Their number.
-        children: usize,
-    },
-}
-
 /// What a merge does, or has done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Merged {
@@ -62,6 +45,17 @@ pub struct Merged {
     pub files: Vec<String>,
     /// The new files.
     pub made: Vec<String>,
+    /// What is lost, because the disk of the survivor ends before it.
+    pub discards: Vec<Discard>,
+}
+
+/// What may be lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Losses {
+    /// Dirty bitmaps of the top.
+    pub drop_bitmaps: bool,
+    /// What is merged holds data behind the end of the uppermost disk.
+    pub force_discard: bool,
 }
 
 /// What is merged into what.
@@ -73,124 +67,8 @@ pub struct Upper {
     pub all: bool,
     /// The result is a new file of this name.
     pub into_new: Option<String>,
-    /// Dirty bitmaps of the top may be lost.
-    pub drop_bitmaps: bool,
-}
-
-/// The name in the bundle's directory of a snapshot's file, if it is there.
-pub(super) fn file_of(bundle: &Bundle<'_>, part: usize, guid: Guid) -> Result<Option<String>> {
-    let images = bundle.descriptor().images(part, &[guid]);
-    let images = images.map_err(descriptor_error)?;
-    let Some(entry) = images.first() else {
-        return Ok(None);
-    };
-    // Opened so that it is nobody else's.
-    match bundle.files().image(entry) {
-        Ok(_) => Ok(bundle.files().own_name(entry)),
-        Err(e) if e.kind() == ErrorKind::Missing => Ok(None),
-        Err(e) => Err(e.in_file(Path::new(&entry.file))),
-    }
-}
-
-/// What a deletion would do. Changes nothing.
-pub fn plan_delete(bundle: &Bundle<'_>, target: Guid, drop_bitmaps: bool) -> Result<Deleted> {
-    let descriptor = bundle.descriptor();
-    changeable(bundle)?;
-    if target == descriptor.top {
-        let why = "the top is the disk itself, and no snapshot";
-        return Err(Error::why(ErrorKind::Usage, why)
-            .fix("to drop what was written since a snapshot: `ploopfs snapshot switch`"));
-    }
-    if !descriptor.snapshots.iter().any(|shot| shot.guid == target) {
-        let error = descriptor::DescriptorError::NoSuchShot(target);
-        return Err(Error::new(ErrorKind::NoSuchSnapshot).because(error));
-    }
-    match children(descriptor, target).as_slice() {
-        [] => {
-            let mut files = Vec::new();
-            for (number, part) in descriptor.parts.iter().enumerate() {
-                // A snapshot whose image is not even named can go all the same.
-                if part.images.iter().any(|image| image.guid == target) {
-                    files.extend(file_of(bundle, number, target)?);
-                }
-            }
-            Ok(Deleted::Dropped { files })
-        }
-        [child] => {
-            let job = Job::new(bundle, vec![target, *child], None, drop_bitmaps)?;
-            Ok(Deleted::Merged(job.told()))
-        }
-        several => Ok(Deleted::Marked {
-            children: several.len(),
-        }),
-    }
-}
-
-/// A snapshot goes; its name is no more, and all others show what they did. With it, what could not
-/// be done after the change was made, which takes nothing of it back.
-pub fn delete(
-    bundle: &mut Bundle<'_>,
-    target: Guid,
-    drop_bitmaps: bool,
-    progress: &Progress,
-) -> Result<(Deleted, Vec<String>)> {
-    let above = parent(bundle.descriptor(), target);
-    let plan = plan_delete(bundle, target, drop_bitmaps)?;
-    let mut warnings = match &plan {
-        Deleted::Dropped { files } => {
-            let images = bundle
-                .descriptor()
-                .parts
-                .iter()
-                .flat_map(|part| &part.images);
-            let mut edits = vec![Edit::RemoveShot(target)];
-            if images.into_iter().any(|image| image.guid == target) {
-                edits.push(Edit::RemoveImages(target));
-            }
-            bundle.try_edits(&edits)?;
-            bundle.settle()?;
-            bundle.announce(files)?;
-            finish(bundle, &edits)?
-        }
-        Deleted::Merged(merged) => {
-            let chain = vec![target, merged.survivor];
-            let job = Job::new(bundle, chain, None, drop_bitmaps)?;
-            carry_out(bundle, &job, progress)?
-        }
-        Deleted::Marked { .. } if is_marked(bundle.descriptor(), target) => {
-            // Marked it may be only until a power cut.
-            bundle.settle()?;
-            Vec::new()
-        }
-        Deleted::Marked { .. } => {
-            bundle.settle()?;
-            bundle.replace(&[Edit::Mark(target)])?;
-            Vec::new()
-        }
-    };
-    if let Some(above) = above {
-        let more = collapse(bundle, above, drop_bitmaps, progress).map_err(|error| {
-            let why = format!("{target} is gone, but {above}, which was to go with it, is not");
-            Error::why(error.kind(), format!("{why}: {error}"))
-                .fix("`ploopfs snapshot delete` with its name goes on with that")
-        })?;
-        warnings.extend(more);
-    }
-    Ok((plan, warnings))
-}
-
-/// A snapshot that was marked because it had several children goes when one or none is left.
-pub(super) fn collapse(
-    bundle: &mut Bundle<'_>,
-    guid: Guid,
-    drop_bitmaps: bool,
-    progress: &Progress,
-) -> Result<Vec<String>> {
-    let few = children(bundle.descriptor(), guid).len() < 2;
-    if few && is_marked(bundle.descriptor(), guid) && guid != bundle.descriptor().top {
-        return Ok(delete(bundle, guid, drop_bitmaps, progress)?.1);
-    }
-    Ok(Vec::new())
+    /// What may be lost.
+    pub losses: Losses,
 }
 
 /// What a merge would do. Changes nothing.
@@ -212,7 +90,7 @@ pub fn merge(
 }
 
 /// A merge in every part of the disk.
-struct Job {
+pub(super) struct Job {
     /// The snapshots, the lowest first; the last one keeps its name.
     chain: Vec<Guid>,
     /// The same in each part: the lowest first.
@@ -220,6 +98,8 @@ struct Job {
     clusters: Vec<ClusterSize>,
     files: Vec<String>,
     amount: Amount,
+    discards: Vec<Discard>,
+    losses: Losses,
     into_new: Vec<new::NewImage>,
     /// What these are named until they are whole: nobody else would have such a name, so that what
     /// is left of them can be removed.
@@ -252,14 +132,14 @@ impl Job {
             let why = format!("{last} is the base: there is nothing below it to merge into");
             return Err(Error::why(ErrorKind::Usage, why));
         }
-        Self::new(bundle, chain, upper.into_new.as_deref(), upper.drop_bitmaps)
+        Self::new(bundle, chain, upper.into_new.as_deref(), upper.losses)
     }
 
-    fn new(
+    pub(super) fn new(
         bundle: &Bundle<'_>,
         chain: Vec<Guid>,
         into_new: Option<&str>,
-        drop_bitmaps: bool,
+        losses: Losses,
     ) -> Result<Self> {
         let descriptor = bundle.descriptor();
         unbranched(descriptor, &chain)?;
@@ -269,11 +149,13 @@ impl Job {
             clusters: Vec::new(),
             files: Vec::new(),
             amount: Amount::default(),
+            discards: Vec::new(),
+            losses,
             into_new: Vec::new(),
             temporary: Vec::new(),
         };
         for part in 0..descriptor.parts.len() {
-            job.part(bundle, part, drop_bitmaps)?;
+            job.part(bundle, part)?;
         }
         for part in 0..descriptor.parts.len() {
             match into_new {
@@ -294,7 +176,7 @@ impl Job {
         self.chain.last().copied().unwrap_or(Guid::NONE)
     }
 
-    fn told(&self) -> Merged {
+    pub(super) fn told(&self) -> Merged {
         let gone = self.chain.iter().take(self.chain.len().saturating_sub(1));
         Merged {
             gone: gone.copied().collect(),
@@ -302,11 +184,12 @@ impl Job {
             amount: self.amount,
             files: self.files.clone(),
             made: self.into_new.iter().map(|new| new.name.clone()).collect(),
+            discards: self.discards.clone(),
         }
     }
 
     /// Opens the images of a part.
-    fn part(&mut self, bundle: &Bundle<'_>, part: usize, drop_bitmaps: bool) -> Result<()> {
+    fn part(&mut self, bundle: &Bundle<'_>, part: usize) -> Result<()> {
         let descriptor = bundle.descriptor();
         let mut opened = Vec::new();
         for guid in &self.chain {
@@ -314,7 +197,7 @@ impl Job {
             if *guid == descriptor.top {
                 closed(&one)?;
                 check_size(&one, part_len(descriptor, part)?)?;
-                if !drop_bitmaps {
+                if !self.losses.drop_bitmaps {
                     merge::refuse_bitmaps(&one.image)?;
                 }
             }
@@ -333,17 +216,22 @@ impl Job {
     }
 
     fn examine(&mut self, bundle: &Bundle<'_>, part: usize) -> Result<()> {
+        // What no word can give up comes first.
+        self.nothing_shows_through(bundle, part)?;
         let (lower, uppers) = self.images(part)?;
-        let merge = Merge {
-            lower: &lower,
-            uppers: &uppers,
+        let examined = self.merge_of(part, &lower, &uppers).examine()?;
+        self.add(examined);
+        Ok(())
+    }
+
+    fn merge_of<'a>(&self, part: usize, lower: &'a Image, uppers: &'a [Image]) -> Merge<'a> {
+        Merge {
+            lower,
+            uppers,
             cluster: self.clusters[part],
             window: WINDOW,
-        };
-        let amount = merge.examine()?;
-        self.nothing_shows_through(bundle, part)?;
-        self.add(amount);
-        Ok(())
+            force_discard: self.losses.force_discard,
+        }
     }
 
     /// The survivor keeps its size, and what lies behind its end goes. Refuses where that is more
@@ -357,7 +245,11 @@ impl Job {
         let (descriptor, survivor) = (bundle.descriptor(), self.survivor());
         let mut longest = end;
         for guid in standing_on(descriptor, survivor) {
-            longest = longest.max(open(bundle, part, guid)?.image.disk_len());
+            longest = longest.max(match guid == descriptor.top {
+                // It may be one that is still to be made.
+                true => part_len(descriptor, part)?,
+                false => open(bundle, part, guid)?.image.disk_len(),
+            });
         }
         for image in images {
             let found = data_in(&**image.storage(), image.header(), end..longest.max(end));
@@ -374,7 +266,9 @@ impl Job {
         Ok(())
     }
 
-    fn add(&mut self, amount: Amount) {
+    fn add(&mut self, examined: Examined) {
+        let amount = examined.amount;
+        self.discards.extend(examined.discards);
         self.amount.clusters += amount.clusters;
         self.amount.fresh += amount.fresh;
         self.amount.bytes += amount.bytes;
@@ -416,8 +310,13 @@ impl Job {
         let image = new::NewImage::empty(name.clone(), version, self.clusters[part], len)?;
         let mut sources = vec![lower];
         sources.extend(uppers);
-        let amount = merge::examine_new(&sources, self.clusters[part], &image.layout()?)?;
-        self.add(amount);
+        let (cluster, force) = (self.clusters[part], self.losses.force_discard);
+        self.add(merge::examine_new(
+            &sources,
+            cluster,
+            &image.layout()?,
+            force,
+        )?);
         self.into_new.push(image);
         let digits = Guid::random(random::sixteen()?);
         self.temporary.push(format!("merging.{digits}"));
@@ -497,7 +396,11 @@ fn part_name(name: &str, part: usize, parts: usize) -> String {
 }
 
 /// Steps 2 to 6.
-fn carry_out(bundle: &mut Bundle<'_>, job: &Job, progress: &Progress) -> Result<Vec<String>> {
+pub(super) fn carry_out(
+    bundle: &mut Bundle<'_>,
+    job: &Job,
+    progress: &Progress,
+) -> Result<Vec<String>> {
     let edits = job.edits(bundle.descriptor());
     bundle.settle()?;
     let mut names = job.files.clone();
@@ -548,12 +451,7 @@ impl Job {
                 uppers.insert(0, lower);
                 lower = Image::expanding(Path::new(&image.name), storage)?;
             }
-            let merge = Merge {
-                lower: &lower,
-                uppers: &uppers,
-                cluster: self.clusters[part],
-                window: WINDOW,
-            };
+            let merge = self.merge_of(part, &lower, &uppers);
             merge.carry_out(progress)?;
         }
         Ok(())
@@ -561,7 +459,7 @@ impl Job {
 }
 
 /// The descriptor, and then the files that it does not name: what of them stays is told.
-fn finish(bundle: &mut Bundle<'_>, edits: &[Edit]) -> Result<Vec<String>> {
+pub(super) fn finish(bundle: &mut Bundle<'_>, edits: &[Edit]) -> Result<Vec<String>> {
     match bundle.replace(edits) {
         Ok(()) => Ok(bundle.settle().err().iter().map(left_over).collect()),
         Err(Failure::Before(error)) => Err(half_way(error)),
