@@ -28,10 +28,10 @@
 //! memory behind it, are left alone.
 //!
 //! Who gives an answer to the kernel copies its bytes to who asked. So of the large requests that
-//! come together a thread keeps some and hands the others to other threads, which give the answers
-//! from their own rings; else one CPU would do all the copying. The slot then belongs to that ring,
-//! and the kernel likes to use again what was given back last: so when a thread finds a small
-//! request in a slot of another's queue, it serves it and has the queue's own thread answer.
+//! follow each other a thread keeps some and hands the others to other threads, which give the
+//! answers from their own rings; else one CPU would do all the copying. The slot then belongs to
+//! that ring, and the kernel likes to use again what was given back last: so when a thread finds a
+//! small request in a slot of another's queue, it serves it and has the queue's own thread answer.
 
 mod layout;
 mod pace;
@@ -234,6 +234,7 @@ pub(crate) fn prepare(device: &impl AsFd, shape: Shape) -> io::Result<Prepared> 
             handed: Vec::with_capacity(all),
             troubles: 0,
             has_told: false,
+            larges: 0,
         };
         // Half of the proof: its thread waits for this, and for a command of its own.
         prepared.shared.mailboxes[number].echo()?;

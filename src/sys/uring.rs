@@ -267,6 +267,11 @@ impl Ring {
         }
     }
 
+    /// True when an event has come that was not taken yet.
+    pub fn has_event(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+    }
+
     /// The next event that has come.
     pub fn next_event(&mut self) -> Option<Event> {
         let event = self.ring.completion().next()?;

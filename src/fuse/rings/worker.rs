@@ -4,8 +4,9 @@
 //! Never: keeps an answer to itself while it waits for the kernel, or for a request that is known
 //! to take long.
 //!
-//! A turn begins with all that has come. Large requests that are to be shared out go first, so that
-//! their threads begin at once; then the others are served. Their answers are given to the kernel
+//! A turn begins with all that has come. Of large requests that follow each other without a pause,
+//! in one turn or several, the threads take turns: those for others go first, so that these begin
+//! at once; then the rest is served. Their answers are given to the kernel
 //! with the call that waits for the next requests, or before, as [`Pace`] says: one call a turn,
 //! where all is in memory.
 //!
@@ -56,6 +57,8 @@ pub(super) struct Worker {
     pub(super) troubles: u32,
     /// Requests come through rings.
     pub(super) has_told: bool,
+    /// Large requests since there was nothing to do.
+    pub(super) larges: usize,
 }
 
 impl Worker {
@@ -116,6 +119,9 @@ impl Worker {
         let mut is_over = false;
         while !is_over {
             pace.given();
+            if !self.ring.has_event() {
+                self.larges = 0;
+            }
             self.ring.submit(1)?;
             is_over = self.take_events(start)?;
             self.share_out()?;
@@ -215,14 +221,15 @@ impl Worker {
         }
     }
 
-    /// Hands some of the large requests to other threads, before it serves any itself.
+    /// Hands some of the large requests to other threads, before it serves any itself. One that
+    /// comes when there is nothing else to do stays: no other thread has to be woken for it.
     fn share_out(&mut self) -> io::Result<()> {
         let all = self.shared.mailboxes.len();
         let sharers = all.min(SHARERS_MAX);
-        let (mut larges, mut index, mut passed) = (0_usize, 0, false);
+        let (mut index, mut passed) = (0, false);
         while let Some(slot) = self.fresh.get(index) {
-            let share = larges % sharers;
-            larges += usize::from(slot.mark());
+            let share = self.larges % sharers;
+            self.larges += usize::from(slot.mark());
             if !slot.mark() || share == 0 {
                 index += 1;
                 continue;
