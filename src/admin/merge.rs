@@ -18,9 +18,9 @@
 //!    so. Entries that the header already counts could be garbage otherwise. Where clusters must
 //!    make way for the table, that is done before step 2, by [`crate::admin::resize`], which leaves
 //!    a whole image of the larger size. So it is where the upper disk is smaller, which keeps its
-//!    size: either nothing lies behind its end, or it was said that this may go ([`behind`]). The
-//!    shorter header takes it all in one write; after that a merge that is repeated finds nothing
-//!    there, and needs no such word again.
+//!    size: either nothing lies behind its end, or it was said that this may go
+//!    (`merge/behind.rs`). The shorter header takes it all in one write; after that a merge that is
+//!    repeated finds nothing there, and needs no such word again.
 //! 4. The content of a run of clusters, to where the lower image has them or to free clusters.
 //! 5. The entries of that run, for clusters that got a new place. An entry that became durable
 //!    before its data would name what was there before. Then 4 for the next run.

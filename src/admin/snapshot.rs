@@ -6,8 +6,8 @@
 //! file that either needs.
 //!
 //! [`create`] freezes the top under a new name and puts an empty image over it, which takes the
-//! top's name. [`switch`] puts an empty image over an older snapshot, and drops the top, or keeps
-//! it as a snapshot. [`delete`] drops what has no children, and merges what has one
+//! top's name. [`switch()`] puts an empty image over an older snapshot, and drops the top, or keeps
+//! it as a snapshot. [`delete()`] drops what has no children, and merges what has one
 //! ([`crate::admin::merge`]): the child keeps its name, and the content goes into the file of what
 //! is deleted. What has several children is marked as going away, and goes with the last but one
 //! of them.

@@ -1,6 +1,6 @@
 //! Where a request is served: on the thread it arrived on, in the pool, or parked until it can be.
 //!
-//! [`Disk::stay`] decides, for all ways in which bytes come and go. What may stay is tried there,
+//! `Disk::stay` decides, for all ways in which bytes come and go. What may stay is tried there,
 //! and goes to the pool if a page of the map is missing or a cluster needs a place.
 
 use super::buffers::{BUFFER_MAX, Buffer};
