@@ -243,6 +243,20 @@ impl Stage {
         Ok(())
     }
 
+    /// Killed when the descriptor was right already, a command leaves files that nobody needs: what
+    /// comes next clears them away.
+    fn clear_left_overs(&self, disk: &Path) -> Outcome {
+        let found = run(&["check"], disk, &[])?;
+        if self.goes().is_empty() || found.code() != 3 {
+            return Ok(());
+        }
+        found.expect_words(&["the next change"])?;
+        let made = "{0b0e54a6-4f3c-4be5-a8e6-6b6a9d9d1a55}";
+        run(&["snapshot", "create", "--uuid", made], disk, &[])?.expect_code(0)?;
+        run(&["snapshot", "delete", "--yes"], disk, &[made])?.expect_code(0)?;
+        Ok(())
+    }
+
     /// Beside the disk there is only what the command makes; a program that was killed could not
     /// take the temporary name away that nobody takes for a disk.
     fn expect_beside(&self, dir: &Path, was_killed: bool) -> Outcome {
@@ -309,6 +323,8 @@ impl Stage {
         if !self.is_done(&dir)? {
             let again = command::run(command::ploopfs(&[]).args(self.line(&dir)))?;
             again.expect_code(0).context("repeated")?;
+        } else if was_killed {
+            self.clear_left_overs(&disk)?;
         }
         self.expect_done(&dir).context("in the end")?;
         self.expect_beside(&dir, was_killed)?;
