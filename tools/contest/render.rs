@@ -98,18 +98,36 @@ fn shown(report: &Report, cell: &Cell, base: Option<&str>) -> String {
     shown
 }
 
+/// A command in lines that fit, broken before options.
+fn folded(command: &str) -> String {
+    let mut lines = String::new();
+    for (number, option) in command.split(" --").enumerate() {
+        let line = lines.rsplit('\n').next().unwrap_or_default();
+        let is_full = line.len() + option.len() > 90;
+        match (number, is_full) {
+            (0, _) => {}
+            (_, true) => lines.push_str("\n--"),
+            (_, false) => lines.push_str(" --"),
+        }
+        lines.push_str(option);
+    }
+    lines
+}
+
 /// The tables in Markdown.
 fn markdown(report: &Report) -> String {
     let about = &report.about;
     let mut out = String::new();
+    // What a builder has added behind the number says nothing to others.
+    let kernel = about.kernel.split('-').next().unwrap_or_default();
     let _ = writeln!(
         out,
         "`{}`\n(version {}, {}, Linux {}, {} CPUs,\n{} rounds of {} s, images of {} MiB on {}; \
          cold, direct, sync and reflink on {}):",
-        about.command,
+        folded(&about.command),
         about.version,
         about.date,
-        about.kernel,
+        kernel,
         about.cpus,
         about.rounds,
         about.seconds,
