@@ -13,9 +13,9 @@ use ploopfs::error::{ErrorKind, Result};
 use ploopfs::units::DiskOffset;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const CLUSTER: u64 = 4096;
 
@@ -238,32 +238,37 @@ fn a_top_that_is_cut_under_load_gives_errors_and_no_zeros() {
     let odd = OddDisk::new(&spec, &tiny(2, 6));
     let clusters = odd.disk.size_bytes() / CLUSTER;
     let stop = Arc::new(AtomicBool::new(false));
+    let failed = Arc::new(AtomicU64::new(0));
     let work = |worker: u64| {
-        let (disk, bytes, stop) = (Arc::clone(&odd.disk), odd.bytes.clone(), Arc::clone(&stop));
+        let (disk, bytes) = (Arc::clone(&odd.disk), odd.bytes.clone());
+        let (stop, failed) = (Arc::clone(&stop), Arc::clone(&failed));
         std::thread::spawn(move || {
-            let (mut step, mut failed) = (worker * 601, 0_u64);
+            let mut step = worker * 601;
             while !stop.load(Ordering::SeqCst) {
                 step += 7;
                 let at = step % clusters * CLUSTER;
                 let found = try_read(&disk, at, 4096);
                 let expected = &bytes[at as usize..][..4096];
-                failed += u64::from(!expect_told(&found, expected, Some(0xee)));
+                let is_told = !expect_told(&found, expected, Some(0xee));
+                failed.fetch_add(u64::from(is_told), Ordering::SeqCst);
                 // A write behind the end would make the file longer again.
                 let low = step % 300 * CLUSTER;
                 write(&disk, low, &[0xee; 512]).expect("it is still there");
             }
-            failed
         })
     };
     let workers: Vec<_> = (0..4).map(work).collect();
     std::thread::sleep(Duration::from_millis(50));
     odd.cut(0, 400 * CLUSTER);
-    std::thread::sleep(Duration::from_millis(150));
+    let begun = Instant::now();
+    while failed.load(Ordering::SeqCst) <= 100 && begun.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     stop.store(true, Ordering::SeqCst);
-    let failed: u64 = workers
-        .into_iter()
-        .map(|worker| worker.join().expect("no panic"))
-        .sum();
+    for worker in workers {
+        worker.join().expect("no panic");
+    }
+    let failed = failed.load(Ordering::SeqCst);
     assert!(failed > 100, "{failed} reads noticed");
     // A page that is loaded now is held against the length that the file has now.
     let last = try_read(&odd.disk, (clusters - 1) * CLUSTER, 4096);
