@@ -67,6 +67,10 @@ pub struct Record {
     pub pid: i32,
     /// When that process was started, in ticks since boot.
     pub start: u64,
+    /// The number of its mount name space (the inode of `/proc/self/ns/mnt`): whoever is in another
+    /// one cannot see whether the mount is still there.
+    #[serde(default)]
+    pub mount_space: Option<u64>,
     /// The image, in full.
     pub image: RecordedPath,
     /// Where it is mounted; nothing for `attach`.
@@ -97,6 +101,7 @@ impl Record {
         Ok(Self {
             pid,
             start: process::start_time(pid)?,
+            mount_space: mount_space(),
             image: RecordedPath(image.to_owned()),
             mountpoint: None,
             mount_device: None,
@@ -121,9 +126,19 @@ impl Record {
         Some(&entry.device) == self.mount_device.as_ref() && entry.fs_type.starts_with("fuse")
     }
 
-    /// True if another record has the mount or the loop device that this one had: then this one's
-    /// is gone.
+    /// True where this process sees the mounts that the daemon saw. Records of earlier releases do
+    /// not tell.
+    fn is_of_these_mounts(&self) -> bool {
+        self.mount_space.is_none() || self.mount_space == mount_space()
+    }
+
+    /// True if a younger daemon has the mount or the loop device that this one had: then this one's
+    /// is gone. An older one that is still closing its image tells of what it had, and whose number
+    /// may be this one's since.
     fn is_replaced_by(&self, other: &Self) -> bool {
+        if other.start < self.start {
+            return false;
+        }
         let mount = self.mount_device.is_some() && self.mount_device == other.mount_device;
         mount || (self.device.is_some() && self.device == other.device)
     }
@@ -175,6 +190,13 @@ impl Record {
     fn file_in(&self, directory: &Path) -> PathBuf {
         directory.join(format!("{}.json", self.pid))
     }
+}
+
+/// The mount name space of this process, where the host tells it.
+fn mount_space() -> Option<u64> {
+    fs::metadata("/proc/self/ns/mnt")
+        .ok()
+        .map(|meta| meta.ino())
 }
 
 /// True where a loop device's file, as the kernel tells it, is an image at the top of a mount. The
@@ -289,7 +311,8 @@ impl Registry {
     }
 
     /// The records of living daemons, oldest first, of those that left an error, and of those that
-    /// died and left a mount or a device behind. The records of others are removed.
+    /// died and left a mount or a device behind. The records of others are removed, except where
+    /// only another mount name space shows what they left.
     pub fn all(&self) -> Result<Vec<Record>> {
         let mut records = Vec::new();
         for entry in fs::read_dir(&self.directory)?.flatten() {
@@ -313,7 +336,8 @@ impl Registry {
             record.error.is_some() || (!replaced && (record.is_mounted() || record.is_attached()))
         };
         let (left, gone): (Vec<_>, Vec<_>) = dead.into_iter().partition(is_left);
-        gone.iter().for_each(|record| self.remove(record));
+        let gone = gone.iter().filter(|record| record.is_of_these_mounts());
+        gone.for_each(|record| self.remove(record));
         let mut records = living;
         records.extend(left);
         records.sort_by_key(|record| (record.since, record.pid));
@@ -398,165 +422,4 @@ pub fn wait_closed(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn registry() -> (tempfile::TempDir, Registry) {
-        let directory = tempfile::tempdir().unwrap();
-        let registry = Registry::at(directory.path().join("r")).unwrap();
-        (directory, registry)
-    }
-
-    #[test]
-    fn records_come_back_with_any_path() {
-        let (_directory, registry) = registry();
-        let image = PathBuf::from(OsString::from_vec(b"/a,b \xff\"c.hdd".to_vec()));
-        let mut record = Record::of_this_process(&image, true).unwrap();
-        record.mountpoint = Some(RecordedPath(PathBuf::from("/mnt/x y")));
-        registry.write(&record).unwrap();
-        assert_eq!(registry.all().unwrap(), vec![record.clone()]);
-        registry.remove(&record);
-        assert!(registry.all().unwrap().is_empty());
-    }
-
-    #[test]
-    fn an_image_is_known_by_all_of_its_names() {
-        let (_directory, registry) = registry();
-        let machine = registry.directory.join("vm.pvm");
-        let bundle = machine.join("disk.hdd");
-        let descriptor = bundle.join("DiskDescriptor.xml");
-        let link = machine.join("link");
-        fs::create_dir_all(&bundle).unwrap();
-        fs::write(&descriptor, "").unwrap();
-        fs::write(bundle.join("root.hds"), "").unwrap();
-        fs::hard_link(bundle.join("root.hds"), &link).unwrap();
-        let record = |image: &Path| Record::of_this_process(image, true).unwrap();
-        let names = [&machine, &bundle, &descriptor];
-        for served in names {
-            assert!(names.iter().all(|name| record(served).is_of(name)));
-            assert!(!record(served).is_of(&link));
-        }
-        assert!(record(&bundle.join("root.hds")).is_of(&link));
-        assert!(record(Path::new("/gone")).is_of(Path::new("/gone")));
-        assert!(!record(Path::new("/gone")).is_of(Path::new("/gone too")));
-    }
-
-    #[test]
-    fn the_file_of_a_device_is_known_by_any_name() {
-        for (image, backing, expected) in [
-            (&b"/x/a.hds"[..], &b"/a.hds\n"[..], true),
-            (b"/x/a.hds", b"/x/a.hds\n", false),
-            (b"/x/a.hds ", b"/a.hds \n", true),
-            (b"/x/a\n", b"/a\n\n", true),
-            (b"/x/a.hds", b"/a.hds \n", false),
-            (b"/x/\xfe.hds", "/\u{fffd}.hds\n".as_bytes(), true),
-            (b"/", b"/\n", false),
-        ] {
-            let path = Path::new(OsStr::from_bytes(image));
-            assert_eq!(is_shown_as(path, backing), expected, "{path:?}");
-        }
-    }
-
-    #[test]
-    fn a_reused_process_id_is_not_mistaken_for_the_daemon() {
-        let (_directory, registry) = registry();
-        let mut record = Record::of_this_process(Path::new("/x"), false).unwrap();
-        record.start += 1;
-        registry.write(&record).unwrap();
-        assert!(!record.is_alive());
-        assert!(
-            registry.all().unwrap().is_empty(),
-            "stale records are removed"
-        );
-    }
-
-    #[test]
-    fn a_dead_daemon_has_no_claim_on_what_a_living_one_has() {
-        let (_directory, registry) = registry();
-        let mut living = Record::of_this_process(Path::new("/a/x"), false).unwrap();
-        living.device = Some(RecordedPath("/dev/loop7".into()));
-        living.mount_device = Some("0:39".into());
-        let mut dead = living.clone();
-        (dead.start, dead.pid) = (0, i32::MAX);
-        assert!(dead.is_replaced_by(&living));
-        (dead.device, dead.mount_device) = (None, None);
-        living.mount_device = None;
-        assert!(!dead.is_replaced_by(&living));
-        registry.write(&dead).unwrap();
-        assert!(registry.all().unwrap().is_empty());
-
-        let entry = |fs_type: &str| MountEntry {
-            id: 1,
-            parent: 0,
-            owner: None,
-            device: "0:39".into(),
-            mountpoint: "/mnt".into(),
-            fs_type: fs_type.into(),
-            source: "x".into(),
-        };
-        living.mount_device = Some("0:39".into());
-        assert!(living.is_about(&entry("fuse.ploopfs")));
-        assert!(!living.is_about(&entry("tmpfs")));
-    }
-
-    #[test]
-    fn what_a_daemon_left_is_told_to_the_one_who_waits() {
-        let (_directory, registry) = registry();
-        let mut record = Record::of_this_process(Path::new("/x"), false).unwrap();
-        record.start += 1;
-        wait_closed(&registry, &registry.watch(&record), None, || ()).unwrap();
-        registry.write(&record).unwrap();
-        let died = wait_closed(&registry, &registry.watch(&record), None, || ()).unwrap_err();
-        assert_eq!(died.kind(), ErrorKind::InUse);
-        record.error = Some("no space".into());
-        registry.write(&record).unwrap();
-        let error = wait_closed(&registry, &registry.watch(&record), None, || ()).unwrap_err();
-        assert!(error.to_string().contains("no space"));
-        assert!(registry.reread(&record).is_none());
-    }
-
-    #[test]
-    fn waiting_ends_after_the_time_allowed() {
-        let (_directory, registry) = registry();
-        let record = Record::of_this_process(Path::new("/x"), false).unwrap();
-        let watched = registry.watch(&record);
-        let error = wait_closed(&registry, &watched, Some(Duration::ZERO), || ()).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::TimedOut);
-    }
-
-    #[test]
-    fn a_record_that_others_took_away_does_not_pass_for_a_closed_image() {
-        let (_directory, registry) = registry();
-        let mut record = Record::of_this_process(Path::new("/x"), false).unwrap();
-        // Another process had this number before.
-        record.start += 1;
-        for closed in [true, false] {
-            registry.write(&record).unwrap();
-            let watched = registry.watch(&record);
-            if closed {
-                registry.closed(&record);
-            }
-            // Somebody lists what there is, and tidies up.
-            assert!(registry.all().unwrap().is_empty());
-            assert!(registry.reread(&record).is_none());
-            let told = wait_closed(&registry, &watched, None, || ());
-            assert_eq!(told.is_ok(), closed, "{told:?}");
-        }
-    }
-
-    #[test]
-    fn an_emptied_record_is_tidied_up() {
-        let (_directory, registry) = registry();
-        fs::write(registry.directory.join("7.json"), b"").unwrap();
-        assert!(registry.all().unwrap().is_empty());
-        assert!(!registry.directory.join("7.json").exists());
-    }
-
-    #[test]
-    fn a_directory_open_to_others_is_refused() {
-        use std::os::unix::fs::PermissionsExt;
-        let directory = tempfile::tempdir().unwrap();
-        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(Registry::at(directory.path().to_owned()).is_err());
-    }
-}
+mod tests;

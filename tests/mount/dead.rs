@@ -13,8 +13,10 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{self, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 const LOOP: &[Need] = &[Fuse, Root, Need::Loop, E2fsprogs];
@@ -36,6 +38,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             "umount_clears_what_is_left_of_a_mountpoint_that_is_gone",
             &[Fuse, Root],
             records_of_gone_places,
+        ),
+        trial(
+            "who_cannot_see_a_dead_mount_does_not_forget_it",
+            &[Fuse, Root],
+            seen_from_elsewhere,
         ),
         trial(
             "replace_dead_leaves_what_covers",
@@ -284,6 +291,36 @@ fn records_of_gone_places() -> Outcome {
         let again = command::run(command::ploopfs(&["umount"]).arg(&at))?.expect_code(1)?;
         again.expect_words(&["No such file"])?;
     }
+    Ok(())
+}
+
+/// Root's commands share their records, and a service may have mounts of its own.
+fn seen_from_elsewhere() -> Outcome {
+    let dir = scratch()?;
+    let (_, path) = image(dir.path())?;
+    let at = dir.path().join("mnt");
+    fs::create_dir(&at)?;
+    let mut elsewhere = command::new("unshare");
+    elsewhere.args(["-m", "--propagation", "private", "sh", "-ec"]);
+    elsewhere.args(["echo; read go; \"$1\" list", "sh", PLOOPFS]);
+    let (stdin, stdout) = (Stdio::piped(), Stdio::piped());
+    let mut elsewhere = elsewhere.stdin(stdin).stdout(stdout).spawn()?;
+    let mut said = BufReader::new(elsewhere.stdout.take().context("its output")?);
+    said.read_line(&mut String::new())?;
+    let gone = dead(&at, &path, &[])?;
+    elsewhere
+        .stdin
+        .take()
+        .context("its input")?
+        .write_all(b"\n")?;
+    let mut listed = String::new();
+    said.read_to_string(&mut listed)?;
+    ensure!(elsewhere.wait()?.success(), "list failed");
+    ensure!(!listed.contains(text(&at)), "the mount is there: {listed}");
+    let here = command::ok(&mut command::ploopfs(&["list"]))?;
+    let row = here.lines().find(|row| row.contains(text(&at)));
+    ensure!(row.is_some_and(|row| row.contains("(dead)")), "{here}");
+    drop(gone);
     Ok(())
 }
 
