@@ -64,8 +64,9 @@ pub(crate) const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
 const ONLINE: &str = "/sys/devices/system/cpu/online";
 
-/// Threads for each queue where there are more of them than CPUs.
-const CROWD: usize = 4;
+/// Threads for each queue where there are more of them than CPUs: with two CPUs, more than are
+/// [`NEIGHBOURS`].
+const CROWD: usize = 5;
 /// Commands that a thread can have ready for the kernel at a time; with more it calls more often.
 const COMMANDS: u32 = 64;
 /// Bytes of all payloads that have memory from the start, so that serving needs none from a host

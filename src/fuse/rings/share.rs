@@ -79,6 +79,9 @@ impl<T> Share<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::mpsc::{self, Receiver};
+    use std::time::Duration;
 
     fn called(share: &Share<u32>, own: usize) -> Vec<usize> {
         let mut called = Vec::new();
@@ -114,5 +117,45 @@ mod tests {
         assert_eq!(called(&share, 0), [0]);
         assert_eq!(called(&share, 0), [1]);
         assert_eq!(share.call(0, |_| Err(())), Ok(()), "nobody rests");
+    }
+
+    /// Each item but the last ones puts two more, and what calls a thread is a channel: were one
+    /// left while all rest, nobody would ever be called again.
+    #[test]
+    fn nothing_waits_while_all_rest() {
+        const THREADS: usize = 4;
+        const ITEMS: usize = (1 << 14) - 1;
+        let share = Share::new(THREADS, ITEMS);
+        let served = AtomicUsize::new(0);
+        let (bells, ears): (Vec<_>, Vec<_>) = (0..THREADS).map(|_| mpsc::channel()).unzip();
+        share.put(1);
+        let serve = |place: usize, ear: Receiver<bool>| {
+            loop {
+                while let Some(item) = share.take() {
+                    if 2 * item < ITEMS {
+                        share.put(2 * item);
+                        share.put(2 * item + 1);
+                    }
+                    share.call(1, |other| bells[other].send(true)).unwrap();
+                    if served.fetch_add(1, Ordering::SeqCst) + 1 == ITEMS {
+                        bells.iter().for_each(|bell| bell.send(false).unwrap());
+                    }
+                }
+                if share.rest(place) {
+                    let said = ear.recv_timeout(Duration::from_secs(60));
+                    if !said.expect("nobody called") {
+                        return;
+                    }
+                }
+                share.rise(place);
+            }
+        };
+        std::thread::scope(|scope| {
+            for (place, ear) in ears.into_iter().enumerate() {
+                let serve = &serve;
+                scope.spawn(move || serve(place, ear));
+            }
+        });
+        assert_eq!(served.load(Ordering::SeqCst), ITEMS);
     }
 }
