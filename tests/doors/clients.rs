@@ -82,8 +82,8 @@ impl Scene {
     }
 
     /// Nothing fails but what the dead are asked for.
-    fn check(&self, what: &str, result: io::Result<()>) -> bool {
-        if let Err(error) = &result {
+    fn check(&self, what: &str, result: &io::Result<()>) -> bool {
+        if let Err(error) = result {
             if !self.world.is_dead(self.process) {
                 self.complain(format!("a {what} fails: {error}"));
             }
@@ -129,7 +129,7 @@ impl Scene {
             How::Punch => self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at, bytes),
             How::Zero => self.allocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, at, bytes),
         };
-        let ok = self.check("change", result);
+        let ok = self.check("change", &result);
         let ended = self.world.note(Event::Ended { id, ok });
         self.model.lock().end(id, sectors, ok, ended);
     }
@@ -143,7 +143,7 @@ impl Scene {
         let began = self.world.time();
         let mut bytes = vec![0xee; (len * SECTOR) as usize];
         let result = self.file.read_exact_at(&mut bytes, first * SECTOR);
-        if !self.check("read", result) {
+        if !self.check("read", &result) {
             return;
         }
         if let Some(why) = self.model.lock().complaint(first, &bytes, began) {
@@ -158,7 +158,7 @@ impl Scene {
             true => self.file.sync_all(),
             false => self.file.sync_data(),
         };
-        if self.check("flush", result) {
+        if self.check("flush", &result) {
             self.world.note(Event::FlushDone { flush });
         }
     }
