@@ -27,15 +27,16 @@
 //! it fails. An answer that comes later goes nowhere, as nobody waits for it; its slot, and the
 //! memory behind it, are left alone.
 //!
-//! Who gives an answer to the kernel copies its bytes to who asked. So of the large requests that
-//! follow each other a thread keeps some and hands the others to other threads, which give the
-//! answers from their own rings; else one CPU would do all the copying. The slot then belongs to
-//! that ring, and the kernel likes to use again what was given back last: so when a thread finds a
-//! small request in a slot of another's queue, it serves it and has the queue's own thread answer.
+//! Who gives an answer to the kernel copies its bytes to who asked. So large requests wait where
+//! neighbouring threads can take them ([`share`]), and who takes one gives the answer from its own
+//! ring; else one CPU would do all the copying. The slot then belongs to that ring, and the kernel
+//! likes to use again what was given back last: so when a thread finds a small request in a slot of
+//! another's queue, it serves it and has the queue's own thread answer.
 
 mod layout;
 mod pace;
 mod reply;
+mod share;
 mod worker;
 
 use super::WRITE_MAX;
@@ -44,12 +45,13 @@ use super::device::{self, Start};
 use super::wire::NAMES_MAX;
 use crate::error::{Error, Result};
 use crate::sys::memory;
-use crate::sys::uring::{self, Mailbox, Message, Ring, Slot};
+use crate::sys::uring::{self, Mailbox, Ring, Slot};
 use crate::units::len_u64;
 use layout::{DEPTH, Layout, cpus_of};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
-use std::collections::BTreeSet;
+use share::Share;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -74,6 +76,8 @@ const COMMANDS: u32 = 64;
 const BACKED: usize = 20 << 20;
 /// The part of all memory that may be theirs before nobody should have them unasked.
 const MEMORY_SHARE: u64 = 8;
+/// Threads that take large requests from each other.
+const NEIGHBOURS: usize = 8;
 /// How long threads may take to show that their rings work.
 const PROOF_MAX: Duration = Duration::from_secs(20);
 
@@ -131,6 +135,8 @@ pub(crate) enum Shape {
 struct Shared {
     /// The way to each thread.
     mailboxes: Vec<Mailbox>,
+    /// The large requests of each [`NEIGHBOURS`] threads.
+    shares: Vec<Share<Slot>>,
     tell: Sender<Told>,
 }
 
@@ -149,7 +155,7 @@ impl Shared {
         let Some(home) = self.mailboxes.get(slot.home()) else {
             return Ok(());
         };
-        home.post(slot, Message::Answer).map_err(|(e, slot)| {
+        home.post(slot).map_err(|(e, slot)| {
             log::debug!("an answer has to wait: {e}");
             slot
         })
@@ -242,10 +248,14 @@ pub(crate) fn prepare(device: &impl AsFd, shape: Shape) -> io::Result<Prepared> 
     let ring = |_| Ring::new(device.as_fd(), COMMANDS, events);
     let rings = (0..threads).map(ring).collect::<io::Result<Vec<_>>>()?;
     let mailboxes = rings.iter().map(Ring::mailbox).collect::<io::Result<_>>()?;
+    let shares = (0..threads.div_ceil(NEIGHBOURS))
+        .map(|group| Share::new(NEIGHBOURS.min(threads - group * NEIGHBOURS), all))
+        .collect();
     let (tell, told) = mpsc::channel();
     let mut prepared = Prepared {
         shared: Arc::new(Shared {
             mailboxes,
+            shares,
             tell: tell.clone(),
         }),
         rings: Vec::with_capacity(threads),
@@ -262,11 +272,9 @@ pub(crate) fn prepare(device: &impl AsFd, shape: Shape) -> io::Result<Prepared> 
             shallow,
             shared: Arc::clone(&prepared.shared),
             scratch: vec![0; NAMES_MAX],
-            fresh: Vec::with_capacity(all),
-            handed: Vec::with_capacity(all),
+            small: VecDeque::with_capacity(all),
             troubles: 0,
             has_told: false,
-            larges: 0,
         };
         // Half of the proof: its thread waits for this, and for a command of its own.
         prepared.shared.mailboxes[number].echo()?;
