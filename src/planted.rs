@@ -164,6 +164,8 @@ bugs! {
     UndoTurnsNotSynced,
     /// An undo removes its file before the image is durable.
     UndoEndsUnsynced,
+    /// FSYNC is answered when the flush has been asked for.
+    FsyncAnsweredEarly,
 }
 
 impl Bug {
@@ -177,6 +179,9 @@ impl Bug {
         Self::MergeDataNotSynced,
         Self::MergeBelievesCache,
     ];
+
+    /// Those that show behind the kernel only: `tests/doors.rs` looks for them.
+    pub const OF_DOORS: &[Self] = &[Self::FsyncAnsweredEarly];
 }
 
 #[cfg(feature = "planted")]

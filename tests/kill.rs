@@ -2,7 +2,7 @@
 //!
 //! `PLOOPFS_KILLS` is the number of kills of all disks together, `PLOOPFS_SEED` decides sizes,
 //! places, pauses and options (what a kill meets also depends on the host). `tools/soak kill` runs
-//! this for as long as asked.
+//! this for as long as asked. `PLOOPFS_TEST_RINGS` has all of it go through rings as well.
 
 #[path = "../tools/forge/mod.rs"]
 mod forge;
@@ -99,8 +99,8 @@ fn run<const N: usize>() -> support::Outcome {
     Run::new(ALL[N])?.go(kills())
 }
 
-fn main() {
-    catch_signals();
+/// What must be true whichever way requests come.
+fn either_way() -> Vec<Trial> {
     let runs: [fn() -> support::Outcome; ALL.len()] = [
         run::<0>, run::<1>, run::<2>, run::<3>, run::<4>, run::<5>, run::<6>, run::<7>, run::<8>,
         run::<9>,
@@ -115,5 +115,14 @@ fn main() {
     trials.extend(limits::trials());
     trials.extend(points::trials());
     trials.extend(latch::trials());
+    trials
+}
+
+fn main() {
+    catch_signals();
+    let mut trials = either_way();
+    if support::rings::are_asked_for() {
+        trials.extend(harness::over("uring", either_way));
+    }
     harness::main(trials)
 }

@@ -58,12 +58,12 @@ fn main() {
     trials.extend(process::trials());
     trials.extend(rings::trials());
     trials.extend(broken::trials());
-    for way in ["uring", "crowd", "dev", "lame", "partly", "refused"] {
+    for way in ["uring", "crowd", "dev", "lame", "partly", "refused", "late"] {
         trials.extend(harness::over(way, files::trials));
         trials.extend(harness::over(way, answers::trials));
     }
-    // Everything, and long loads, over the transport that users do not get yet.
-    if std::env::var_os("PLOOPFS_TEST_RINGS").is_some() {
+    // Everything, and long loads, by the ways that are not the usual one of most hosts.
+    if support::rings::are_asked_for() {
         for way in ["uring", "crowd", "dev"] {
             trials.extend(harness::over(way, either_way));
         }

@@ -199,7 +199,7 @@ pub struct ServeArgs {
     /// Threads that serve what does not stay where it arrives (4)
     #[arg(long, value_name = "N", value_parser = parse_threads, help_heading = "Tuning")]
     pub pool_threads: Option<usize>,
-    /// How requests come in: fuser, uring, or auto, which is fuser for now (auto)
+    /// How requests come in: fuser, uring, or auto: uring where the kernel offers it (auto)
     #[arg(long, value_name = "WAY", value_parser = parse_transport, help_heading = "Tuning")]
     pub transport: Option<Transport>,
     /// Never let the daemon's memory be swapped out

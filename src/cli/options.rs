@@ -214,6 +214,7 @@ pub fn parse_transport(text: &str) -> Result<Transport, String> {
         "lame" => Ok(Transport::Lame),
         "refused" => Ok(Transport::Refused),
         "partly" => Ok(Transport::PartlyRefused),
+        "late" => Ok(Transport::Late),
         _ => Err(format!("'{text}': use auto, fuser or uring")),
     }
 }

@@ -44,7 +44,9 @@ use super::buffer::Buffers;
 use super::device::{self, Start};
 use super::wire::NAMES_MAX;
 use crate::error::{Error, Result};
+use crate::sys::memory;
 use crate::sys::uring::{self, Mailbox, Ring, Slot};
+use crate::units::len_u64;
 use layout::{DEPTH, Layout, cpus_of};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
@@ -73,6 +75,8 @@ const COMMANDS: u32 = 64;
 /// that may be short of it: all of them on hosts with two CPUs, the beginning of each where there
 /// are more. Most requests are small, and use the slots that were used last.
 const BACKED: usize = 20 << 20;
+/// The part of all memory that may be theirs before nobody should have them unasked.
+const MEMORY_SHARE: u64 = 8;
 /// Threads that take large requests from each other.
 const NEIGHBOURS: usize = 8;
 /// How long threads may take to show that their rings work.
@@ -82,6 +86,34 @@ const PROOF_MAX: Duration = Duration::from_secs(20);
 #[must_use]
 pub(crate) fn are_offered() -> bool {
     fs::read(SWITCH).is_ok_and(|text| text.starts_with(b"Y") || text.starts_with(b"1"))
+}
+
+/// Says why rings should not be taken unasked: the kernel offers none, or, as the memory of the
+/// requests that each CPU's queue can let out stays with the queue, they could come to hold a large
+/// part of what the host lets us have.
+pub(crate) fn are_worth_it() -> io::Result<()> {
+    if !are_offered() {
+        let why = format!("the kernel offers no rings (see {SWITCH})");
+        return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+    }
+    let threads = plan(Shape::Usual)?.pins.len();
+    match memory::most() {
+        Some(most) if !is_affordable(threads, most) => Err(io::Error::other(format!(
+            "{threads} rings could need {} MiB, and all memory is {} MiB",
+            memory_max(threads) >> 20,
+            most >> 20
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that the payloads of so many threads' queues come to have, if all are used to their ends.
+fn memory_max(threads: usize) -> u64 {
+    len_u64(threads * DEPTH) * u64::from(WRITE_MAX)
+}
+
+fn is_affordable(threads: usize, most: u64) -> bool {
+    memory_max(threads) <= most / MEMORY_SHARE
 }
 
 /// What rings there are to be; all but `Usual` is for tests.
@@ -403,5 +435,19 @@ impl Session {
             }
         }
         result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_are_for_hosts_that_can_afford_them() {
+        assert_eq!(memory_max(2), 20 << 20);
+        assert!(is_affordable(2, 160 << 20));
+        assert!(!is_affordable(2, (160 << 20) - 1));
+        assert!(is_affordable(64, 8 << 30));
+        assert!(!is_affordable(64, 4 << 30));
     }
 }

@@ -4,6 +4,14 @@
 //! Never: mounts or unmounts; the session has no other hand on the mount than its descriptor.
 //!
 //! Which door serves is settled before INIT is read, and what a ring needs is there by then.
+//! Unasked, rings are taken where the kernel offers them and they can be had; there is a way back
+//! until INIT is answered:
+//!
+//! 1. the kernel does not offer rings, or they could need more memory than they are worth: fuser;
+//! 2. memory, rings or threads cannot be had, or do not work: fuser, on the same descriptor;
+//! 3. INIT does not offer them, as the switch was turned off meanwhile: INIT has been read by then,
+//!    so our own door serves on;
+//! 4. the kernel was told of rings and refuses one: [`rings`] goes on with our own door.
 //!
 //! The kernel decides who may send requests ([`Access`] went into the mount), so the library's own
 //! check is left open; it would refuse the kernel's loop workers, which run as root. The exception
@@ -24,7 +32,7 @@ use std::sync::Arc;
 /// How requests come in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {
-    /// The best that is proven: the library, for now.
+    /// By rings of io_uring where the kernel offers them, else by the library.
     #[default]
     Auto,
     /// By the library fuser, from /dev/fuse.
@@ -41,14 +49,20 @@ pub enum Transport {
     Refused,
     /// By rings of which the kernel refuses a part; for tests.
     PartlyRefused,
+    /// As by default, when the kernel's offer has gone by the time of INIT; for tests.
+    Late,
 }
 
+/// What is said of the library's door, and of our own.
+const LIBRARY: &str = "requests come from /dev/fuse, by fuser";
+const OWN: &str = "requests come from /dev/fuse";
+
 impl Transport {
-    /// The rings that were asked for.
+    /// The rings that may be taken.
     fn shape(self) -> Option<rings::Shape> {
         match self {
-            Self::Auto | Self::Fuser | Self::Device => None,
-            Self::Uring => Some(rings::Shape::Usual),
+            Self::Fuser | Self::Device => None,
+            Self::Auto | Self::Uring | Self::Late => Some(rings::Shape::Usual),
             Self::Crowded => Some(rings::Shape::Crowded),
             Self::Lame => Some(rings::Shape::Lame),
             Self::Refused => Some(rings::Shape::Refused),
@@ -59,7 +73,8 @@ impl Transport {
 
 /// Fails if rings were asked for and the kernel does not offer them.
 pub fn expect_offered(transport: Transport) -> Result<()> {
-    if transport.shape().is_none() || rings::are_offered() {
+    let wants = transport != Transport::Auto && transport.shape().is_some();
+    if !wants || rings::are_offered() {
         return Ok(());
     }
     let fix = format!(
@@ -85,25 +100,43 @@ pub fn serve(
 ) -> Result<()> {
     let threads = threads.max(1);
     let served = match (transport, transport.shape()) {
-        (_, Some(shape)) => {
-            let rings = rings::prepare(&fd, shape);
-            let made = rings.and_then(|rings| {
-                let device = Device::stoppable(fd).map_err(|(e, _)| e)?;
-                Ok((rings, device))
-            });
-            match made {
-                Ok((rings, device)) => {
-                    serve_own(fs, device, Some(rings), (access, threads), on_ready)
-                }
-                Err(e) => Err(no_rings(&e)),
+        (_, Some(shape)) => match make_rings(fd, transport, shape) {
+            Ok(made) => serve_own(fs, made, (transport, access, threads), on_ready),
+            Err((e, fd)) if transport == Transport::Auto => {
+                let told = format!("{LIBRARY}: {e}");
+                serve_library(fs, fd, (access, threads, told), on_ready)
             }
-        }
+            Err((e, _)) => Err(no_rings(&e)),
+        },
         (Transport::Device, None) => {
-            serve_own(fs, Device::new(fd), None, (access, threads), on_ready)
+            let made = (Device::new(fd), None);
+            serve_own(fs, made, (transport, access, threads), on_ready)
         }
-        (_, None) => serve_library(fs, fd, access, threads, on_ready),
+        (_, None) => serve_library(fs, fd, (access, threads, LIBRARY.to_owned()), on_ready),
     };
     served.inspect_err(|error| log::error!("the session ended badly: {error}"))
+}
+
+/// A descriptor to be served by a door of our own, with rings or without.
+type Made = (Arc<Device>, Option<rings::Prepared>);
+
+/// Makes what rings need, without a word to the kernel's FUSE. If they cannot be had, the
+/// descriptor comes back as it was.
+fn make_rings(
+    fd: OwnedFd,
+    transport: Transport,
+    shape: rings::Shape,
+) -> std::result::Result<Made, (io::Error, OwnedFd)> {
+    if transport == Transport::Auto {
+        if let Err(e) = rings::are_worth_it() {
+            return Err((e, fd));
+        }
+    }
+    match rings::prepare(&fd, shape) {
+        // Without its socket pair the descriptor still is what the library expects.
+        Ok(rings) => Device::stoppable(fd).map(|device| (device, Some(rings))),
+        Err(e) => Err((e, fd)),
+    }
 }
 
 fn no_rings(e: &io::Error) -> Error {
@@ -116,8 +149,7 @@ fn no_rings(e: &io::Error) -> Error {
 fn serve_library(
     fs: PloopFs,
     fd: OwnedFd,
-    access: Access,
-    threads: usize,
+    (access, threads, told): (Access, usize, String),
     on_ready: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let acl = match access {
@@ -129,37 +161,42 @@ fn serve_library(
     let session = Session::from_fd(Library::new(fs, threads), fd, acl, config)
         .map_err(|e| Error::why(ErrorKind::Host, "the kernel did not greet us").because(e))?;
     on_ready()?;
+    log::info!("{told}");
     session.run().map_err(Error::from)
 }
 
 fn serve_own(
     mut fs: PloopFs,
-    device: Arc<Device>,
-    rings: Option<rings::Prepared>,
-    (access, threads): (Access, usize),
+    (device, rings): Made,
+    (transport, access, threads): (Transport, Access, usize),
     on_ready: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let guard = Guard::new(access);
     // Threads of queues wait for locks as others do.
     let others = rings.as_ref().map_or(0, rings::Prepared::count);
+    let wants = rings.is_some() && transport != Transport::Late;
+    let agreed = device::greet(&device, &mut fs, threads + others, wants)?;
+    let (rings, told) = match rings {
+        Some(rings) if agreed => (Some(rings), format!("requests come through {others} rings")),
+        Some(unwanted) if matches!(transport, Transport::Auto | Transport::Late) => {
+            drop(unwanted);
+            (None, format!("{OWN}: the kernel offers no rings any more"))
+        }
+        Some(_) => return Err(no_rings(&io::ErrorKind::Unsupported.into())),
+        None => (None, OWN.to_owned()),
+    };
     if rings.is_some() {
         fs.expect_threads(others);
     }
-    let agreed = device::greet(&device, &mut fs, threads + others, rings.is_some())?;
+    on_ready()?;
+    log::info!("{told}");
     let fs = Arc::new(fs);
     let served = match rings {
-        Some(_) if !agreed => {
-            return Err(no_rings(&io::ErrorKind::Unsupported.into()));
-        }
         Some(rings) => {
-            on_ready()?;
             let fs = Arc::clone(&fs);
             rings::run(rings, Start { fs, device, guard }, threads)
         }
-        None => {
-            on_ready()?;
-            device::serve_alone(&fs, &device, guard, threads).map_err(Error::from)
-        }
+        None => device::serve_alone(&fs, &device, guard, threads).map_err(Error::from),
     };
     // Only after a failure there is still somebody who has it.
     if let Some(mut fs) = Arc::into_inner(fs) {

@@ -21,6 +21,15 @@ pub fn cgroup_limit() -> Option<u64> {
     groups.lines().filter_map(limit_of_line).min()
 }
 
+/// The most bytes of memory that this process can ever have: all of the host's, or what its control
+/// groups leave it. `None` where the host does not tell.
+#[must_use]
+pub fn most() -> Option<u64> {
+    let all = nix::sys::sysinfo::sysinfo().ok();
+    let all = all.map(|all| all.ram_total());
+    all.into_iter().chain(cgroup_limit()).min()
+}
+
 /// True if one of the limits is of version 1. There, who asks for memory in a full group may have
 /// to wait until other memory of the group has been written back.
 #[must_use]

@@ -123,7 +123,7 @@ impl Daemon {
         let mut again = command::new(text(&program));
         again
             .args(["mount", "-f"])
-            .args(rings::way().map(|way| format!("--transport={way}")))
+            .arg(rings::option())
             .args(options)
             .arg(image)
             .arg(&at);

@@ -14,7 +14,7 @@ use crate::forge::corrupt;
 use crate::forge::image::{IN_USE, ImageSpec, Mapped, write_plain};
 use crate::forge::reader::{self, Flat};
 use crate::support::guards::{Mounted, is_mounted, text};
-use crate::support::{self, Outcome, PLOOPFS, command, scratch};
+use crate::support::{self, Outcome, PLOOPFS, command, rings, scratch};
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -73,7 +73,7 @@ impl Front {
         let (at, log) = (bench.dir.path().join("mnt"), bench.dir.path().join("log"));
         fs::create_dir_all(&at)?;
         let child = command::new(PLOOPFS)
-            .args(["mount", "-f"])
+            .args(["mount", "-f", &rings::option()])
             .args(options)
             .arg(&bench.image)
             .arg(&at)

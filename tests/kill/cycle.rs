@@ -16,7 +16,7 @@ use super::{STOP, seed};
 use crate::forge::content::{mix, splitmix};
 use crate::forge::reader::Flat;
 use crate::support::guards::{FsMount, is_mounted, text};
-use crate::support::{command, scratch};
+use crate::support::{command, rings, scratch};
 use anyhow::{Context, Result, ensure};
 use std::path::Path;
 use std::process::Stdio;
@@ -328,6 +328,7 @@ impl Run {
             command.arg("-f");
         }
         let mut child = command
+            .arg(rings::option())
             .arg(&self.made.image)
             .arg(&at)
             .stdout(Stdio::null())

@@ -7,7 +7,7 @@ use super::subject::Door;
 use super::writer;
 use crate::support::command::Finished;
 use crate::support::guards::{Loop, Mounted, backing_file, is_gone, is_mounted, text};
-use crate::support::{Outcome, PLOOPFS, command};
+use crate::support::{Outcome, PLOOPFS, command, rings};
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
@@ -100,6 +100,7 @@ pub(crate) fn mountpoint(dir: &Path) -> Result<PathBuf> {
 fn attach(dir: &Path, image: &Path, options: &[&str]) -> Result<(Attached, Finished)> {
     let pid_file = dir.join("attach.pid");
     let mut tool = command::ploopfs(&["attach", "--pid-file", text(&pid_file)]);
+    tool.arg(rings::option());
     let said = command::run(tool.args(options).arg(image))?.expect_code(0)?;
     let pid = fs::read_to_string(&pid_file).context("no pid file after attach")?;
     let dev = PathBuf::from(said.text().trim());

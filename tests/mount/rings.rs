@@ -18,7 +18,17 @@ const TRACED: &[Need] = &[Fuse, Root, Rings, Strace];
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial("rings_are_taken_when_asked_for", NEEDS, rings_are_taken),
-        trial("fuser_is_taken_otherwise", NEEDS, fuser_is_taken),
+        trial("fuser_is_taken_when_asked_for", NEEDS, fuser_is_taken),
+        trial(
+            "rings_are_taken_unasked_where_the_kernel_offers_them",
+            TRACED,
+            rings_are_taken_unasked,
+        ),
+        trial(
+            "rings_that_nobody_asked_for_may_fail",
+            TRACED,
+            rings_or_fuser,
+        ),
         trial(
             "rings_that_were_asked_for_and_fail_are_an_error",
             TRACED,
@@ -80,13 +90,9 @@ fn fuser_is_taken() -> Outcome {
     rings::on()?;
     let dir = scratch()?;
     let (spec, path) = image(dir.path())?;
-    // A kernel that offers rings is no reason to take them.
-    for options in [
-        &[][..],
-        &["--transport", "fuser"],
-        &["-o", "transport=auto"],
-    ] {
-        let mounted = Mounted::new(dir.path(), &path, options)?;
+    // A kernel that offers rings is no reason to take them then.
+    for options in [["--transport", "fuser"], ["-o", "transport=fuser"]] {
+        let mounted = Mounted::new(dir.path(), &path, &options)?;
         // The mount is there before the last of its threads.
         command::eventually(Duration::from_secs(10), || {
             let found = (threads(&mounted, "ring-")?, threads(&mounted, "fuser-")?);
@@ -99,13 +105,57 @@ fn fuser_is_taken() -> Outcome {
     Ok(())
 }
 
-/// Runs a mount for which a call of rings fails; it says so, and what it said comes back.
-fn without_rings(dir: &Path, image: &Path, call: &str, how: &str) -> Result<command::Finished> {
+/// A copy of the whole disk that was made through the mount of [`with_failing`].
+fn expect_copy(dir: &Path, spec: &ImageSpec) -> Outcome {
+    expect_flat(&dir.join("mnt.copy"), &Model::of(spec))
+}
+
+fn rings_are_taken_unasked() -> Outcome {
+    let dir = scratch()?;
+    let (spec, path) = image(dir.path())?;
+    for how in ["", "--transport=auto", "-otransport=auto"] {
+        // The call that fails is one that nobody makes.
+        let done = with_failing(dir.path(), &path, ("acct", "error=EPERM"), how)?;
+        let words = format!("requests come through {} rings", cpus()?);
+        done.expect_code(0)?.expect_words(&[&words])?;
+        expect_copy(dir.path(), &spec)?;
+    }
+    Ok(())
+}
+
+/// Whatever the host forbids, the mount is there, and says how requests come and why.
+fn rings_or_fuser() -> Outcome {
+    let dir = scratch()?;
+    let (spec, path) = image(dir.path())?;
+    let messages = format!("error=EINVAL:when={}+", cpus()? + 1);
+    for (call, how) in [
+        ("io_uring_setup", "error=EPERM"),
+        ("io_uring_setup", "error=ENOMEM:when=2"),
+        ("io_uring_enter", "error=EPERM"),
+        ("io_uring_register", "error=ENOSYS"),
+        ("io_uring_register", &messages),
+        ("socketpair", "error=EMFILE:when=1"),
+    ] {
+        let done = with_failing(dir.path(), &path, (call, how), "")?.expect_code(0)?;
+        done.expect_words(&["requests come from /dev/fuse, by fuser: "])?;
+        expect_copy(dir.path(), &spec)?;
+    }
+    support::expect_clean(&path)
+}
+
+/// Runs a mount with this option, if any, for which a call fails. Copies the disk and unmounts, if
+/// it is there; what it said comes back.
+fn with_failing(
+    dir: &Path,
+    image: &Path,
+    (call, how): (&str, &str),
+    option: &str,
+) -> Result<command::Finished> {
     rings::on()?;
     let at = dir.join("mnt");
     fs::create_dir_all(&at)?;
     let script = "strace -qq -f -o \"$3.trace\" -e trace=$4 -e inject=$4:$5 \
-                  \"$1\" mount -f --transport uring \"$2\" \"$3\" 2>\"$3.log\" &
+                  \"$1\" mount -f $6 \"$2\" \"$3\" 2>\"$3.log\" &
                   for i in $(seq 100); do
                       test -e \"$3/disk.img\" && break; kill -0 $! || break; sleep 0.1
                   done
@@ -113,7 +163,7 @@ fn without_rings(dir: &Path, image: &Path, call: &str, how: &str) -> Result<comm
                       cp \"$3/disk.img\" \"$3.copy\"; \"$1\" umount \"$3\"
                   fi
                   status=0; wait $! || status=$?; cat \"$3.log\" >&2; exit $status";
-    let args = [PLOOPFS, text(image), text(&at), call, how];
+    let args = [PLOOPFS, text(image), text(&at), call, how, option];
     let done = command::run(&mut command::sh(script, &args))?;
     ensure!(!is_mounted(&at), "it is still mounted: {}", done.story());
     Ok(done)
@@ -131,7 +181,8 @@ fn rings_or_nothing() -> Outcome {
         ("io_uring_enter", "error=EPERM"),
         ("io_uring_register", &messages),
     ] {
-        let done = without_rings(dir.path(), &path, call, how)?.expect_code(1)?;
+        let done = with_failing(dir.path(), &path, (call, how), "--transport=uring")?;
+        let done = done.expect_code(1)?;
         done.expect_words(&["no rings can be had", "--transport"])?;
     }
     let after = support::fingerprint(&path)?;

@@ -87,6 +87,23 @@ pub(crate) fn all() -> &'static [DiskKind] {
     })
 }
 
+/// Disks for requests that the kernel carries, some of them large.
+pub(crate) fn of_mounts() -> &'static [DiskKind] {
+    static ALL: OnceLock<Vec<DiskKind>> = OnceLock::new();
+    ALL.get_or_init(|| {
+        let chain = vec![
+            image(1, 8, 500, Mapped::Percent(70)),
+            image(2, 8, 640, Mapped::Percent(30)),
+        ];
+        let large = vec![plain(700), image(2, 64, 900, Mapped::Nothing)];
+        let kind = |name, parts| DiskKind { name, parts };
+        vec![
+            kind("a chain", vec![(640, chain)]),
+            kind("large clusters over a plain base", vec![(900, large)]),
+        ]
+    })
+}
+
 impl DiskKind {
     /// Contents of all files, in the order of their numbers.
     pub(crate) fn files(&self) -> Vec<Vec<u8>> {

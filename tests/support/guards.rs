@@ -137,8 +137,8 @@ impl Mounted {
     fn attempt(at: &Path, image: &Path, options: &[&str], pid_file: &Path) -> Result<Finished> {
         let _ = fs::remove_file(pid_file);
         let mut command = command::ploopfs(&["mount", "--pid-file", text(pid_file)]);
-        if let Some(way) = rings::way() {
-            command.args(["--transport", way]);
+        if !options.iter().any(|option| option.contains("transport")) {
+            command.arg(rings::option());
         }
         command.args(options).arg(image).arg(at);
         command::run_within(&mut command, Duration::from_secs(60))

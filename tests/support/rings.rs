@@ -5,7 +5,7 @@
 //!
 //! The switch is one for the whole host. A helper has a lock while it is on, so that no two runs
 //! are in each other's way; it puts the switch back when it reads the end of its input, which comes
-//! with the end of this program. Mounts that are made meanwhile go through rings only if they ask.
+//! with the end of this program. Mounts that are made meanwhile and say nothing go through rings.
 
 use super::harness::skip;
 use anyhow::{Context, Result};
@@ -78,6 +78,17 @@ pub(crate) fn over<T>(way: Option<&'static str>, test: impl FnOnce() -> T) -> T 
     let done = test();
     WAY.set(before);
     done
+}
+
+/// What a command that mounts is told, so that no mount goes another way because the switch happens
+/// to be on.
+pub(crate) fn option() -> String {
+    format!("--transport={}", way().unwrap_or("fuser"))
+}
+
+/// True where everything is asked for over rings as well.
+pub(crate) fn are_asked_for() -> bool {
+    std::env::var_os("PLOOPFS_TEST_RINGS").is_some()
 }
 
 /// The way that mounts of this thread go.
