@@ -61,6 +61,12 @@ pub trait Storage: Send + Sync + Debug {
     /// a short read is never passed on.
     fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()>;
 
+    /// Fills the beginning of `buf` from `at`, as far as the host can without waiting for the
+    /// medium, and tells how far. Where the host cannot tell what would wait, all is read.
+    fn read_now(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
+        self.read_at(at, buf).map(|()| buf.len())
+    }
+
     /// Writes all of `buf` at `at`, or fails; what of it was written on failure is unknown.
     fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()>;
 

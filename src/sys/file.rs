@@ -175,6 +175,28 @@ fn seek(fd: BorrowedFd<'_>, at: u64, whence: libc::c_int) -> io::Result<Option<u
     }
 }
 
+/// Reads the beginning of `buf`, as much as is in memory, and tells how much that was. Where the
+/// host cannot tell what is in memory the error is EOPNOTSUPP.
+pub fn read_cached(fd: BorrowedFd<'_>, at: u64, buf: &mut [u8]) -> io::Result<usize> {
+    let at = off(at)?;
+    let piece = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    let read = retry_interrupted(|| {
+        // SAFETY: `fd` is borrowed and so open for the whole call, and the one piece is of `buf`,
+        // which is borrowed for this function alone.
+        #[allow(unsafe_code)]
+        let read =
+            unsafe { libc::preadv2(fd.as_raw_fd(), &raw const piece, 1, at, libc::RWF_NOWAIT) };
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    });
+    match read {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        other => other,
+    }
+}
+
 /// The next range at or after `from` that has data, as the file system tells it; `None` when there
 /// is none up to the end of the file.
 pub fn next_data(fd: BorrowedFd<'_>, from: u64) -> io::Result<Option<Range<u64>>> {
