@@ -2,7 +2,7 @@
 //!
 //! `Disk::stay` decides, for all ways in which bytes come and go. What may stay is tried there,
 //! and goes to the pool if a page of the map is missing or a cluster needs a place. So does what is
-//! left of a large read where its bytes are not in the host's memory, which the host tells of reads.
+//! left of a large read where its bytes are not in the host's memory; the host tells that of reads.
 //! Of writes it does not: ext4, tmpfs and others take none to the page cache that may not wait, and
 //! one that may seldom does.
 
@@ -37,15 +37,16 @@ enum Change<'a> {
 pub(super) struct Stay<'a> {
     /// Counts the large ones.
     counted: Option<&'a AtomicUsize>,
+    /// What it may wait for there: a large one keeps the thread from many small ones.
+    load: Load,
 }
 
 impl Stay<'_> {
-    /// What it may wait for there: a large one keeps the thread from many small ones.
-    fn load(&self) -> Load {
-        if self.counted.is_some() {
-            Load::Now
-        } else {
-            Load::No
+    /// For what comes by: it goes on where it has to wait.
+    fn passing() -> Self {
+        Self {
+            counted: None,
+            load: Load::Now,
         }
     }
 }
@@ -75,7 +76,7 @@ impl Disk {
         bump(&self.counters.read_bytes, len_u64(len));
         let mut done = 0;
         if let Some(stay) = self.stay(len) {
-            match self.guarded(|| self.read_pieces(at, &mut buf[..len], stay.load())) {
+            match self.guarded(|| self.read_pieces(at, &mut buf[..len], stay.load)) {
                 Ok(came) if came == len => {
                     bump(&self.counters.inline_requests, 1);
                     return reply.done(Ok(&buf[..len]));
@@ -103,16 +104,22 @@ impl Disk {
 
     /// Serves a read of `len` bytes, clipped at the disk's end, into memory that comes with it.
     /// Where it is served is decided as for [`Disk::read`]; but its memory goes to the pool with
-    /// it, so it needs no buffer there, and is never served alone.
+    /// it, so it needs no buffer there, and is never served alone. Where each read waits for the
+    /// medium, all but holes go to the pool.
     pub fn read_into<R: ReadInto>(self: &Arc<Self>, at: DiskOffset, len: usize, mut target: R) {
         let left = len_usize(self.size.saturating_sub(at.get())).unwrap_or(usize::MAX);
         let len = len.min(left).min(target.memory().len());
         bump(&self.counters.reads, 1);
         bump(&self.counters.read_bytes, len_u64(len));
         let mut done = 0;
-        if let Some(stay) = self.stay(len) {
+        let stay = if self.direct {
+            Some(Stay::passing())
+        } else {
+            self.stay(len)
+        };
+        if let Some(stay) = stay {
             let buf = &mut target.memory()[..len];
-            match self.guarded(|| self.read_pieces(at, buf, stay.load())) {
+            match self.guarded(|| self.read_pieces(at, buf, stay.load)) {
                 Ok(came) if came == len => {
                     bump(&self.counters.inline_requests, 1);
                     return target.done(Ok(len));
@@ -135,7 +142,7 @@ impl Disk {
         if let Err(error) = self.check_change(at, len_u64(len)) {
             return reply.done(Err(error));
         }
-        if let Some(_stay) = self.stay(len) {
+        if let Some(_stay) = self.stay(len).filter(|_| !self.direct) {
             match self.guarded(|| self.write_pieces_in_place(at, reply.brought())) {
                 Ok(true) => {
                     bump(&self.counters.inline_requests, 1);
@@ -178,12 +185,16 @@ impl Disk {
     /// held until that thread is free again.
     pub(super) fn stay(&self, len: usize) -> Option<Stay<'_>> {
         if RequestOrder::of(len) < self.inline_order {
-            return Some(Stay { counted: None });
+            return Some(Stay {
+                counted: None,
+                load: Load::No,
+            });
         }
         let large = &*self.resources.large;
         let max = large.max.load(Ordering::Relaxed);
         let stay = Stay {
             counted: Some(&large.count),
+            load: Load::Now,
         };
         (large.count.fetch_add(1, Ordering::Relaxed) < max).then_some(stay)
     }
