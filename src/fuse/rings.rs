@@ -27,15 +27,16 @@
 //! it fails. An answer that comes later goes nowhere, as nobody waits for it; its slot, and the
 //! memory behind it, are left alone.
 //!
-//! Who gives an answer to the kernel copies its bytes to who asked. So of the large requests that
-//! follow each other a thread keeps some and hands the others to other threads, which give the
-//! answers from their own rings; else one CPU would do all the copying. The slot then belongs to
-//! that ring, and the kernel likes to use again what was given back last: so when a thread finds a
-//! small request in a slot of another's queue, it serves it and has the queue's own thread answer.
+//! Who gives an answer to the kernel copies its bytes to who asked. So large requests wait where
+//! neighbouring threads can take them ([`share`]), and who takes one gives the answer from its own
+//! ring; else one CPU would do all the copying. The slot then belongs to that ring, and the kernel
+//! likes to use again what was given back last: so when a thread finds a small request in a slot of
+//! another's queue, it serves it and has the queue's own thread answer.
 
 mod layout;
 mod pace;
 mod reply;
+mod share;
 mod worker;
 
 use super::WRITE_MAX;
@@ -43,11 +44,12 @@ use super::buffer::Buffers;
 use super::device::{self, Start};
 use super::wire::NAMES_MAX;
 use crate::error::{Error, Result};
-use crate::sys::uring::{self, Mailbox, Message, Ring, Slot};
+use crate::sys::uring::{self, Mailbox, Ring, Slot};
 use layout::{DEPTH, Layout, cpus_of};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
-use std::collections::BTreeSet;
+use share::Share;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -62,14 +64,17 @@ pub(crate) const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
 const ONLINE: &str = "/sys/devices/system/cpu/online";
 
-/// Threads for each queue where there are more of them than CPUs.
-const CROWD: usize = 4;
+/// Threads for each queue where there are more of them than CPUs: with two CPUs, more than are
+/// [`NEIGHBOURS`].
+const CROWD: usize = 5;
 /// Commands that a thread can have ready for the kernel at a time; with more it calls more often.
 const COMMANDS: u32 = 64;
 /// Bytes of all payloads that have memory from the start, so that serving needs none from a host
 /// that may be short of it: all of them on hosts with two CPUs, the beginning of each where there
 /// are more. Most requests are small, and use the slots that were used last.
 const BACKED: usize = 20 << 20;
+/// Threads that take large requests from each other.
+const NEIGHBOURS: usize = 8;
 /// How long threads may take to show that their rings work.
 const PROOF_MAX: Duration = Duration::from_secs(20);
 
@@ -99,6 +104,8 @@ pub(crate) enum Shape {
 struct Shared {
     /// The way to each thread.
     mailboxes: Vec<Mailbox>,
+    /// The large requests of each [`NEIGHBOURS`] threads.
+    shares: Vec<Share<Slot>>,
     tell: Sender<Told>,
 }
 
@@ -117,7 +124,7 @@ impl Shared {
         let Some(home) = self.mailboxes.get(slot.home()) else {
             return Ok(());
         };
-        home.post(slot, Message::Answer).map_err(|(e, slot)| {
+        home.post(slot).map_err(|(e, slot)| {
             log::debug!("an answer has to wait: {e}");
             slot
         })
@@ -210,10 +217,14 @@ pub(crate) fn prepare(device: &impl AsFd, shape: Shape) -> io::Result<Prepared> 
     let ring = |_| Ring::new(device.as_fd(), COMMANDS, events);
     let rings = (0..threads).map(ring).collect::<io::Result<Vec<_>>>()?;
     let mailboxes = rings.iter().map(Ring::mailbox).collect::<io::Result<_>>()?;
+    let shares = (0..threads.div_ceil(NEIGHBOURS))
+        .map(|group| Share::new(NEIGHBOURS.min(threads - group * NEIGHBOURS), all))
+        .collect();
     let (tell, told) = mpsc::channel();
     let mut prepared = Prepared {
         shared: Arc::new(Shared {
             mailboxes,
+            shares,
             tell: tell.clone(),
         }),
         rings: Vec::with_capacity(threads),
@@ -230,11 +241,9 @@ pub(crate) fn prepare(device: &impl AsFd, shape: Shape) -> io::Result<Prepared> 
             shallow,
             shared: Arc::clone(&prepared.shared),
             scratch: vec![0; NAMES_MAX],
-            fresh: Vec::with_capacity(all),
-            handed: Vec::with_capacity(all),
+            small: VecDeque::with_capacity(all),
             troubles: 0,
             has_told: false,
-            larges: 0,
         };
         // Half of the proof: its thread waits for this, and for a command of its own.
         prepared.shared.mailboxes[number].echo()?;

@@ -24,22 +24,11 @@ const SEND_MSG_RING: libc::c_uint = 31;
 
 // What came back, in the low bits of `user_data`, which an address leaves free.
 const FETCHED: u64 = 0;
-const SERVE: u64 = 1;
-const ANSWER: u64 = 2;
-const STOP: u64 = 3;
-const BOUNCED_SERVE: u64 = 4;
-const BOUNCED_ANSWER: u64 = 5;
-const ECHO: u64 = 6;
+const ANSWER: u64 = 1;
+const STOP: u64 = 2;
+const BOUNCED: u64 = 3;
+const ECHO: u64 = 4;
 const TAG_MASK: u64 = 7;
-
-/// What one thread asks another to do with a slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Message {
-    /// Serve the request in it.
-    Serve,
-    /// Give the answer in it to the kernel.
-    Answer,
-}
 
 /// How often, a millisecond apart, the kernel may lack what it needs before that is an error.
 pub const TROUBLES_MAX: u32 = 60_000;
@@ -66,13 +55,13 @@ pub enum Event {
     Request(Slot),
     /// The kernel has no more requests for the slot, with this errno.
     Ended(Slot, i32),
-    /// Another thread handed the slot over.
-    Message(Slot, Message),
-    /// Another thread could not be reached.
-    Bounced(Slot, Message),
+    /// Another thread made the answer in the slot, which is to be given to the kernel here.
+    Answer(Slot),
+    /// Another thread could not be reached with the slot's answer.
+    Bounced(Slot),
     /// Somebody says that it is over.
     Stop,
-    /// A sign of life that was asked for.
+    /// A sign of life that was asked for, or another thread's call.
     Echo,
 }
 
@@ -86,9 +75,10 @@ fn message(to: &Mailbox, data: u64) -> io_uring::squeue::Entry {
 }
 
 impl Mailbox {
-    /// Hands a slot to the thread of the ring, from any thread. It comes back if that failed.
-    pub fn post(&self, slot: Slot, what: Message) -> Result<(), (io::Error, Slot)> {
-        let data = slot.into_data(tag(what));
+    /// Hands a slot to the thread of the ring, from any thread, which is to give the answer in it
+    /// to the kernel. It comes back if that failed.
+    pub fn post(&self, slot: Slot) -> Result<(), (io::Error, Slot)> {
+        let data = slot.into_data(ANSWER);
         self.send(data).map_err(|e| {
             // SAFETY: the number is of the line above, and nothing was sent.
             #[allow(unsafe_code)]
@@ -128,13 +118,6 @@ impl Mailbox {
     }
 }
 
-fn tag(what: Message) -> u64 {
-    match what {
-        Message::Serve => SERVE,
-        Message::Answer => ANSWER,
-    }
-}
-
 /// One thread's ring.
 pub struct Ring {
     ring: IoUring<Entry128, cqueue::Entry>,
@@ -155,6 +138,8 @@ impl Ring {
             .dontfork()
             .setup_clamp()
             .setup_cqsize(events)
+            // What comes need not interrupt the thread: it is never long without a system call.
+            .setup_coop_taskrun()
             .build(entries)?;
         if !ring.params().is_feature_nodrop() || !ring.params().is_feature_skip_cqe_on_success() {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
@@ -209,17 +194,19 @@ impl Ring {
         self.push(&entry)
     }
 
-    /// Hands a slot to another ring's thread, with the next [`Ring::submit`].
-    pub fn pass(&mut self, to: &Mailbox, slot: Slot, what: Message) -> io::Result<()> {
-        let data = slot.into_data(tag(what));
-        let bounced = match what {
-            Message::Serve => BOUNCED_SERVE,
-            Message::Answer => BOUNCED_ANSWER,
-        };
+    /// As [`Mailbox::post`], with the next [`Ring::submit`]; an [`Event::Bounced`] if it failed.
+    pub fn pass(&mut self, to: &Mailbox, slot: Slot) -> io::Result<()> {
+        let data = slot.into_data(ANSWER);
         let entry = message(to, data)
             .flags(Flags::SKIP_SUCCESS)
-            .user_data(data & !TAG_MASK | bounced);
+            .user_data(data & !TAG_MASK | BOUNCED);
         self.push(&entry.into())
+    }
+
+    /// Wakes another ring's thread with the next [`Ring::submit`].
+    pub fn call(&mut self, to: &Mailbox) -> io::Result<()> {
+        let entry = message(to, ECHO).flags(Flags::SKIP_SUCCESS);
+        self.push(&entry.user_data(ECHO).into())
     }
 
     /// The kernel reads the entry at the next `submit`; what it points at belongs to a slot that
@@ -267,11 +254,6 @@ impl Ring {
         }
     }
 
-    /// True when an event has come that was not taken yet.
-    pub fn has_event(&mut self) -> bool {
-        !self.ring.completion().is_empty()
-    }
-
     /// The next event that has come.
     pub fn next_event(&mut self) -> Option<Event> {
         let event = self.ring.completion().next()?;
@@ -288,10 +270,8 @@ impl Ring {
         #[allow(unsafe_code)]
         let mut slot = unsafe { Slot::from_data(data) };
         Some(match tag {
-            SERVE => Event::Message(slot, Message::Serve),
-            ANSWER => Event::Message(slot, Message::Answer),
-            BOUNCED_SERVE => Event::Bounced(slot, Message::Serve),
-            BOUNCED_ANSWER => Event::Bounced(slot, Message::Answer),
+            ANSWER => Event::Answer(slot),
+            BOUNCED => Event::Bounced(slot),
             _ if result >= 0 => {
                 slot.set_known();
                 Event::Request(slot)

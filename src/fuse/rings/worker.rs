@@ -4,11 +4,12 @@
 //! Never: keeps an answer to itself while it waits for the kernel, or for a request that is known
 //! to take long.
 //!
-//! A turn begins with all that has come. Of large requests that follow each other without a pause,
-//! in one turn or several, the threads take turns: those for others go first, so that these begin
-//! at once; then the rest is served. Their answers are given to the kernel
-//! with the call that waits for the next requests, or before, as [`Pace`] says: one call a turn,
-//! where all is in memory.
+//! A turn begins with all that has come: what is large goes where neighbours can take it, and they
+//! are called for what this thread cannot begin with at once ([`super::share`]). It serves what is
+//! small first, in the order in which it came, then large requests, and looks after each of these
+//! for what has come meanwhile, until nothing waits. Answers are given to the kernel with the call
+//! that waits for the next requests, or before, as [`Pace`] says: one call a turn, where all is in
+//! memory.
 //!
 //! What io_uring itself refuses for lack of memory is tried again; only then FUSE has looked at it.
 //! When a thread cannot go on it lets go of the device and says so, and all others are told to end.
@@ -16,13 +17,15 @@
 use super::layout::DEPTH;
 use super::pace::Pace;
 use super::reply::{self, RingAnswer};
-use super::{Shared, Told, WRITE_MAX};
+use super::share::Share;
+use super::{NEIGHBOURS, Shared, Told, WRITE_MAX};
 use crate::fuse::device::Start;
 use crate::fuse::dispatch::serve;
 use crate::fuse::wire::{self, Head, NAMES_MAX};
-use crate::sys::uring::{self, Event, FIXED_AT, HEADER_LEN, Message, Ring, Slot, TROUBLES_MAX};
+use crate::sys::uring::{self, Event, FIXED_AT, HEADER_LEN, Ring, Slot, TROUBLES_MAX};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
+use std::collections::VecDeque;
 use std::io;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,10 +33,8 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
-/// Requests from this length on are shared out among the threads.
+/// Requests from this length on are for any thread.
 const LARGE: usize = 64 << 10;
-/// Threads that share what comes together.
-const SHARERS_MAX: usize = 4;
 
 /// The thread of one queue, or one of them.
 pub(super) struct Worker {
@@ -49,16 +50,12 @@ pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
     /// Names, while the slot that they came in makes ready for the answer.
     pub(super) scratch: Vec<u8>,
-    /// Requests from the kernel.
-    pub(super) fresh: Vec<Slot>,
-    /// Requests from other threads.
-    pub(super) handed: Vec<Slot>,
+    /// Requests to be served here.
+    pub(super) small: VecDeque<Slot>,
     /// How often in a row io_uring lacked something for a command.
     pub(super) troubles: u32,
     /// Requests come through rings.
     pub(super) has_told: bool,
-    /// Large requests since there was nothing to do.
-    pub(super) larges: usize,
 }
 
 impl Worker {
@@ -119,31 +116,61 @@ impl Worker {
         let mut is_over = false;
         while !is_over {
             pace.given();
-            if !self.ring.has_event() {
-                self.larges = 0;
-            }
-            self.ring.submit(1)?;
-            is_over = self.take_events(start)?;
-            self.share_out()?;
-            let (mut fresh, mut handed) = (mem::take(&mut self.fresh), mem::take(&mut self.handed));
-            for slot in fresh.drain(..).chain(handed.drain(..)) {
-                let is_large = slot.mark();
-                if pace.gives_before(is_large) {
-                    self.give_now(&mut pace)?;
-                }
-                let begun = Instant::now();
-                self.serve_one(start, slot);
-                if pace.gives_after(is_large, begun.elapsed()) {
-                    self.give_now(&mut pace)?;
-                }
-            }
-            // They keep their memory.
-            (self.fresh, self.handed) = (fresh, handed);
+            let has_nothing = self.share().rest(self.number % NEIGHBOURS);
+            let submitted = self.ring.submit(usize::from(has_nothing));
+            self.share().rise(self.number % NEIGHBOURS);
+            submitted?;
+            is_over = self.take_events(start)? | self.serve_all(start, &mut pace)?;
             self.give_made()?;
         }
         // After an unmount nobody waits for these; after a stop somebody may.
         let _ = self.ring.submit(0);
         Ok(())
+    }
+
+    /// Serves what is here, and what is left for all; true when it is over.
+    fn serve_all(&mut self, start: &Start, pace: &mut Pace) -> io::Result<bool> {
+        let mut is_over = false;
+        self.call_others()?;
+        while let Some(slot) = self.small.pop_front().or_else(|| self.share().take()) {
+            let is_large = slot.mark();
+            if pace.gives_before(is_large) {
+                self.give_now(pace)?;
+            }
+            let begun = Instant::now();
+            self.serve_one(start, slot);
+            if pace.gives_after(is_large, begun.elapsed()) {
+                self.give_now(pace)?;
+            }
+            if is_large {
+                is_over |= self.take_events(start)?;
+                self.call_others()?;
+            }
+        }
+        Ok(is_over)
+    }
+
+    /// The large requests of this thread and its neighbours.
+    fn share(&self) -> &Share<Slot> {
+        &self.shared.shares[self.number / NEIGHBOURS]
+    }
+
+    /// Has others begin with the large requests that would have to wait for this thread.
+    fn call_others(&mut self) -> io::Result<()> {
+        let Self {
+            ring,
+            number,
+            shared,
+            small,
+            ..
+        } = self;
+        let group = *number / NEIGHBOURS;
+        let mut called = false;
+        shared.shares[group].call(usize::from(small.is_empty()), |place| {
+            called = true;
+            ring.call(&shared.mailboxes[group * NEIGHBOURS + place])
+        })?;
+        if called { ring.submit(0) } else { Ok(()) }
     }
 
     fn give_now(&mut self, pace: &mut Pace) -> io::Result<()> {
@@ -164,14 +191,13 @@ impl Worker {
                     }
                     slot.set_mark(wire::data_len(slot.header(), FIXED_AT) >= LARGE);
                     self.deepen(slot.queue());
-                    self.fresh.push(slot);
+                    if slot.mark() {
+                        self.share().put(slot);
+                    } else {
+                        self.small.push_back(slot);
+                    }
                 }
-                Event::Message(slot, Message::Serve) | Event::Bounced(slot, Message::Serve) => {
-                    self.handed.push(slot);
-                }
-                Event::Message(slot, Message::Answer) | Event::Bounced(slot, Message::Answer) => {
-                    self.ring.commit(slot)?;
-                }
+                Event::Answer(slot) | Event::Bounced(slot) => self.ring.commit(slot)?,
                 Event::Stop => is_over = true,
                 Event::Echo => {}
                 Event::Ended(slot, errno) => is_over |= self.ended(start, slot, errno)?,
@@ -221,31 +247,6 @@ impl Worker {
         }
     }
 
-    /// Hands some of the large requests to other threads, before it serves any itself. One that
-    /// comes when there is nothing else to do stays: no other thread has to be woken for it.
-    fn share_out(&mut self) -> io::Result<()> {
-        let all = self.shared.mailboxes.len();
-        let sharers = all.min(SHARERS_MAX);
-        let (mut index, mut passed) = (0, false);
-        while let Some(slot) = self.fresh.get(index) {
-            let share = self.larges % sharers;
-            self.larges += usize::from(slot.mark());
-            if !slot.mark() || share == 0 {
-                index += 1;
-                continue;
-            }
-            let slot = self.fresh.swap_remove(index);
-            let other = (self.number + share) % all;
-            self.ring
-                .pass(&self.shared.mailboxes[other], slot, Message::Serve)?;
-            passed = true;
-        }
-        if passed {
-            self.ring.submit(0)?;
-        }
-        Ok(())
-    }
-
     fn serve_one(&mut self, start: &Start, slot: Slot) {
         let mut header = [0; HEADER_LEN];
         header.copy_from_slice(slot.header());
@@ -278,7 +279,7 @@ impl Worker {
                 return ring.commit(slot);
             }
             match shared.mailboxes.get(slot.home()) {
-                Some(home) => ring.pass(home, slot, Message::Answer),
+                Some(home) => ring.pass(home, slot),
                 None => ring.commit(slot),
             }
         })

@@ -50,29 +50,30 @@ fn slots_travel_from_ring_to_ring_and_from_elsewhere() {
     slots[0].payload_mut()[0] = 1;
     slots[1].payload_mut()[0] = 2;
     let second = slots.pop().unwrap();
-    one.pass(&to_two, slots.pop().unwrap(), Message::Serve)
-        .unwrap();
+    one.pass(&to_two, slots.pop().unwrap()).unwrap();
+    one.call(&to_two).unwrap();
     one.submit(0).unwrap();
-    two.submit(1).unwrap();
+    two.submit(2).unwrap();
     match two.next_event() {
-        Some(Event::Message(slot, Message::Serve)) => {
+        Some(Event::Answer(slot)) => {
             assert_eq!(slot.payload()[0], 1);
             std::thread::scope(|scope| {
-                scope.spawn(|| to_one.post(slot, Message::Answer).unwrap());
+                scope.spawn(|| to_one.post(slot).unwrap());
             });
         }
         other => panic!("{other:?}"),
     }
+    assert!(matches!(two.next_event(), Some(Event::Echo)));
     assert!(two.next_event().is_none());
     one.submit(1).unwrap();
     match one.next_event() {
-        Some(Event::Message(slot, Message::Answer)) => assert_eq!(slot.payload()[0], 1),
+        Some(Event::Answer(slot)) => assert_eq!(slot.payload()[0], 1),
         other => panic!("{other:?}"),
     }
-    to_two.post(second, Message::Answer).unwrap();
+    to_two.post(second).unwrap();
     to_two.stop().unwrap();
     two.submit(2).unwrap();
-    assert!(matches!(two.next_event(), Some(Event::Message(..))));
+    assert!(matches!(two.next_event(), Some(Event::Answer(_))));
     assert!(matches!(two.next_event(), Some(Event::Stop)));
 }
 
@@ -84,15 +85,17 @@ fn a_slot_that_cannot_be_sent_comes_back() {
     // A file that is no ring.
     let nobody = Mailbox(File::open("/dev/null").unwrap().into());
     let mut slots = slots(0, 0, 2, 4096, 0).unwrap();
-    let (_, slot) = nobody
-        .post(slots.pop().unwrap(), Message::Answer)
-        .unwrap_err();
-    one.pass(&nobody, slot, Message::Serve).unwrap();
+    let (_, slot) = nobody.post(slots.pop().unwrap()).unwrap_err();
+    one.pass(&nobody, slot).unwrap();
     one.submit(1).unwrap();
     match one.next_event() {
-        Some(Event::Bounced(_, Message::Serve)) => {}
+        Some(Event::Bounced(_)) => {}
         other => panic!("{other:?}"),
     }
+    // Who cannot be called is told of as who has come, which does no harm.
+    one.call(&nobody).unwrap();
+    one.submit(1).unwrap();
+    assert!(matches!(one.next_event(), Some(Event::Echo)));
     // And /dev/zero takes no commands.
     one.register(slots.pop().unwrap()).unwrap();
     one.submit(1).unwrap();
