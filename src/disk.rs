@@ -18,6 +18,7 @@
 //! A failure there [latches](health) the disk.
 
 pub mod buffers;
+pub mod direct;
 pub mod epoch;
 pub mod extents;
 pub mod flags;
@@ -72,6 +73,8 @@ pub struct DiskOptions {
     pub large_inline_max: usize,
     /// Bytes of memory for pages of the map.
     pub bat_cache: u64,
+    /// The files are read and written past the host's page cache ([`direct`]).
+    pub direct: bool,
     /// Bytes by which a file grows.
     pub grow_step: u64,
     /// What is copied up from a lower delta shares its blocks where the host can do that.
@@ -93,6 +96,7 @@ impl Default for DiskOptions {
             inline_order: INLINE_ORDER_DEFAULT.0,
             large_inline_max: 0,
             bat_cache: 32 << 20,
+            direct: false,
             grow_step: 16 << 20,
             reflink: true,
             enospc: EnospcPolicy::Seconds(60),
@@ -161,6 +165,8 @@ pub struct Disk {
     parts: ArcSwap<Vec<Part>>,
     size: u64,
     read_only: bool,
+    /// Every byte of the files comes from the medium, and goes there.
+    direct: bool,
     inline_order: RequestOrder,
     enospc: EnospcPolicy,
     resources: Resources,

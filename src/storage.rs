@@ -11,7 +11,9 @@
 //! A [`Directory`] is the names around it: what makes, renames and removes whole files.
 //! [`directory::HostDirectory`] is the real one.
 
+pub mod aligned;
 pub mod beside;
+mod direct;
 pub mod directory;
 pub mod file;
 pub mod host;
@@ -61,6 +63,12 @@ pub trait Storage: Send + Sync + Debug {
     /// a short read is never passed on.
     fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()>;
 
+    /// Fills the beginning of `buf` from `at`, as far as the host can without waiting for the
+    /// medium, and tells how far. Where the host cannot tell what would wait, all is read.
+    fn read_now(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
+        self.read_at(at, buf).map(|()| buf.len())
+    }
+
     /// Writes all of `buf` at `at`, or fails; what of it was written on failure is unknown.
     fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()>;
 
@@ -108,6 +116,13 @@ pub trait Storage: Send + Sync + Debug {
     /// Asks the host to drop what it caches of the file, so that the next reads come from the
     /// medium. Best effort: dirty pages stay.
     fn drop_cache(&self) -> Result<()>;
+
+    /// From now on all is read and written past the host's cache; tells what places and lengths on
+    /// the medium are multiples of. Bytes that are less than that can be written only where the
+    /// file has the whole of it.
+    fn go_direct(&self) -> Result<u64> {
+        Err(Error::errno(libc::EOPNOTSUPP))
+    }
 
     /// Which file this is, where it is one of the host's.
     fn file_id(&self) -> Option<FileId>;

@@ -15,6 +15,8 @@ mod broken;
 mod damage;
 #[path = "mount/dead.rs"]
 mod dead;
+#[path = "mount/direct.rs"]
+mod direct;
 #[path = "mount/disks.rs"]
 mod disks;
 #[path = "mount/files.rs"]
@@ -58,6 +60,7 @@ fn main() {
     trials.extend(process::trials());
     trials.extend(rings::trials());
     trials.extend(broken::trials());
+    trials.extend(direct::trials());
     for way in ["uring", "crowd", "dev", "lame", "partly", "refused", "late"] {
         trials.extend(harness::over(way, files::trials));
         trials.extend(harness::over(way, answers::trials));

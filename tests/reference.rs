@@ -14,11 +14,12 @@ use forge::image::{ImageSpec, Layout, Mapped};
 use forge::reader;
 use ploopfs::chain::bundle::{self, Selection};
 use ploopfs::disk::{self, Disk, DiskOptions, DoneReply, ReadReply};
-use ploopfs::error::Result;
+use ploopfs::error::{ErrorKind, Result};
 use ploopfs::units::DiskOffset;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
+use tempfile::TempDir;
 
 const OPERATIONS: u64 = 1_000_000;
 
@@ -271,10 +272,13 @@ fn check_files(case: &Case, dir: &Path, model: &[u8], lower: &[(PathBuf, Vec<u8>
     );
 }
 
-fn run(case: &Case, seed: u64, operations: u64) {
-    // In memory where possible: this is about the answers, and there are many syncs.
+/// In memory where possible: this is about the answers, and there are many syncs.
+fn memory() -> TempDir {
     let home = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
-    let home = home.expect("a directory");
+    home.expect("a directory")
+}
+
+fn run(case: &Case, home: &TempDir, seed: u64, operations: u64) {
     let dir = home.path().join("disk.hdd");
     case.spec.write(&dir).expect("the bundle is forged");
     let lower = lower_files(case, &dir);
@@ -343,7 +347,57 @@ fn every_kind_of_disk_reads_like_a_flat_vector() {
     let each = operations.div_ceil(cases.len() as u64);
     for case in &cases {
         let begun = std::time::Instant::now();
-        run(case, seed, each);
+        run(case, &memory(), seed, each);
         println!("{}: {each} operations in {:?}", case.name, begun.elapsed());
+    }
+}
+
+/// Why a disk cannot go past the page cache on this host, if so.
+fn refusal(case: &Case, home: &TempDir) -> Option<String> {
+    let dir = home.path().join("disk.hdd");
+    case.spec.write(&dir).expect("the bundle is forged");
+    let selection = Selection {
+        write: true,
+        ..Selection::default()
+    };
+    let images = bundle::open(&dir, &selection).expect("the bundle opens");
+    let error = disk::open(Arc::new(images), &case.options).err()?;
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{}", case.name);
+    Some(error.to_string())
+}
+
+/// Where the files are in memory the host tells no size of blocks, and 4 KiB are what all devices
+/// take; where they are not, blocks may be smaller.
+#[test]
+fn a_direct_disk_reads_like_a_flat_vector() {
+    let seed = number("PLOOPFS_SEED").unwrap_or(20_240_602);
+    let mut cases = cases();
+    let options = cases[0].options.clone();
+    let plain = Level::Plain {
+        seed: 9,
+        level: 0,
+        bytes: 4096 * 500,
+    };
+    cases.push(Case {
+        name: "plain, of whole blocks",
+        spec: BundleSpec::new(Style::Parallels, vec![plain]),
+        options,
+    });
+    for case in &mut cases {
+        case.options.direct = true;
+    }
+    let disk = || tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    for (home, each) in [(&memory as &dyn Fn() -> TempDir, 4000), (&disk, 1000)] {
+        let mut refused = 0;
+        for case in &cases {
+            match refusal(case, &home()) {
+                None => run(case, &home(), seed, each),
+                Some(why) => {
+                    println!("skipped: {}: {why}", case.name);
+                    refused += 1;
+                }
+            }
+        }
+        println!("{} of {} were direct", cases.len() - refused, cases.len());
     }
 }

@@ -193,6 +193,9 @@ pub struct ServeArgs {
     /// Requests below 4 KiB << N are served where they arrive (7)
     #[arg(long, value_name = "N", value_parser = parse_order, help_heading = "Tuning")]
     pub inline_order: Option<u32>,
+    /// Read and write the image past the host's page cache
+    #[arg(long, help_heading = "Tuning")]
+    pub direct: bool,
     /// Threads that take requests (8)
     #[arg(long, value_name = "N", value_parser = parse_threads, help_heading = "Tuning")]
     pub threads: Option<usize>,
@@ -224,6 +227,7 @@ impl ServeArgs {
         let disk = &mut settings.disk;
         disk.drop_bitmaps |= self.drop_bitmaps;
         disk.reflink &= !self.no_reflink;
+        disk.direct |= self.direct;
         settings.selection.trust_header |= self.trust_header;
         disk.grow_step = self.grow_step.unwrap_or(disk.grow_step);
         disk.enospc = self.enospc.unwrap_or(disk.enospc);

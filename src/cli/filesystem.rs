@@ -125,6 +125,7 @@ fn info_json(plan: &Plan) -> Result<String> {
             "bat_cache": plan.settings.disk.bat_cache,
             "grow_step": plan.settings.disk.grow_step,
             "reflink": plan.settings.disk.reflink,
+            "direct": plan.settings.disk.direct,
             "threads": plan.settings.threads,
         },
     });

@@ -125,6 +125,7 @@ fn run_mount(request: &Request) -> Result<(), Box<Report>> {
             drop_bitmaps: false,
             trust_header: false,
             no_reflink: false,
+            direct: false,
             grow_step: None,
             enospc: None,
             flush_interval: None,

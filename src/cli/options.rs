@@ -44,7 +44,7 @@ const IGNORED: [&str; 26] = [
 ];
 
 /// Words with no value that do something.
-const FLAGS: [&str; 16] = [
+const FLAGS: [&str; 17] = [
     "ro",
     "noexec",
     "noatime",
@@ -58,6 +58,7 @@ const FLAGS: [&str; 16] = [
     "drop_bitmaps",
     "trust_header",
     "no_reflink",
+    "direct",
     "raw",
     "replace_dead",
     "lock_memory",
@@ -285,6 +286,7 @@ impl Settings {
             "nofail" => self.nofail = true,
             "drop_bitmaps" => self.disk.drop_bitmaps = true,
             "no_reflink" => self.disk.reflink = false,
+            "direct" => self.disk.direct = true,
             "trust_header" => self.selection.trust_header = true,
             "raw" => self.selection.raw = true,
             "replace_dead" => self.replace_dead = true,

@@ -5,6 +5,7 @@
 //! alone with the buffer that every such thread owns, so there is always progress.
 
 use crate::error::{Error, Result};
+use crate::storage::aligned::Aligned;
 use crate::sync::Mutex;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -19,7 +20,34 @@ const LARGE_COUNT: usize = 12;
 /// Requests longer than this never leave their thread in one piece.
 pub const BUFFER_MAX: usize = LARGE_LEN;
 
-type Memory = Box<[u8]>;
+/// What goes to the medium without a copy, if it is to go there directly.
+#[derive(Debug)]
+enum Memory {
+    Heap(Box<[u8]>),
+    Set(Aligned),
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self::Heap(Box::default())
+    }
+}
+
+impl Memory {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Heap(bytes) => bytes,
+            Self::Set(bytes) => bytes,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Heap(bytes) => bytes,
+            Self::Set(bytes) => bytes,
+        }
+    }
+}
 
 #[derive(Debug)]
 struct Class {
@@ -31,13 +59,7 @@ impl Class {
     fn new(len: usize, count: usize) -> Result<Self> {
         let mut free = Vec::with_capacity(count);
         for _ in 0..count {
-            let mut memory = Vec::new();
-            memory
-                .try_reserve_exact(len)
-                .map_err(|_| Error::errno(libc::ENOMEM))?;
-            // Any value but 0 makes the host back the pages now.
-            memory.resize(len, 1);
-            free.push(memory.into_boxed_slice());
+            free.push(Memory::Set(Aligned::new(len)?));
         }
         Ok(Self {
             len,
@@ -92,7 +114,7 @@ impl Buffers {
     pub fn take(self: &Arc<Self>, len: usize) -> Option<Buffer> {
         if len <= HEAP_MAX {
             return Some(Buffer {
-                memory: vec![0; len].into_boxed_slice(),
+                memory: Memory::Heap(vec![0; len].into_boxed_slice()),
                 len,
                 home: None,
             });
@@ -129,13 +151,13 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.memory[..self.len]
+        &self.memory.bytes()[..self.len]
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[..self.len]
+        &mut self.memory.bytes_mut()[..self.len]
     }
 }
 

@@ -10,9 +10,10 @@ use super::flusher::Flusher;
 use super::health::Health;
 use super::part::Part;
 use super::pool::{self, Spawn};
-use super::prepare::{self, open_for_writing};
+use super::prepare::{self, Writer, open_for_writing};
 use super::stats::Counters;
-use super::{Disk, DiskOptions};
+use super::{Disk, DiskOptions, direct};
+use crate::chain::Chain;
 use crate::chain::bundle::{OpenedImages, OpenedPart};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::RequestOrder;
@@ -78,7 +79,12 @@ impl Resources {
 /// Opens the flat disk over the files of a bundle or image, with resources of its own. The strings
 /// are what the user should be told.
 pub fn open(images: Arc<OpenedImages>, options: &DiskOptions) -> Result<(Arc<Disk>, Vec<String>)> {
-    open_with(images, options, Resources::new(options.pool_threads)?)
+    let threads = if options.direct {
+        options.pool_threads.max(direct::POOL_THREADS)
+    } else {
+        options.pool_threads
+    };
+    open_with(images, options, Resources::new(threads)?)
 }
 
 /// Opens a frozen state of a disk, which shares its resources.
@@ -87,6 +93,7 @@ pub fn open_view(disk: &Disk, images: OpenedImages) -> Result<Arc<Disk>> {
         read_only: true,
         inline_order: disk.inline_order.0,
         bat_cache: VIEW_CACHE,
+        direct: disk.direct,
         ..DiskOptions::default()
     };
     let resources = disk.resources.clone();
@@ -111,6 +118,10 @@ fn open_on(
     options: &DiskOptions,
     resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
+    if options.direct {
+        let prepare = |part| direct::prepare(part, options.read_only);
+        images.parts.iter().try_for_each(prepare)?;
+    }
     let caches = look_at_parts(&images, options)?;
     if !options.read_only {
         images.claim()?;
@@ -121,13 +132,7 @@ fn open_on(
     let mut parts = Vec::with_capacity(images.parts.len());
     let mut marks = Vec::with_capacity(images.parts.len());
     for (opened, bat_cache) in images.parts.iter().zip(caches) {
-        let (chain, writer) = if options.read_only {
-            let chain = crate::chain::open::chain(opened, false, &mut notes)?;
-            prepare::tell_of_extension(chain.top(), &mut notes);
-            (chain, None)
-        } else {
-            open_for_writing(opened, options, &mut notes)?
-        };
+        let (chain, writer) = open_part(opened, options, &mut notes)?;
         let (mark, alloc, is_marked) = match writer {
             Some(writer) => (Some(writer.mark), Some(writer.alloc), writer.is_marked),
             None => (None, None, false),
@@ -153,6 +158,7 @@ fn open_on(
         parts: ArcSwap::from_pointee(parts),
         size,
         read_only: options.read_only,
+        direct: options.direct,
         inline_order: RequestOrder(options.inline_order),
         enospc: options.enospc,
         resources,
@@ -172,6 +178,23 @@ fn open_on(
         start_flusher(&disk, options)?;
     }
     Ok((disk, notes))
+}
+
+fn open_part(
+    opened: &OpenedPart,
+    options: &DiskOptions,
+    notes: &mut Vec<String>,
+) -> Result<(Chain, Option<Writer>)> {
+    if options.read_only {
+        let chain = crate::chain::open::chain(opened, false, notes)?;
+        prepare::tell_of_extension(chain.top(), notes);
+        return Ok((chain, None));
+    }
+    let (chain, writer) = open_for_writing(opened, options, notes)?;
+    if options.direct {
+        direct::expect_blocks(&chain, true)?;
+    }
+    Ok((chain, writer))
 }
 
 fn start_flusher(disk: &Arc<Disk>, options: &DiskOptions) -> Result<()> {

@@ -6,7 +6,10 @@
 //! 4. Go on behind them until all is there; unpin.
 //!
 //! On this path nothing is allocated, no lock is taken, and a request that needs a page of the map
-//! which is not in memory says so instead of loading it, unless the caller may wait.
+//! which is not in memory says so instead of loading it, unless the caller may wait. A large one on
+//! the thread on which it arrived says so of bytes as well: a copy from memory is a matter of
+//! microseconds, and the medium may take long. What there is of it by then is right, and stays; the
+//! rest is looked up again elsewhere, under a pin of its own.
 
 use super::part::Part;
 use super::stats::Counters;
@@ -14,25 +17,27 @@ use crate::error::Result;
 use crate::plan::{Segments, Source, Stop, plan_read};
 use crate::units::{DiskOffset, len_u64, len_usize};
 
-/// Whether a read may load pages of the map.
+/// What a read may wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Load {
-    /// Load and go on.
+    /// Whatever it takes.
     Yes,
-    /// Give up instead.
+    /// Not for pages of the map: it stops there.
     No,
+    /// Nor for bytes that are not in memory, where the host can tell.
+    Now,
 }
 
 impl Part {
-    /// Fills `buf` from `at`; the caller has clipped it to the part. `false` when a page would have
-    /// to be loaded and may not.
+    /// Fills `buf` from `at`; the caller has clipped it to the part. Tells how many of its first
+    /// bytes are there: all, unless something would have to be waited for that may not be.
     pub fn read(
         &self,
         at: DiskOffset,
         buf: &mut [u8],
         load: Load,
         counters: &Counters,
-    ) -> Result<bool> {
+    ) -> Result<usize> {
         let _pin = self.epochs.pin();
         let view = self.view();
         let geometry = self.chain.geometry();
@@ -40,43 +45,58 @@ impl Part {
         // The page that was loaded last stays in memory while it is held.
         let mut held = None;
         let mut at = at;
-        let mut rest = buf;
-        while !rest.is_empty() {
+        let mut done = 0;
+        while done < buf.len() {
+            let rest = &mut buf[done..];
             segments.clear();
             let len = len_u64(rest.len());
             let covered = match plan_read(&view, geometry, at, len, &mut segments) {
                 Ok(covered) => covered,
-                Err(Stop::Missing(_)) if load == Load::No => return Ok(false),
+                Err(Stop::Missing(_)) if load != Load::Yes => return Ok(done),
                 Err(stop) => {
                     held = Some(self.after_stop(stop, counters)?);
                     continue;
                 }
             };
             drop(held.take());
-            let (now, later) = rest.split_at_mut(len_usize(covered).unwrap_or(0));
-            self.carry_out(&segments, now)?;
-            rest = later;
+            let now = len_usize(covered).unwrap_or(0);
+            let came = self.carry_out(&segments, &mut rest[..now], load)?;
+            done += came;
+            if came < now {
+                return Ok(done);
+            }
             at = DiskOffset::new(at.get() + covered);
         }
-        Ok(true)
+        Ok(done)
     }
 
-    fn carry_out(&self, segments: &Segments<Source>, buf: &mut [u8]) -> Result<()> {
-        let mut rest = buf;
+    /// Reads the segments, and tells how many bytes came.
+    fn carry_out(&self, segments: &Segments<Source>, buf: &mut [u8], load: Load) -> Result<usize> {
+        let mut done = 0;
         for segment in segments.as_slice() {
-            let (piece, later) = rest.split_at_mut(len_usize(segment.len).unwrap_or(0));
-            match segment.what {
-                Source::Zeros => piece.fill(0),
+            let len = len_usize(segment.len).unwrap_or(0);
+            let piece = &mut buf[done..done + len];
+            let came = match segment.what {
+                Source::Zeros => {
+                    piece.fill(0);
+                    len
+                }
                 Source::Data { level, at } => {
                     let image = self.chain.level(level);
-                    image
-                        .storage()
-                        .read_at(at, piece)
-                        .map_err(|e| e.at_level(level).in_file(image.path()))?;
+                    let storage = image.storage();
+                    let came = if load == Load::Now {
+                        storage.read_now(at, piece)
+                    } else {
+                        storage.read_at(at, piece).map(|()| len)
+                    };
+                    came.map_err(|e| e.at_level(level).in_file(image.path()))?
                 }
+            };
+            done += came;
+            if came < len {
+                break;
             }
-            rest = later;
         }
-        Ok(())
+        Ok(done)
     }
 }

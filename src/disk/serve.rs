@@ -1,26 +1,29 @@
 //! Where a request is served: on the thread it arrived on, in the pool, or parked until it can be.
 //!
 //! `Disk::stay` decides, for all ways in which bytes come and go. What may stay is tried there,
-//! and goes to the pool if a page of the map is missing or a cluster needs a place.
+//! and goes to the pool if a page of the map is missing or a cluster needs a place. So does what is
+//! left of a large read where its bytes are not in the host's memory; the host tells that of reads.
+//! Of writes it does not: ext4, tmpfs and others take none to the page cache that may not wait, and
+//! one that may seldom does.
 
-use super::buffers::{BUFFER_MAX, Buffer};
+mod jobs;
+
+use super::buffers::BUFFER_MAX;
 use super::part::{Part, Progress};
 use super::read::Load;
 use super::stats::bump;
-use super::table::{Job, Wait};
-use super::{Disk, DoneReply, ReadInto, ReadReply, SPACE_WAITERS_MAX};
+use super::table::Wait;
+use super::{Disk, DoneReply, ReadInto, ReadReply};
 use crate::error::{Error, Result};
 use crate::format::layout::Layout;
 use crate::plan::RequestOrder;
 use crate::sync;
 use crate::units::{DiskCluster, DiskOffset, len_u64, len_usize};
+use jobs::{ChangeJob, Once, Op};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-
-/// Steps of a long request after which other jobs get their turn.
-const STEPS_PER_TURN: usize = 64;
 
 /// A change as one step of it sees it.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +37,18 @@ enum Change<'a> {
 pub(super) struct Stay<'a> {
     /// Counts the large ones.
     counted: Option<&'a AtomicUsize>,
+    /// What it may wait for there: a large one keeps the thread from many small ones.
+    load: Load,
+}
+
+impl Stay<'_> {
+    /// For what comes by: it goes on where it has to wait.
+    fn passing() -> Self {
+        Self {
+            counted: None,
+            load: Load::Now,
+        }
+    }
 }
 
 impl Drop for Stay<'_> {
@@ -59,56 +74,65 @@ impl Disk {
         let len = len.min(left).min(buf.len());
         bump(&self.counters.reads, 1);
         bump(&self.counters.read_bytes, len_u64(len));
-        if let Some(_stay) = self.stay(len) {
-            match self.guarded(|| self.read_pieces(at, &mut buf[..len], Load::No)) {
-                Ok(true) => {
+        let mut done = 0;
+        if let Some(stay) = self.stay(len) {
+            match self.guarded(|| self.read_pieces(at, &mut buf[..len], stay.load)) {
+                Ok(came) if came == len => {
                     bump(&self.counters.inline_requests, 1);
                     return reply.done(Ok(&buf[..len]));
                 }
-                Ok(false) => {}
+                Ok(came) => done = came,
                 Err(error) => return reply.done(Err(error)),
             }
         }
         match self.resources.buffers.take(len) {
             Some(mut buffer) => {
+                buffer[..done].copy_from_slice(&buf[..done]);
                 let disk = Arc::clone(self);
                 self.spawn(move || {
-                    let result = disk.guarded(|| disk.read_pieces(at, &mut buffer, Load::Yes));
-                    reply.done(result.map(|_| &buffer[..]));
+                    let result = disk.guarded(|| disk.read_rest(at, &mut buffer, done));
+                    reply.done(result.map(|()| &buffer[..]));
                 });
             }
             None => {
                 bump(&self.counters.alone_requests, 1);
-                let result = self.guarded(|| self.read_pieces(at, &mut buf[..len], Load::Yes));
-                reply.done(result.map(|_| &buf[..len]));
+                let result = self.guarded(|| self.read_rest(at, &mut buf[..len], done));
+                reply.done(result.map(|()| &buf[..len]));
             }
         }
     }
 
     /// Serves a read of `len` bytes, clipped at the disk's end, into memory that comes with it.
     /// Where it is served is decided as for [`Disk::read`]; but its memory goes to the pool with
-    /// it, so it needs no buffer there, and is never served alone.
+    /// it, so it needs no buffer there, and is never served alone. Where each read waits for the
+    /// medium, all but holes go to the pool.
     pub fn read_into<R: ReadInto>(self: &Arc<Self>, at: DiskOffset, len: usize, mut target: R) {
         let left = len_usize(self.size.saturating_sub(at.get())).unwrap_or(usize::MAX);
         let len = len.min(left).min(target.memory().len());
         bump(&self.counters.reads, 1);
         bump(&self.counters.read_bytes, len_u64(len));
-        if let Some(_stay) = self.stay(len) {
+        let mut done = 0;
+        let stay = if self.direct {
+            Some(Stay::passing())
+        } else {
+            self.stay(len)
+        };
+        if let Some(stay) = stay {
             let buf = &mut target.memory()[..len];
-            match self.guarded(|| self.read_pieces(at, buf, Load::No)) {
-                Ok(true) => {
+            match self.guarded(|| self.read_pieces(at, buf, stay.load)) {
+                Ok(came) if came == len => {
                     bump(&self.counters.inline_requests, 1);
                     return target.done(Ok(len));
                 }
-                Ok(false) => {}
+                Ok(came) => done = came,
                 Err(error) => return target.done(Err(error)),
             }
         }
         let disk = Arc::clone(self);
         self.spawn(move || {
             let buf = &mut target.memory()[..len];
-            let result = disk.guarded(|| disk.read_pieces(at, buf, Load::Yes));
-            target.done(result.map(|_| len));
+            let result = disk.guarded(|| disk.read_rest(at, buf, done));
+            target.done(result.map(|()| len));
         });
     }
 
@@ -118,7 +142,7 @@ impl Disk {
         if let Err(error) = self.check_change(at, len_u64(len)) {
             return reply.done(Err(error));
         }
-        if let Some(_stay) = self.stay(len) {
+        if let Some(_stay) = self.stay(len).filter(|_| !self.direct) {
             match self.guarded(|| self.write_pieces_in_place(at, reply.brought())) {
                 Ok(true) => {
                     bump(&self.counters.inline_requests, 1);
@@ -161,12 +185,16 @@ impl Disk {
     /// held until that thread is free again.
     pub(super) fn stay(&self, len: usize) -> Option<Stay<'_>> {
         if RequestOrder::of(len) < self.inline_order {
-            return Some(Stay { counted: None });
+            return Some(Stay {
+                counted: None,
+                load: Load::No,
+            });
         }
         let large = &*self.resources.large;
         let max = large.max.load(Ordering::Relaxed);
         let stay = Stay {
             counted: Some(&large.count),
+            load: Load::Now,
         };
         (large.count.fetch_add(1, Ordering::Relaxed) < max).then_some(stay)
     }
@@ -206,7 +234,7 @@ impl Disk {
         if end.is_none_or(|end| end.get() > self.size) {
             return Err(Error::new(crate::error::ErrorKind::OutOfRange));
         }
-        self.read_pieces(at, buf, Load::Yes).map(|_| ())
+        self.read_rest(at, buf, 0)
     }
 
     /// Writes `data` at `at`; waits for whatever it takes.
@@ -219,8 +247,15 @@ impl Disk {
         self.change_blocking(at, Change::Zero(len))
     }
 
-    /// Reads pieces that lie in one part each. `false`: a page is missing and may not be loaded.
-    fn read_pieces(&self, at: DiskOffset, buf: &mut [u8], load: Load) -> Result<bool> {
+    /// Reads what comes behind the bytes that are there; waits for whatever it takes.
+    fn read_rest(&self, at: DiskOffset, buf: &mut [u8], done: usize) -> Result<()> {
+        let at = DiskOffset::new(at.get() + len_u64(done));
+        self.read_pieces(at, &mut buf[done..], Load::Yes).map(drop)
+    }
+
+    /// Reads pieces that lie in one part each. Tells how many bytes are there: all, unless there is
+    /// something to wait for that may not be waited for.
+    fn read_pieces(&self, at: DiskOffset, buf: &mut [u8], load: Load) -> Result<usize> {
         let parts = self.parts();
         let mut done = 0;
         while done < buf.len() {
@@ -230,12 +265,13 @@ impl Disk {
             let left = len_usize(part.disk_len() - within.get()).unwrap_or(usize::MAX);
             let piece = left.min(buf.len() - done);
             let target = &mut buf[done..done + piece];
-            if !part.read(within, target, load, &self.counters)? {
-                return Ok(false);
+            let came = part.read(within, target, load, &self.counters)?;
+            done += came;
+            if came < piece {
+                break;
             }
-            done += piece;
         }
-        Ok(true)
+        Ok(done)
     }
 
     fn write_pieces_in_place(&self, at: DiskOffset, data: &[u8]) -> Result<bool> {
@@ -379,14 +415,8 @@ impl Disk {
             return reply.done(self.expect_open());
         }
         let disk = Arc::clone(self);
-        self.resources.pool.spawn(Box::new(ChangeJob {
-            disk,
-            op,
-            at,
-            done: 0,
-            reply,
-            space_since: None,
-        }));
+        let job = ChangeJob::new(disk, op, at, reply);
+        self.resources.pool.spawn(Box::new(job));
     }
 
     /// Runs a step; a panic in it latches the disk and is an error like any other.
@@ -441,152 +471,10 @@ impl<'a> Change<'a> {
     }
 }
 
-/// A closure as a job.
-struct Once<F> {
-    disk: Arc<Disk>,
-    job: F,
-}
-
-impl<F: FnOnce() + Send> Job for Once<F> {
-    fn run(self: Box<Self>) {
-        let Self { disk, job } = *self;
-        if catch_unwind(AssertUnwindSafe(job)).is_err() {
-            disk.health.latch("a request panicked");
-        }
-        disk.job_finished();
-    }
-}
-
-/// What a change in the pool owns.
-enum Op {
-    Write(Buffer),
-    /// Its reply has the bytes.
-    Brought,
-    Zero(u64),
-}
-
-/// A change in the pool, or parked.
-struct ChangeJob<R: DoneReply> {
-    disk: Arc<Disk>,
-    op: Op,
-    at: DiskOffset,
-    done: u64,
-    reply: R,
-    /// Since when it has been waiting for space; it is counted among those who do.
-    space_since: Option<Instant>,
-}
-
-/// How a turn of a job ended.
-enum Turn {
-    Finished(Result<()>),
-    Wait(usize, Wait),
-    /// There is more, but others come first.
-    Yield,
-}
-
-impl<R: DoneReply> Job for ChangeJob<R> {
-    fn run(mut self: Box<Self>) {
-        match self.turn() {
-            Turn::Finished(result) => (*self).finish(result),
-            Turn::Yield => Arc::clone(&self.disk).resources.pool.spawn(self),
-            Turn::Wait(index, Wait::Space) => self.wait_for_space(index),
-            Turn::Wait(index, wait) => self.park(index, wait),
-        }
-    }
-}
-
-impl<R: DoneReply> ChangeJob<R> {
-    fn change(&self) -> Change<'_> {
-        match &self.op {
-            Op::Write(buffer) => Change::Write(buffer),
-            Op::Brought => Change::Write(self.reply.brought()),
-            Op::Zero(len) => Change::Zero(*len),
-        }
-    }
-
-    fn turn(&mut self) -> Turn {
-        let len = self.change().len();
-        for _ in 0..STEPS_PER_TURN {
-            if self.done >= len {
-                return Turn::Finished(Ok(()));
-            }
-            let at = DiskOffset::new(self.at.get() + self.done);
-            let change = self.change().after(self.done);
-            match self.disk.guarded(|| self.disk.change_step(at, change)) {
-                Ok((_, Progress::Done(more))) => {
-                    self.done += more;
-                    self.stop_waiting_for_space();
-                }
-                Ok((index, Progress::Wait(wait))) => return Turn::Wait(index, wait),
-                Err(error) => return Turn::Finished(Err(error)),
-            }
-        }
-        Turn::Yield
-    }
-
-    fn finish(mut self, result: Result<()>) {
-        self.stop_waiting_for_space();
-        if result.is_ok() {
-            self.disk.count_change(self.change());
-        }
-        let Self {
-            disk, op, reply, ..
-        } = self;
-        drop(op);
-        reply.done(result);
-        disk.job_finished();
-    }
-
-    fn stop_waiting_for_space(&mut self) {
-        if self.space_since.take().is_some() {
-            self.disk.space_waiters.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Parks for space as long as the policy says, if not too many do so already.
-    fn wait_for_space(mut self: Box<Self>, index: usize) {
-        let error = Error::errno(libc::ENOSPC);
-        let disk = Arc::clone(&self.disk);
-        disk.note_no_space(&error);
-        if self.space_since.is_none() {
-            if disk.space_waiters.fetch_add(1, Ordering::Relaxed) >= SPACE_WAITERS_MAX {
-                disk.space_waiters.fetch_sub(1, Ordering::Relaxed);
-                return (*self).finish(Err(error));
-            }
-            self.space_since = Some(sync::now());
-        }
-        let is_over = self
-            .space_since
-            .is_some_and(|since| disk.enospc.is_over(since));
-        if is_over || disk.closing.load(Ordering::Acquire) {
-            return (*self).finish(Err(error));
-        }
-        self.park(index, Wait::Space);
-    }
-
-    /// Parks, unless what is waited for has happened by now. What was parked is seen by whoever
-    /// ends the wait, because both hold the `table` lock.
-    fn park(self: Box<Self>, index: usize, wait: Wait) {
-        let disk = Arc::clone(&self.disk);
-        bump(&disk.counters.parked, 1);
-        let parts = disk.parts();
-        let part = &parts[index];
-        let mut table = part.table.lock();
-        if let Wait::Pending(cluster) = wait {
-            if !is_pending(part, cluster) {
-                drop(table);
-                return disk.resources.pool.spawn(self);
-            }
-            table.parked.add(wait, self);
-            return;
-        }
-        table.parked.add(wait, self);
-        drop(table);
-        disk.flusher.request();
-    }
-}
-
 const _: () = assert!(
     BUFFER_MAX >= 1 << 20,
     "a request of the kernel fits one buffer"
 );
+
+#[cfg(test)]
+mod tests;

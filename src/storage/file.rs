@@ -1,7 +1,8 @@
-//! A real file of the host, read and written through the page cache.
+//! A real file of the host, read and written through the page cache unless it is told to go direct.
 
+use super::direct::Direct;
 use super::pace::{self, Pace};
-use super::{FileId, Keep, Storage};
+use super::{FileId, Keep, Storage, aligned};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file as sys;
 use crate::units::{FileOffset, len_u64};
@@ -9,9 +10,12 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Zeros that stand in for a host call that the file system lacks.
+/// Pages of the host's cache are multiples of this.
+const PAGE: u64 = 4096;
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// A real file of the host.
@@ -24,7 +28,10 @@ pub struct FileStorage {
     no_zero_range: AtomicBool,
     no_allocate: AtomicBool,
     no_copy: AtomicBool,
+    no_cached: AtomicBool,
     pace: Pace,
+    /// Set once for good: nothing goes through the page cache any more.
+    direct: OnceLock<Direct>,
 }
 
 impl FileStorage {
@@ -44,7 +51,9 @@ impl FileStorage {
             no_zero_range: AtomicBool::new(false),
             no_allocate: AtomicBool::new(false),
             no_copy: AtomicBool::new(false),
+            no_cached: AtomicBool::new(false),
             pace: Pace::default(),
+            direct: OnceLock::new(),
         })
     }
 
@@ -65,6 +74,48 @@ impl FileStorage {
             at = at.saturating_add(step);
         }
         Ok(())
+    }
+
+    /// Copies past the cache where nothing shares a block; `false` where something does. Blocks are
+    /// shared if the host can do that.
+    fn copy_directly(
+        &self,
+        direct: &Direct,
+        at: FileOffset,
+        source: &dyn Storage,
+        from: Range<FileOffset>,
+    ) -> Result<bool> {
+        let len = from.end.get().saturating_sub(from.start.get());
+        let Some(mut left) = usize::try_from(len).ok() else {
+            return Ok(false);
+        };
+        if !self.no_copy.load(Ordering::Relaxed) {
+            if self.share_from(at, source, from.clone())? {
+                return Ok(true);
+            }
+            self.no_copy.store(true, Ordering::Relaxed);
+        }
+        if !direct.fits(at.get(), left) || !direct.fits(from.start.get(), left) {
+            return Ok(false);
+        }
+        let Some(source) = source.as_host_fd() else {
+            return Ok(false);
+        };
+        // Neither side needs a second piece of memory while this one is held: the source takes
+        // these blocks, or refuses.
+        let mut piece = aligned::take(left)?;
+        let mut done = 0;
+        while left > 0 {
+            let step = left.min(piece.len());
+            let here = from.start.saturating_add(done).get();
+            if !sys::read_all(source, here, &mut piece[..step])? {
+                return Ok(false);
+            }
+            self.write_at(at.saturating_add(done), &piece[..step])?;
+            done = done.saturating_add(len_u64(step));
+            left -= step;
+        }
+        Ok(true)
     }
 
     /// Runs a host call that some file systems lack. `false` when this one does.
@@ -89,6 +140,11 @@ impl Storage for FileStorage {
     }
 
     fn read_at(&self, at: FileOffset, buf: &mut [u8]) -> Result<()> {
+        if let Some(direct) = self.direct.get() {
+            return direct
+                .read(&self.file, at.get(), buf)
+                .map_err(|e| e.at_offset(at));
+        }
         let len = len_u64(buf.len());
         let _turn = pace::read_turn(len);
         let read = self.file.read_exact_at(buf, at.get());
@@ -96,7 +152,30 @@ impl Storage for FileStorage {
         read.map_err(|e| Error::from(e).at_offset(at))
     }
 
+    fn read_now(&self, at: FileOffset, buf: &mut [u8]) -> Result<usize> {
+        if pace::is_tight() || self.direct.get().is_some() {
+            // Whose turn it is cannot be told without waiting; the medium is always waited for.
+            return Ok(0);
+        }
+        let mut came = 0;
+        let knows = Self::attempt(&self.no_cached, || {
+            came = sys::read_cached(self.file.as_fd(), at.get(), buf)?;
+            Ok(())
+        });
+        match knows {
+            Ok(true) => Ok(came),
+            Ok(false) => self.read_at(at, buf).map(|()| buf.len()),
+            // Who may wait meets it again, and says so.
+            Err(_) => Ok(0),
+        }
+    }
+
     fn write_at(&self, at: FileOffset, buf: &[u8]) -> Result<()> {
+        if let Some(direct) = self.direct.get() {
+            return direct
+                .write(&self.file, at.get(), buf)
+                .map_err(|e| e.at_offset(at));
+        }
         let _turn = self.pace.turn();
         let written = self.file.write_all_at(buf, at.get());
         self.pace.wrote(&self.file, len_u64(buf.len()));
@@ -128,6 +207,19 @@ impl Storage for FileStorage {
             return Ok(());
         }
         let (start, end) = (range.start.get(), range.end.get());
+        if self.direct.get().is_some() {
+            // The host would zero parts of pages in its cache.
+            let (first, last) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
+            let whole = FileOffset::new(first)..FileOffset::new(last);
+            if first >= last {
+                return self.write_zeros(&range);
+            }
+            if first > start || last < end {
+                self.write_zeros(&(range.start..whole.start))?;
+                self.write_zeros(&(whole.end..range.end))?;
+                return self.zero(whole, keep);
+            }
+        }
         let fd = self.file.as_fd();
         let done = match keep {
             Keep::Nothing => Self::attempt(&self.no_punch, || sys::punch_hole(fd, start, end))?,
@@ -151,6 +243,9 @@ impl Storage for FileStorage {
         };
         if self.no_copy.load(Ordering::Relaxed) {
             return Ok(false);
+        }
+        if let Some(direct) = self.direct.get() {
+            return self.copy_directly(direct, at, source, from);
         }
         let (start, end) = (from.start.get(), from.end.get());
         let _turn = self.pace.turn();
@@ -189,6 +284,22 @@ impl Storage for FileStorage {
         Ok(self.file.metadata()?.blocks().saturating_mul(512))
     }
 
+    fn go_direct(&self) -> Result<u64> {
+        let direct = match self.direct.get() {
+            Some(direct) => direct,
+            None => {
+                let limits = sys::go_direct(&self.file)?;
+                let direct = Direct::new(limits.memory, limits.block)?;
+                self.direct.get_or_init(|| direct)
+            }
+        };
+        // Some file systems take the wish and refuse every read.
+        if self.len()? > FileOffset::ZERO {
+            self.read_at(FileOffset::ZERO, &mut [0])?;
+        }
+        Ok(direct.block())
+    }
+
     fn drop_cache(&self) -> Result<()> {
         Ok(sys::drop_cache(self.file.as_fd())?)
     }
@@ -199,5 +310,39 @@ impl Storage for FileStorage {
 
     fn as_host_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_in_memory_comes_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let content: Vec<u8> = (0..1 << 20).map(|at: u32| (at / 512) as u8).collect();
+        std::fs::write(&path, &content).unwrap();
+        let storage = FileStorage::new(File::open(&path).unwrap()).unwrap();
+        let mut buf = vec![0; content.len()];
+        let came = storage.read_now(FileOffset::ZERO, &mut buf).unwrap();
+        assert!(came == content.len() && buf == content);
+        storage.sync_data().unwrap();
+        storage.drop_cache().unwrap();
+        buf.fill(0);
+        let came = storage.read_now(FileOffset::ZERO, &mut buf).unwrap();
+        assert!(buf[..came] == content[..came]);
+        if storage.no_cached.load(Ordering::Relaxed) {
+            assert_eq!(
+                came,
+                content.len(),
+                "where the host cannot tell, all is read"
+            );
+        }
+        let past = FileOffset::new(2 << 20);
+        assert!(
+            storage.no_cached.load(Ordering::Relaxed)
+                || storage.read_now(past, &mut buf).unwrap() == 0
+        );
     }
 }

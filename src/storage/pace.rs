@@ -76,6 +76,11 @@ fn moved(bytes: u64) {
     }
 }
 
+/// Whether large readers take turns.
+pub(super) fn is_tight() -> bool {
+    window() != UNLIMITED
+}
+
 /// Waits for this reader's turn, where readers of so much take turns.
 pub(super) fn read_turn(bytes: u64) -> Option<MutexGuard<'static, ()>> {
     if bytes < LARGE_READ {

@@ -175,6 +175,46 @@ fn seek(fd: BorrowedFd<'_>, at: u64, whence: libc::c_int) -> io::Result<Option<u
     }
 }
 
+/// Reads the beginning of `buf`, as much as is in memory, and tells how much that was. Where the
+/// host cannot tell what is in memory the error is EOPNOTSUPP.
+pub fn read_cached(fd: BorrowedFd<'_>, at: u64, buf: &mut [u8]) -> io::Result<usize> {
+    let at = off(at)?;
+    let piece = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    let read = retry_interrupted(|| {
+        // SAFETY: `fd` is borrowed and so open for the whole call, and the one piece is of `buf`,
+        // which is borrowed for this function alone.
+        #[allow(unsafe_code)]
+        let read =
+            unsafe { libc::preadv2(fd.as_raw_fd(), &raw const piece, 1, at, libc::RWF_NOWAIT) };
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    });
+    match read {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        other => other,
+    }
+}
+
+/// Fills `buf`; false where the file ends before, or does not take direct I/O of this place and
+/// length.
+pub fn read_all(fd: BorrowedFd<'_>, at: u64, buf: &mut [u8]) -> io::Result<bool> {
+    let (mut at, mut rest) = (off(at)?, buf);
+    while !rest.is_empty() {
+        match nix::sys::uio::pread(fd, rest, at) {
+            Ok(0) | Err(nix::errno::Errno::EINVAL) => return Ok(false),
+            Ok(came) => {
+                at = at.saturating_add(i64::try_from(came).unwrap_or(i64::MAX));
+                rest = &mut rest[came..];
+            }
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(true)
+}
+
 /// The next range at or after `from` that has data, as the file system tells it; `None` when there
 /// is none up to the end of the file.
 pub fn next_data(fd: BorrowedFd<'_>, from: u64) -> io::Result<Option<Range<u64>>> {
@@ -184,6 +224,54 @@ pub fn next_data(fd: BorrowedFd<'_>, from: u64) -> io::Result<Option<Range<u64>>
     // Every file has a virtual hole at its end, so this one is always found.
     let end = seek(fd, start, libc::SEEK_HOLE)?.unwrap_or(start);
     Ok(Some(start..end))
+}
+
+/// What direct I/O on a file takes: multiples of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectLimits {
+    /// For addresses in memory.
+    pub memory: usize,
+    /// For places in the file, and for lengths.
+    pub block: u64,
+}
+
+/// Where the host does not say: what all devices take that there are.
+const DIRECT_ANYWHERE: u32 = 4096;
+
+/// Has the open file read and written past the page cache, by everyone who has this description of
+/// it. EINVAL where the file system cannot do that.
+pub fn go_direct(file: &std::fs::File) -> io::Result<DirectLimits> {
+    // SAFETY: all bytes of the structure are plain numbers, for which 0 is a value.
+    #[allow(unsafe_code)]
+    let mut about: libc::statx = unsafe { std::mem::zeroed() };
+    let (flags, mask) = (libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN);
+    // SAFETY: `file` is open, the name is a string of no letters, and the kernel fills in a
+    // structure that is live and laid out as it expects.
+    #[allow(unsafe_code)]
+    let told =
+        unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, mask, &raw mut about) } == 0;
+    let (memory, block) = if told && about.stx_mask & libc::STATX_DIOALIGN != 0 {
+        (about.stx_dio_mem_align, about.stx_dio_offset_align)
+    } else {
+        (DIRECT_ANYWHERE, DIRECT_ANYWHERE)
+    };
+    let is_usable = |limit: u32| limit.is_power_of_two() && limit <= 64 << 10;
+    if !is_usable(memory) || memory > DIRECT_ANYWHERE || !is_usable(block) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: `file` is open, and these two commands take and give plain numbers.
+    #[allow(unsafe_code)]
+    let result = unsafe {
+        let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
+        libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_DIRECT)
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(DirectLimits {
+        memory: usize::try_from(memory).unwrap_or(usize::MAX),
+        block: block.into(),
+    })
 }
 
 /// Starts writing all dirty pages of the file and waits for them. Makes nothing durable.

@@ -26,12 +26,14 @@ use std::time::Duration;
 
 /// Names the case that a child process runs.
 const CASE: &str = "PLOOPFS_COUNT_ALLOCATIONS";
+/// Disks below a directory of this name are direct.
+const DIRECT: &str = "direct";
 /// Names the directory in which it may write.
 const PLACE: &str = "PLOOPFS_COUNT_PLACE";
 
 type Case = (&'static str, fn() -> Outcome, fn(&Path) -> Outcome);
 
-const CASES: [Case; 8] = [
+const CASES: [Case; 9] = [
     (
         "the_heap_counts",
         || parent("the_heap_counts"),
@@ -76,6 +78,16 @@ const CASES: [Case; 8] = [
         |dir| {
             writes(&dir.join("a"), &chain(&Mapped::All))?;
             writes(&dir.join("b"), &split(&Mapped::All))
+        },
+    ),
+    (
+        "a_direct_disk",
+        || parent("a_direct_disk"),
+        |dir| {
+            std::env::set_current_dir(dir)?;
+            let (dir, spec) = (Path::new(DIRECT), one(Mapped::All, 2, 2048));
+            reads(&dir.join("a"), &spec)?;
+            writes(&dir.join("b"), &spec)
         },
     ),
 ];
@@ -213,6 +225,7 @@ fn open(dir: &Path, spec: &BundleSpec, write: bool) -> Result<Arc<Disk>> {
         read_only: !write,
         pool_threads: 2,
         flush_interval_ms: 0,
+        direct: dir.starts_with(DIRECT),
         ..DiskOptions::default()
     };
     let (disk, _) = disk::open(Arc::new(bundle::open(&bundle, &selection)?), &options)?;

@@ -33,7 +33,7 @@ pub(crate) const SECTORS: u64 = 3 << 20;
 
 /// Four jobs with their own ranges write and verify; two more discard and write elsewhere
 /// meanwhile, so that clusters are freed and taken again all the time.
-fn fio(dir: &Path, device: &Path, mib_a_job: u64, seconds: u64) -> Result<Finished> {
+pub(crate) fn fio(dir: &Path, device: &Path, mib_a_job: u64, seconds: u64) -> Result<Finished> {
     let job = format!(
         "[global]\nfilename={}\nioengine=libaio\ndirect=1\nthread=1\nrandrepeat=1\n\
          [verified]\nrw=randwrite\nbsrange=4k-1m\niodepth=32\nnumjobs=4\noffset_increment=256m\n\

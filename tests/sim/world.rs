@@ -307,6 +307,11 @@ impl World {
 }
 
 impl State {
+    /// Operations of this kind so far.
+    pub(super) fn count(&self, kind: Kind) -> u64 {
+        self.counts[kind as usize]
+    }
+
     /// Counts an operation; an error when it fails, or when its process is dead.
     pub(super) fn begin(&mut self, kind: Kind, process: u64) -> Result<(), Trouble> {
         if self.kill_at.is_some_and(|at| self.total >= at) {
