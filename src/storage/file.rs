@@ -13,9 +13,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Zeros that stand in for a host call that the file system lacks.
 /// Pages of the host's cache are multiples of this.
 const PAGE: u64 = 4096;
+/// Zeros that stand in for a host call that the file system lacks.
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// A real file of the host.
