@@ -68,8 +68,8 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// Works on a disk through a door, and cuts the power at every moment of that. Where nothing is ever
-/// durable each state takes long to make, so there are fewer.
+/// Works on a disk through a door, and cuts the power at every moment of that. Where nothing is
+/// ever durable each state takes long to make, so there are fewer.
 fn found(door: Door, kind: &DiskKind, seed: u64, manners: Manners) -> Result<Found> {
     if door.needs == RINGS {
         rings::on()?;
