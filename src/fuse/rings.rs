@@ -44,8 +44,8 @@ use super::buffer::Buffers;
 use super::device::{self, Start};
 use super::wire::NAMES_MAX;
 use crate::error::{Error, Result};
-use crate::sys::memory;
 use crate::sys::uring::{self, Mailbox, Ring, Slot};
+use crate::sys::{memory, process};
 use crate::units::len_u64;
 use layout::{DEPTH, Layout, cpus_of};
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -88,14 +88,21 @@ pub(crate) fn are_offered() -> bool {
     fs::read(SWITCH).is_ok_and(|text| text.starts_with(b"Y") || text.starts_with(b"1"))
 }
 
-/// Says why rings should not be taken unasked: the kernel offers none, or, as the memory of the
-/// requests that each CPU's queue can let out stays with the queue, they could come to hold a large
-/// part of what the host lets us have.
+/// Says why rings should not be taken unasked. The kernel offers none; or their threads may not go
+/// first, and as each is bound to its CPU, a program that keeps that busy would make every request
+/// wait for a turn of the scheduler's, where others could be served elsewhere; or, as the memory of
+/// the requests that each CPU's queue can let out stays with the queue, they could come to hold a
+/// large part of what the host lets us have.
 pub(crate) fn are_worth_it() -> io::Result<()> {
     if !are_offered() {
         let why = format!("the kernel offers no rings (see {SWITCH})");
         return Err(io::Error::new(io::ErrorKind::Unsupported, why));
     }
+    let trial = thread::Builder::new().spawn(process::go_first)?;
+    let goes_first = trial
+        .join()
+        .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
+    goes_first.map_err(|e| io::Error::other(format!("rings may not go first: {e}")))?;
     let threads = plan(Shape::Usual)?.pins.len();
     match memory::most() {
         Some(most) if !is_affordable(threads, most) => Err(io::Error::other(format!(

@@ -237,7 +237,7 @@ fn plant(root: &Path) -> Outcome {
 fn fio(dir: &Path, device: &Path) -> Result<Finished> {
     let job = format!(
         "[global]\nfilename={}\nioengine=libaio\ndirect=1\nthread=1\nrandrepeat=1\n\
-         [verified]\nrw=randrw\nbsrange=4k-1m\niodepth=32\nnumjobs=4\noffset_increment=256m\n\
+         [verified]\nrw=randrw\nbsrange=512-1m\niodepth=32\nnumjobs=4\noffset_increment=256m\n\
          size=96m\nverify=crc32c\nverify_fatal=1\nverify_state_save=0\ndo_verify=1\n\
          [trims]\nrw=randtrimwrite\nbsrange=64k-4m\niodepth=8\noffset=1g\nsize=500m\n\
          time_based=1\nruntime=10\n",

@@ -6,12 +6,13 @@ use crate::support::command::Finished;
 use crate::support::guards::{FsMount, Loop, Mounted, is_gone};
 use crate::support::harness::trial;
 use crate::support::probe::Need::{self, E2fsprogs, Fio, Fuse};
-use crate::support::{self, MIB, Outcome, command, scratch};
+use crate::support::{self, MIB, Outcome, command, rings, scratch};
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 const NEEDS: &[Need] = &[Fuse, Need::Root, Need::Loop, Fio, E2fsprogs];
@@ -36,7 +37,7 @@ pub(crate) const SECTORS: u64 = 3 << 20;
 pub(crate) fn fio(dir: &Path, device: &Path, mib_a_job: u64, seconds: u64) -> Result<Finished> {
     let job = format!(
         "[global]\nfilename={}\nioengine=libaio\ndirect=1\nthread=1\nrandrepeat=1\n\
-         [verified]\nrw=randwrite\nbsrange=4k-1m\niodepth=32\nnumjobs=4\noffset_increment=256m\n\
+         [verified]\nrw=randwrite\nbsrange=512-1m\niodepth=32\nnumjobs=4\noffset_increment=256m\n\
          size={mib_a_job}m\nverify=crc32c\nverify_fatal=1\nverify_state_save=0\ndo_verify=1\n\
          [discards]\nrw=randtrim\nbsrange=64k-4m\niodepth=8\noffset=1g\nsize=500m\n\
          time_based=1\nruntime={seconds}\n\
@@ -137,20 +138,28 @@ impl Limit {
         Ok(())
     }
 
-    /// What is used now, plus 16 MiB, is the most from now on.
+    /// What is used now, plus 16 MiB, is the most from now on. Rings have memory for their requests
+    /// from the start where there are two of them, as is usual here; more need more.
     fn tighten(&self, mounted: &Mounted) -> Result<String> {
+        let cpus = thread::available_parallelism()?.get() as u64;
+        let threads = match rings::way() {
+            Some("crowd") => 4 * cpus,
+            Some("uring") => cpus,
+            _ => 2,
+        };
+        let more = 16 * MIB + threads.saturating_sub(2) * 10 * MIB;
         match self {
             Self::Cgroup { dir, used, most } => {
                 // Memory taken before the adoption is charged elsewhere, so only growth counts.
                 let now: u64 = fs::read_to_string(dir.join(used))?.trim().parse()?;
-                fs::write(dir.join(most), (now + 16 * MIB).to_string())?;
-                Ok(format!("cgroup: {} KiB and 16 MiB", now / 1024))
+                fs::write(dir.join(most), (now + more).to_string())?;
+                Ok(format!("cgroup: {} KiB and {} MiB", now / 1024, more / MIB))
             }
             Self::AddressSpace => {
                 let path = format!("/proc/{}/statm", mounted.pid());
                 let pages = fs::read_to_string(path)?;
                 let pages: u64 = pages.split(' ').next().context("no number")?.parse()?;
-                let most = pages * 4096 + 16 * MIB;
+                let most = pages * 4096 + more;
                 let pid = mounted.pid().to_string();
                 let limit = format!("--as={most}:{most}");
                 command::ok(command::new("prlimit").args(["--pid", &pid, &limit]))?;

@@ -72,6 +72,19 @@ fn cpus() -> Result<usize> {
     counts.sum::<Option<usize>>().context("an odd list of CPUs")
 }
 
+/// Each thread is bound to its CPU, so nobody else may keep it from that for long.
+fn expect_to_go_first(mounted: &Mounted) -> Outcome {
+    for task in fs::read_dir(format!("/proc/{}/task", mounted.pid()))? {
+        let stat = fs::read_to_string(task?.path().join("stat"))?;
+        // The name may hold anything; what follows it is counted from the third field.
+        let (name, fields) = stat.rsplit_once(") ").context("an odd line")?;
+        let nice = fields.split(' ').nth(16).context("too few fields")?;
+        let wanted = if name.contains("(ring-") { "-10" } else { "0" };
+        ensure!(nice == wanted, "{name} has {nice}");
+    }
+    Ok(())
+}
+
 fn rings_are_taken() -> Outcome {
     rings::on()?;
     let dir = scratch()?;
@@ -80,6 +93,7 @@ fn rings_are_taken() -> Outcome {
         let mounted = Mounted::new(dir.path(), &path, &options)?;
         let found = (threads(&mounted, "ring-")?, threads(&mounted, "fuser-")?);
         ensure!(found == (cpus()?, 0), "{options:?}: {found:?} threads");
+        expect_to_go_first(&mounted)?;
         expect_flat(&mounted.disk(), &Model::of(&spec))?;
         mounted.umount()?;
     }
@@ -135,6 +149,8 @@ fn rings_or_fuser() -> Outcome {
         ("io_uring_register", "error=ENOSYS"),
         ("io_uring_register", &messages),
         ("socketpair", "error=EMFILE:when=1"),
+        // Threads that are bound to a CPU and have to wait for it are worse than none.
+        ("setpriority", "error=EACCES"),
     ] {
         let done = with_failing(dir.path(), &path, (call, how), "")?.expect_code(0)?;
         done.expect_words(&["requests come from /dev/fuse, by fuser: "])?;

@@ -22,6 +22,7 @@ use super::{NEIGHBOURS, Shared, Told, WRITE_MAX};
 use crate::fuse::device::Start;
 use crate::fuse::dispatch::serve;
 use crate::fuse::wire::{self, Head, NAMES_MAX};
+use crate::sys::process;
 use crate::sys::uring::{self, Event, FIXED_AT, HEADER_LEN, Ring, Slot, TROUBLES_MAX};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -62,6 +63,10 @@ impl Worker {
     pub(super) fn run(mut self, begin: &Receiver<Start>, all: usize) {
         if let Err(e) = self.pin() {
             log::debug!("thread {} is not pinned: {e}", self.number);
+        }
+        // Pinned, it cannot go where nobody is in its way.
+        if let Err(e) = process::go_first() {
+            log::debug!("thread {} waits for its turn: {e}", self.number);
         }
         reply::keep_on_this_thread(all);
         let tell = self.shared.tell.clone();
