@@ -21,6 +21,8 @@ mod disks;
 mod files;
 #[path = "mount/life.rs"]
 mod life;
+#[path = "mount/linear.rs"]
+mod linear;
 #[path = "mount/load.rs"]
 mod load;
 #[path = "mount/locks.rs"]
@@ -56,6 +58,7 @@ fn main() {
     trials.extend(dead::trials());
     trials.extend(memory::trials());
     trials.extend(process::trials());
+    trials.extend(linear::trials());
     trials.extend(rings::trials());
     trials.extend(broken::trials());
     for way in ["uring", "crowd", "dev", "lame", "partly", "refused"] {

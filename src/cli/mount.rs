@@ -43,6 +43,7 @@ pub fn run(args: &MountArgs, json: bool) -> Result<(), Box<Report>> {
 
 fn plan(args: &MountArgs, mut settings: super::options::Settings) -> Result<Plan> {
     expect_offered(settings.transport)?;
+    settings.expect_linear()?;
     for device in make_way(&args.mountpoint, settings.replace_dead)? {
         note(&orphaned(&device, &args.mountpoint));
     }
