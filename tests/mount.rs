@@ -19,6 +19,8 @@ mod dead;
 mod disks;
 #[path = "mount/files.rs"]
 mod files;
+#[path = "mount/killed.rs"]
+mod killed;
 #[path = "mount/life.rs"]
 mod life;
 #[path = "mount/linear.rs"]
@@ -59,6 +61,8 @@ fn main() {
     trials.extend(memory::trials());
     trials.extend(process::trials());
     trials.extend(linear::trials());
+    trials.extend(killed::trials());
+    trials.extend(harness::over("uring", killed::trials));
     trials.extend(rings::trials());
     trials.extend(broken::trials());
     for way in ["uring", "crowd", "dev", "lame", "partly", "refused"] {

@@ -73,6 +73,13 @@ pub fn expect_offered(transport: Transport) -> Result<()> {
     .fix(fix))
 }
 
+/// What turns rings on, where this kernel has them and does not offer them.
+#[must_use]
+pub fn rings_switch() -> Option<&'static str> {
+    let is_off = !rings::are_offered() && std::path::Path::new(rings::SWITCH).exists();
+    is_off.then_some(rings::SWITCH)
+}
+
 /// Fails if the kernel is to read a flat clone by itself and that cannot be, as far as it is known
 /// before anything is opened.
 pub fn expect_flat(transport: Transport, read_only: bool) -> Result<()> {
