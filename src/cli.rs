@@ -4,7 +4,8 @@
 //! Never: decides anything about a disk.
 //!
 //! [`main`] looks at the name that the program was called by: mount(8)'s helpers are the same
-//! program ([`helper`]). Else clap reads the command line ([`args`]), the verb's file runs it, and
+//! program ([`helper`]), and so is what a daemon has done beside it (`cli/outside.rs`). Else clap
+//! reads the command line ([`args`]), the verb's file runs it, and
 //! an error becomes the four lines that [`output`] knows and a status by [`exit`].
 
 pub mod args;
@@ -27,6 +28,7 @@ pub mod merge;
 pub mod mount;
 pub mod options;
 pub mod output;
+mod outside;
 pub mod progress;
 pub mod repair;
 pub mod resize;
@@ -52,6 +54,9 @@ pub fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     // What the caller has open is not for the programs that we start.
     let _ = crate::sys::process::hide_strays();
+    if outside::is_meant(&args) {
+        return ExitCode::from(outside::run());
+    }
     if let Some(role) = helper::role(&args) {
         return ExitCode::from(helper::run(role, &args));
     }

@@ -25,6 +25,7 @@ pub mod flags;
 pub mod flush;
 pub mod flusher;
 pub mod health;
+pub mod linear;
 #[cfg(all(test, feature = "loom"))]
 mod models {
     mod tests;

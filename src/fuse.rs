@@ -53,6 +53,7 @@ mod rings;
 mod rules;
 pub mod session;
 pub mod signals;
+mod through;
 pub mod trim;
 mod views;
 pub mod volumes;
@@ -68,6 +69,7 @@ use aside::Aside;
 use fuser::{Errno, FopenFlags, InitFlags};
 use nodes::Node;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -127,6 +129,9 @@ pub struct Settings {
     pub info_json: String,
     /// Keep `disk.img` out of the page cache; for mounts that only serve a loop device.
     pub direct_io: bool,
+    /// A flat file with the bytes of the disk, which is read-only: the kernel reads `disk.img` from
+    /// it without asking us.
+    pub flat: Option<Arc<File>>,
 }
 
 /// The file system.
@@ -216,11 +221,24 @@ impl PloopFs {
         }
     }
 
+    /// What the kernel is to read instead of asking for the bytes of a node.
+    pub(crate) fn flat(&self, ino: u64) -> Option<&Arc<File>> {
+        let flat = self.views.settings.flat.as_ref()?;
+        (self.node(ino) == Ok(Node::Disk)).then_some(flat)
+    }
+
+    /// True where some node is read so.
+    pub(crate) fn has_flat(&self) -> bool {
+        self.views.settings.flat.is_some()
+    }
+
     /// How an open file of this node uses the page cache.
     fn open_flags(&self, node: Node) -> FopenFlags {
         let frozen = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
         let direct = FopenFlags::FOPEN_DIRECT_IO;
         match node {
+            // There is no page of it in the cache; the kernel takes no other word beside this one.
+            Node::Disk if self.has_flat() => FopenFlags::FOPEN_NOFLUSH,
             Node::Disk if !self.views.writable => frozen,
             Node::Disk if self.views.settings.direct_io => {
                 direct | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES

@@ -21,8 +21,12 @@ mod direct;
 mod disks;
 #[path = "mount/files.rs"]
 mod files;
+#[path = "mount/killed.rs"]
+mod killed;
 #[path = "mount/life.rs"]
 mod life;
+#[path = "mount/linear.rs"]
+mod linear;
 #[path = "mount/load.rs"]
 mod load;
 #[path = "mount/locks.rs"]
@@ -58,6 +62,9 @@ fn main() {
     trials.extend(dead::trials());
     trials.extend(memory::trials());
     trials.extend(process::trials());
+    trials.extend(linear::trials());
+    trials.extend(killed::trials());
+    trials.extend(harness::over("uring", killed::trials));
     trials.extend(rings::trials());
     trials.extend(broken::trials());
     trials.extend(direct::trials());

@@ -205,6 +205,9 @@ pub struct ServeArgs {
     /// How requests come in: fuser, uring, or auto: uring where the kernel offers it (auto)
     #[arg(long, value_name = "WAY", value_parser = parse_transport, help_heading = "Tuning")]
     pub transport: Option<Transport>,
+    /// With -r: let the kernel read a flat clone, which shares the image's blocks (XFS, btrfs)
+    #[arg(long, help_heading = "Tuning")]
+    pub linearize: bool,
     /// Never let the daemon's memory be swapped out
     #[arg(long, help_heading = "Tuning")]
     pub lock_memory: bool,
@@ -237,6 +240,7 @@ impl ServeArgs {
         disk.pool_threads = self.pool_threads.unwrap_or(disk.pool_threads);
         settings.replace_dead |= self.replace_dead;
         settings.lock_memory |= self.lock_memory;
+        settings.linearize |= self.linearize;
         settings.transport = self.transport.unwrap_or(settings.transport);
         settings.threads = self.threads.unwrap_or(settings.threads);
         // A snapshot is frozen; nobody asked to write to it.

@@ -50,6 +50,7 @@ fn plan(args: &AttachArgs) -> Result<Plan> {
         )));
     }
     expect_offered(settings.transport)?;
+    settings.expect_linear()?;
     absolute_selection(&mut settings)?;
     // Partitions are what a block device is wanted for.
     settings.partitions = true;

@@ -5,13 +5,13 @@
 
 use super::filesystem::{DISK_NAME, Opened, View, build_filesystem, open_disk};
 use super::output::Report;
+use super::outside::{self, Job, Manner, Order, Outside};
 use super::serve::{Plan, Served, Target, describe, served, what};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fuse::attach::{self, Attached, FileSystemTarget};
+use crate::fuse::attach::{Attached, FileSystemTarget, Slice};
 use crate::fuse::daemon::{self, Reporter};
 use crate::fuse::mount::{self, Mounted, Shape, shell_word};
-use crate::fuse::partitions::Partition;
 use crate::fuse::registry::{Record, RecordedPath, Registry};
 use crate::fuse::signals::Signals;
 use crate::fuse::{holders, session, volumes};
@@ -24,15 +24,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The one answer that the parent gets.
-pub(super) struct Answer(Mutex<Option<Reporter>>);
+pub(super) struct Answer {
+    reporter: Mutex<Option<Reporter>>,
+    /// What a process beside this one says of its failure, in its own words.
+    said: Mutex<Option<Box<Report>>>,
+}
 
 impl Answer {
     pub(super) fn new(reporter: Reporter) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Some(reporter))))
+        Arc::new(Self {
+            reporter: Mutex::new(Some(reporter)),
+            said: Mutex::default(),
+        })
     }
 
     fn ready(&self, served: &Served, status: &str) -> Result<()> {
-        let Some(reporter) = self.0.lock().take() else {
+        let Some(reporter) = self.reporter.lock().take() else {
             return Ok(());
         };
         let payload = serde_json::to_vec(served).map_err(std::io::Error::from)?;
@@ -40,19 +47,19 @@ impl Answer {
     }
 
     fn is_given(&self) -> bool {
-        self.0.lock().is_none()
+        self.reporter.lock().is_none()
     }
 
     /// After the answer was given, only the log is left.
     pub(super) fn failed(&self, report: &Report) {
-        match (self.0.lock().take(), serde_json::to_vec(report)) {
+        match (self.reporter.lock().take(), serde_json::to_vec(report)) {
             (Some(reporter), Ok(payload)) => reporter.failed(&payload),
             _ => log::error!("{}", report.text().trim_end()),
         }
     }
 
     fn watch_parent(&self) -> Result<()> {
-        self.0
+        self.reporter
             .lock()
             .as_ref()
             .map_or(Ok(()), Reporter::watch_parent)
@@ -164,7 +171,10 @@ impl Daemon<'_> {
             // Before the answer, the parent hears of it and nobody else waits.
             entry.finish(closed.as_ref().err().filter(|_| self.answer.is_given()));
         }
-        closed.and(served).map_err(|e| Report::new(&what, &e))
+        closed.and(served).map_err(|e| {
+            let said = self.answer.said.lock().take();
+            said.unwrap_or_else(|| Report::new(&what, &e))
+        })
     }
 
     /// Serves until the session ends. The entry comes back to be finished after the close.
@@ -283,21 +293,23 @@ impl Daemon<'_> {
         }
         let job = LoopJob {
             shown: plan.shown.clone(),
-            name: PathBuf::from(name),
-            read_only,
-            partitions: opened.partitions.clone(),
-            file_system: file_system.cloned(),
+            image: plan.image.display().to_string(),
+            job: device_job(plan, &opened, name, file_system),
+            manner: Manner {
+                foreground: plan.foreground,
+                debug: plan.debug,
+            },
             served,
             state: Arc::new(Mutex::new(LoopState::default())),
             entry: Arc::clone(entry),
             answer: Arc::clone(&self.answer),
         };
         drop(opened);
-        let state = Arc::clone(&job.state);
+        let (state, manner) = (Arc::clone(&job.state), job.manner);
         let (fd, mount) = signals.serving(|| {
             let made = mount::mount_nowhere(&plan.image, read_only)?;
             let state = Arc::clone(&state);
-            Ok::<_, Error>((made, Box::new(move || drain_loop(&state)) as Box<_>))
+            Ok::<_, Error>((made, Box::new(move || drain_loop(&state, manner)) as Box<_>))
         })?;
         let mut thread = None;
         let on_ready = || {
@@ -323,9 +335,29 @@ impl Daemon<'_> {
         });
         if result.is_err() {
             // Nobody serves the device any more.
-            drain_loop(&state);
+            drain_loop(&state, manner);
         }
         result.and(attached)
+    }
+}
+
+/// What is to be done for a loop device.
+fn device_job(
+    plan: &Plan,
+    opened: &Opened,
+    name: String,
+    file_system: Option<&FileSystemTarget>,
+) -> Job {
+    let recorded = |target: &FileSystemTarget| {
+        let directory = RecordedPath(target.directory.clone());
+        (directory, target.partition)
+    };
+    Job {
+        what: what(plan),
+        name,
+        read_only: plan.settings.disk.read_only,
+        slices: opened.partitions.iter().map(Slice::from).collect(),
+        file_system: file_system.map(recorded),
     }
 }
 
@@ -363,27 +395,29 @@ struct LoopState {
 }
 
 /// The device goes at once, or with its last user.
-fn drain_loop(state: &Mutex<LoopState>) -> bool {
-    let mut state = state.lock();
-    state.stopping = true;
+fn drain_loop(state: &Mutex<LoopState>, manner: Manner) -> bool {
+    let device = {
+        let mut state = state.lock();
+        state.stopping = true;
+        state.device.clone()
+    };
     // Without a device yet, the one who makes it sees the flag.
-    let Some(device) = &state.device else {
+    let Some(device) = device else {
         return true;
     };
-    let cleared = device.clear(true);
+    let cleared = outside::clear(&device, None, manner);
     if let Err(e) = &cleared {
         log::warn!("cannot detach {}: {e}", device.path().display());
     }
     cleared.is_ok()
 }
 
-/// Sets the loop device up while the session threads serve it.
+/// Has the loop device set up while the session threads serve it.
 struct LoopJob {
     shown: String,
-    name: PathBuf,
-    read_only: bool,
-    partitions: Vec<Partition>,
-    file_system: Option<FileSystemTarget>,
+    image: String,
+    job: Job,
+    manner: Manner,
     served: Served,
     state: Arc<Mutex<LoopState>>,
     entry: Arc<Mutex<Option<Entry>>>,
@@ -392,40 +426,43 @@ struct LoopJob {
 
 impl LoopJob {
     fn run(mut self, mount: OwnedFd) -> Result<()> {
-        let device = attach::attach(&mount, &self.name, self.read_only);
-        // From here on the device alone keeps the session alive; without one it ends now.
-        drop(mount);
-        let device = device?;
-        self.state.lock().device = Some(device.clone());
-        let result = self.finish(&device);
-        if result.is_err() || self.state.lock().stopping {
-            if let Err(e) = device.clear(true) {
-                log::warn!("cannot detach {}: {e}", device.path().display());
+        let order = Order::Attach(self.job.clone());
+        let mut outside = Outside::start(&self.image, mount.into(), order, self.manner)?;
+        let told = outside.wait(
+            |device| self.state.lock().device = Some(device),
+            |report| *self.answer.said.lock() = Some(report),
+        );
+        let result = told.and_then(|()| self.finish());
+        let kept = result.is_ok() && !self.state.lock().stopping;
+        let was_killed = outside.end(kept);
+        if was_killed && !kept {
+            // It has undone nothing.
+            let device = self.state.lock().device.clone();
+            if let Some(device) = device {
+                outside::clear(&device, self.place(), self.manner)?;
             }
         }
         result
     }
 
-    fn finish(&mut self, device: &Attached) -> Result<()> {
-        device.tune();
-        device.add_partitions(&self.partitions)?;
-        if let Some(target) = &self.file_system {
-            device.mount_file_system(target, self.read_only)?;
-        }
+    /// Where a file system of the disk goes.
+    fn place(&self) -> Option<RecordedPath> {
+        let (place, _) = self.job.file_system.as_ref()?;
+        Some(place.clone())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let device = self.state.lock().device.clone();
+        let device = device.ok_or_else(|| Error::errno(libc::ENXIO))?.path();
+        let place = self.place();
         if let Some(entry) = self.entry.lock().as_mut() {
-            entry.record.device = Some(RecordedPath(device.path()));
-            let target = self.file_system.as_ref();
-            entry.record.file_system = target.map(|target| RecordedPath(target.directory.clone()));
+            entry.record.device = Some(RecordedPath(device.clone()));
+            entry.record.file_system = place;
             entry.write();
         }
-        self.served.device = Some(device.path());
-        let status = format!("{} attached to {}", self.shown, device.path().display());
-        if let Err(e) = self.answer.ready(&self.served, &status) {
-            if let Some(target) = &self.file_system {
-                let _ = mount::unmount_any(&target.directory, true);
-            }
-            return Err(e);
-        }
+        let status = format!("{} attached to {}", self.shown, device.display());
+        self.served.device = Some(device);
+        self.answer.ready(&self.served, &status)?;
         log::info!("{status} ({})", describe(&self.served));
         Ok(())
     }

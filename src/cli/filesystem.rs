@@ -3,15 +3,18 @@
 //! Imports: `error`, `chain`, `disk`, `fuse`, `admin`.
 //! Never: runs before the fork: it opens images, takes locks and starts threads.
 
+use super::progress::Shown;
 use super::serve::Plan;
 use crate::admin;
 use crate::admin::info::Tables;
 use crate::chain::bundle::{self, OpenedImages, Selection};
+use crate::disk::linear::FIX;
 use crate::disk::{self, Disk, DiskOptions};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::partitions::{self, Partition};
 use crate::fuse::{self, PloopFs};
-use std::fs;
+use crate::storage::file::FileStorage;
+use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -35,6 +38,8 @@ pub(super) struct Opened {
     pub(super) disk: Arc<Disk>,
     pub(super) images: Arc<OpenedImages>,
     pub(super) partitions: Vec<Partition>,
+    /// The disk as one flat file, where that is wanted.
+    pub(super) flat: Option<Arc<File>>,
 }
 
 /// Opens and locks the image.
@@ -55,11 +60,53 @@ pub(super) fn open_disk(plan: &Plan) -> Result<Opened> {
     } else {
         Vec::new()
     };
+    let flat = match plan.settings.linearize {
+        true => Some(Arc::new(linearize(&disk, &images)?)),
+        false => None,
+    };
     Ok(Opened {
         disk,
         images,
         partitions,
+        flat,
     })
+}
+
+/// A flat clone of the disk as it is now, beside its top image and without a name.
+fn linearize(disk: &Disk, images: &OpenedImages) -> Result<File> {
+    let top = images.parts.first().and_then(|part| part.files.last());
+    let top = &top.ok_or_else(|| Error::errno(libc::ENOENT))?.path;
+    let place = fs::canonicalize(top).map_err(|e| Error::from(e).in_file(top))?;
+    let directory = place.parent().unwrap_or(Path::new("/"));
+    let flat = FileStorage::unnamed_in(directory).map_err(no_room_for_a_clone)?;
+    let shown = Shown::start(false);
+    let progress = shown.progress();
+    progress.step("sharing", disk.size_bytes());
+    let mut before = 0;
+    disk.linearize(&flat, &mut |done| {
+        progress.add(done.saturating_sub(std::mem::replace(&mut before, done)));
+        progress.check()
+    })?;
+    Ok(flat.into_file())
+}
+
+/// The error of a directory that takes no file.
+fn no_room_for_a_clone(error: Error) -> Error {
+    let why = match error.kind() {
+        ErrorKind::Io(libc::EROFS) => "the clone has to lie there, and it is read-only",
+        ErrorKind::Io(libc::EOPNOTSUPP | libc::EISDIR | libc::ENOENT) => {
+            "the clone has to lie there, and its file system has no files without a name"
+        }
+        _ => "the clone has to lie there",
+    };
+    let place = error.place().path.clone();
+    let told = Error::why(ErrorKind::Unsupported, why)
+        .because(error)
+        .fix(FIX);
+    match place {
+        Some(path) => told.in_file(&path),
+        None => told,
+    }
 }
 
 /// The file system over the open disk.
@@ -83,6 +130,7 @@ pub(super) fn build_filesystem(opened: &Opened, view: &View, plan: &Plan) -> Res
         partitions: plan.settings.partitions,
         info_json: info_json(plan)?,
         direct_io: matches!(view, View::Named(_)),
+        flat: opened.flat.clone(),
     };
     let (disk, images) = (Arc::downgrade(&opened.disk), Arc::clone(&opened.images));
     let opener = move |guid: &str| {
@@ -127,6 +175,7 @@ fn info_json(plan: &Plan) -> Result<String> {
             "reflink": plan.settings.disk.reflink,
             "direct": plan.settings.disk.direct,
             "threads": plan.settings.threads,
+            "linearize": plan.settings.linearize,
         },
     });
     Ok(format!("{document:#}\n"))

@@ -134,6 +134,7 @@ fn run_mount(request: &Request) -> Result<(), Box<Report>> {
             pool_threads: None,
             threads: None,
             transport: None,
+            linearize: false,
             lock_memory: false,
             select: SelectArgs {
                 snapshot: None,

@@ -6,8 +6,9 @@
 use super::size::{parse_millis, parse_size};
 use crate::chain::bundle::Selection;
 use crate::disk::{DiskOptions, EnospcPolicy};
+use crate::error::Error;
 use crate::fuse::mount::{Access, MountOptions};
-use crate::fuse::session::Transport;
+use crate::fuse::session::{Transport, expect_flat};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -44,7 +45,7 @@ const IGNORED: [&str; 26] = [
 ];
 
 /// Words with no value that do something.
-const FLAGS: [&str; 17] = [
+const FLAGS: [&str; 18] = [
     "ro",
     "noexec",
     "noatime",
@@ -62,6 +63,7 @@ const FLAGS: [&str; 17] = [
     "raw",
     "replace_dead",
     "lock_memory",
+    "linearize",
 ];
 
 /// Words with a value.
@@ -124,6 +126,8 @@ pub struct Settings {
     pub replace_dead: bool,
     /// The daemon's memory stays in memory.
     pub lock_memory: bool,
+    /// The kernel reads the disk from a flat clone.
+    pub linearize: bool,
 }
 
 impl Default for Settings {
@@ -147,6 +151,7 @@ impl Default for Settings {
             nofail: false,
             replace_dead: false,
             lock_memory: false,
+            linearize: false,
         }
     }
 }
@@ -242,6 +247,14 @@ impl Settings {
         split(text).iter().try_for_each(|word| self.word(word))
     }
 
+    /// Fails if a flat clone is wanted that there cannot be, whatever the image.
+    pub fn expect_linear(&self) -> Result<(), Error> {
+        match self.linearize {
+            true => expect_flat(self.transport, self.disk.read_only),
+            false => Ok(()),
+        }
+    }
+
     /// Nobody may write, or everybody who could.
     pub fn set_read_only(&mut self, read_only: bool) {
         self.mount.read_only = read_only;
@@ -291,6 +304,7 @@ impl Settings {
             "raw" => self.selection.raw = true,
             "replace_dead" => self.replace_dead = true,
             "lock_memory" => self.lock_memory = true,
+            "linearize" => self.linearize = true,
             _ if VALUES.contains(&name) => return Err(format!("-o {name} needs a value")),
             _ => return Err(unknown(name)),
         }
@@ -410,8 +424,8 @@ mod tests {
             "snapshot=a\\,b,cache=1M,enospc=wait,threads=3,fmask=022,allow_root,grow_step=2M";
         let settings = parsed(text).unwrap();
         assert!(!settings.replace_dead && !settings.lock_memory);
-        let both = parsed("replace_dead,lock_memory").unwrap();
-        assert!(both.replace_dead && both.lock_memory);
+        let both = parsed("replace_dead,lock_memory,linearize").unwrap();
+        assert!(both.replace_dead && both.lock_memory && both.linearize);
         assert_eq!(settings.selection.snapshot.as_deref(), Some("a,b"));
         assert_eq!(settings.disk.bat_cache, 1 << 20);
         assert_eq!(settings.disk.enospc, EnospcPolicy::Wait);

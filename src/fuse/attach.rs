@@ -17,10 +17,11 @@ use crate::sys::process::{self, find_program};
 use nix::fcntl::OFlag;
 use nix::mount::MsFlags;
 use nix::sys::stat::Mode;
+use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -31,11 +32,35 @@ const TRIES: u32 = 64;
 /// Longer than the kernel believes the attributes that a daemon of ours told it.
 const BELIEVED: Duration = Duration::from_secs(3);
 
+/// What the queue of a loop device should be like, in KiB: see [`Attached::tune`].
+pub const TUNED: [(&str, u32); 2] = [("read_ahead_kb", 1024), ("max_sectors_kb", 1024)];
+
 /// Longer than a program takes that only looks at what lies on a device.
 const LOOKED_AT: Duration = Duration::from_secs(1);
 
-/// A loop device of ours.
-#[derive(Clone, Debug)]
+/// A range of the disk that is a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slice {
+    /// The number that Linux gives it.
+    pub number: u32,
+    /// First byte on the disk.
+    pub start: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+impl From<&Partition> for Slice {
+    fn from(partition: &Partition) -> Self {
+        let Partition {
+            number, start, len, ..
+        } = *partition;
+        Self { number, start, len }
+    }
+}
+
+/// A loop device of ours. What is done with it may wait for whoever serves the file below, so a
+/// daemon leaves that to a process beside it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Attached {
     number: u32,
     /// Unknown where the daemon behind the file has died: looking at the file fails then.
@@ -65,8 +90,14 @@ fn host(what: &str, e: io::Error) -> Error {
     }
 }
 
-/// Sets a free loop device up over a file of the mount.
-pub fn attach(mount: &OwnedFd, name: &Path, read_only: bool) -> Result<Attached> {
+/// Sets a free loop device up over a file of the mount. `tried` hears of each before it is, so that
+/// it can be taken away by somebody else, should this process be killed meanwhile.
+pub fn attach(
+    mount: &OwnedFd,
+    name: &Path,
+    read_only: bool,
+    mut tried: impl FnMut(Attached) -> Result<()>,
+) -> Result<Attached> {
     let access = if read_only {
         OFlag::O_RDONLY
     } else {
@@ -74,6 +105,14 @@ pub fn attach(mount: &OwnedFd, name: &Path, read_only: bool) -> Result<Attached>
     };
     let file = nix::fcntl::openat(mount, name, access | OFlag::O_CLOEXEC, Mode::empty())
         .map_err(|errno| Error::from(io::Error::from(errno)).in_file(name))?;
+    let file = File::from(file);
+    let meta = file.metadata().map_err(|e| Error::from(e).in_file(name))?;
+    let expected = Status {
+        device: meta.dev(),
+        inode: meta.ino(),
+        autoclear: false,
+        direct_io: true,
+    };
     let shown = name.to_string_lossy();
     let setup = Setup {
         read_only,
@@ -88,6 +127,10 @@ pub fn attach(mount: &OwnedFd, name: &Path, read_only: bool) -> Result<Attached>
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => continue,
             Err(e) => return Err(host("cannot open the loop device", e).in_file(&path)),
         };
+        tried(Attached {
+            number,
+            status: Some(expected),
+        })?;
         match loopdev::configure(&device, file.as_fd(), &setup) {
             Ok(()) => {
                 let status = Some(loopdev::status(device.as_fd())?);
@@ -138,22 +181,28 @@ impl Attached {
     }
 
     /// Requests of up to a cluster, and a read-ahead that streams need: without it sequential
-    /// reads through a file system are a third as fast.
+    /// reads through a file system are a third as fast. A device that cannot be set so is slow, and
+    /// no worse.
     pub fn tune(&self) {
-        for (file, value) in [
-            ("queue/read_ahead_kb", "1024"),
-            ("queue/max_sectors_kb", "1024"),
-        ] {
-            if let Err(e) = fs::write(self.sysfs(file), value) {
-                log::debug!("cannot set {file} of {}: {e}", self.path().display());
+        let device = self.path();
+        let device = device.display();
+        for (file, value) in TUNED {
+            if let Err(e) = fs::write(self.sysfs("queue").join(file), value.to_string()) {
+                log::warn!("{device} is slower than it could be: cannot set {file}: {e}");
             }
+        }
+        if self.status.is_some_and(|status| !status.direct_io) {
+            log::warn!("{device} is slower than it could be: the kernel refuses direct I/O");
         }
     }
 
     /// Announces the partitions that the kernel has not found by itself.
-    pub fn add_partitions(&self, partitions: &[Partition]) -> Result<()> {
+    pub fn add_partitions(&self, slices: &[Slice]) -> Result<()> {
+        if slices.is_empty() {
+            return Ok(());
+        }
         let device = File::open(self.path())?;
-        for partition in partitions {
+        for partition in slices {
             let number = partition.number;
             if self
                 .sysfs(&format!("loop{}p{number}", self.number))

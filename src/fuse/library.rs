@@ -13,6 +13,7 @@ use super::answer::{
 };
 use super::buffer::{self, Buffers};
 use super::requests::Refused;
+use super::through::{OpenReply, Through};
 use super::{BACKGROUND_MAX, PloopFs, WANTED, WRITE_MAX, rules};
 use crate::disk::{Disk, ReadReply};
 use crate::error::Error;
@@ -34,6 +35,7 @@ pub(crate) struct Library {
     fs: PloopFs,
     threads: usize,
     buffers: Buffers,
+    through: Arc<Through>,
 }
 
 impl Library {
@@ -43,7 +45,13 @@ impl Library {
             fs,
             threads,
             buffers: Buffers::new(0),
+            through: Arc::default(),
         }
+    }
+
+    /// How the kernel reads by itself.
+    pub(crate) fn through(&self) -> Arc<Through> {
+        Arc::clone(&self.through)
     }
 }
 
@@ -228,6 +236,11 @@ impl Filesystem for Library {
         for flag in WANTED {
             granted.set(flag, config.add_capabilities(flag).is_ok());
         }
+        if self.fs.has_flat() {
+            let through = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+                && config.set_max_stack_depth(1).is_ok();
+            self.through.set_granted(through);
+        }
         // Each of these fails only for 0 and for more than fuser's own 16 MiB.
         let _ = config.set_max_write(WRITE_MAX);
         let _ = config.set_max_background(BACKGROUND_MAX);
@@ -284,6 +297,9 @@ impl Filesystem for Library {
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let flat = self.fs.flat(ino.0);
+        let through = flat.map(|flat| (Arc::clone(flat), self.through()));
+        let reply = OpenReply { reply, through };
         self.fs.open(ino.0, is_for_writing(flags), reply);
     }
 

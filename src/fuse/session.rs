@@ -88,6 +88,36 @@ pub fn expect_offered(transport: Transport) -> Result<()> {
     .fix(fix))
 }
 
+/// What turns rings on, where this kernel has them and does not offer them.
+#[must_use]
+pub fn rings_switch() -> Option<&'static str> {
+    let is_off = !rings::are_offered() && std::path::Path::new(rings::SWITCH).exists();
+    is_off.then_some(rings::SWITCH)
+}
+
+/// Fails if the kernel is to read a flat clone by itself and that cannot be, as far as it is known
+/// before anything is opened.
+pub fn expect_flat(transport: Transport, read_only: bool) -> Result<()> {
+    let usage = |why: &str, fix: &str| Err(Error::why(ErrorKind::Usage, why).fix(fix));
+    if !read_only {
+        return usage(
+            "--linearize serves a frozen copy, which cannot be written to",
+            "add -r (--read-only), or leave --linearize out",
+        );
+    }
+    if !matches!(transport, Transport::Auto | Transport::Fuser) {
+        return usage(
+            "with --linearize the kernel reads the disk by itself, which is set up by fuser only",
+            "leave --transport out: it makes no difference to the disk's speed then",
+        );
+    }
+    if !nix::unistd::geteuid().is_root() {
+        let why = "only root may have the kernel read a file by itself (FUSE passthrough)";
+        return Err(Error::why(ErrorKind::Host, why).fix("use sudo, or leave --linearize out"));
+    }
+    Ok(())
+}
+
 /// Answers INIT, calls `on_ready` once (its failure ends the session at once), and serves requests
 /// on this many threads, or on one for each CPU if they come by rings. Returns after the last
 /// request when the mount has gone.
@@ -158,8 +188,18 @@ fn serve_library(
     };
     let mut config = Config::default();
     config.n_threads = Some(threads);
-    let session = Session::from_fd(Library::new(fs, threads), fd, acl, config)
+    let flat = fs.has_flat().then(|| fs.views.settings.flat.clone());
+    let passed = match flat.flatten() {
+        Some(flat) => Some((flat, fd.try_clone()?)),
+        None => None,
+    };
+    let library = Library::new(fs, threads);
+    let through = library.through();
+    let session = Session::from_fd(library, fd, acl, config)
         .map_err(|e| Error::why(ErrorKind::Host, "the kernel did not greet us").because(e))?;
+    if let Some((flat, device)) = passed {
+        through.expect(&device, &flat)?;
+    }
     on_ready()?;
     log::info!("{told}");
     session.run().map_err(Error::from)

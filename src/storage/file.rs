@@ -4,12 +4,13 @@ use super::direct::Direct;
 use super::pace::{self, Pace};
 use super::{FileId, Keep, Storage, aligned};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::file as sys;
+use crate::sys::{file as sys, open};
 use crate::units::{FileOffset, len_u64};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -55,6 +56,36 @@ impl FileStorage {
             pace: Pace::default(),
             direct: OnceLock::new(),
         })
+    }
+
+    /// A new file without a name in a directory; it goes with its last user.
+    pub fn unnamed_in(dir: &Path) -> Result<Self> {
+        let file = open::unnamed(dir).map_err(|e| Error::from(e).in_file(dir))?;
+        Self::new(file)
+    }
+
+    /// Shares blocks as [`Storage::share_from`] does, and says why where the host cannot.
+    pub fn share_or_say(
+        &self,
+        at: FileOffset,
+        source: BorrowedFd<'_>,
+        from: Range<FileOffset>,
+    ) -> Result<()> {
+        let (start, end) = (from.start.get(), from.end.get());
+        let share = || sys::try_clone_range(source, start, end, self.file.as_fd(), at.get());
+        Ok(sys::retry_interrupted(share)?)
+    }
+
+    /// Bytes of the blocks that files on its file system are made of.
+    pub fn block_bytes(&self) -> Result<u64> {
+        let found = nix::sys::statfs::fstatfs(&self.file).map_err(std::io::Error::from)?;
+        Ok(u64::try_from(found.block_size()).unwrap_or(0).max(512))
+    }
+
+    /// Lets go of all but the open file.
+    #[must_use]
+    pub fn into_file(self) -> File {
+        self.file
     }
 
     /// The open file, for locks.

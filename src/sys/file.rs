@@ -78,22 +78,10 @@ pub fn clone_range(
     target: BorrowedFd<'_>,
     at: u64,
 ) -> io::Result<bool> {
-    let range = CloneRange {
-        source: source.as_raw_fd().into(),
-        from: start,
-        len: end.saturating_sub(start),
-        to: at,
-    };
-    // SAFETY: both descriptors are borrowed and open for the whole call, and the kernel only reads
-    // the structure, which is live and laid out as it expects.
-    #[allow(unsafe_code)]
-    let result = unsafe { libc::ioctl(target.as_raw_fd(), CLONE_RANGE, &raw const range) };
-    if result == 0 {
-        return Ok(true);
-    }
-    match io::Error::last_os_error() {
-        e if e.kind() == io::ErrorKind::Interrupted => Ok(false),
-        e => match e.raw_os_error() {
+    match try_clone_range(source, start, end, target, at) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(false),
+        Err(e) => match e.raw_os_error() {
             Some(
                 libc::EXDEV
                 | libc::EOPNOTSUPP
@@ -106,6 +94,31 @@ pub fn clone_range(
             ) => Ok(false),
             _ => Err(e),
         },
+    }
+}
+
+/// The same for those who want to know why the host cannot.
+pub fn try_clone_range(
+    source: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+    target: BorrowedFd<'_>,
+    at: u64,
+) -> io::Result<()> {
+    let range = CloneRange {
+        source: source.as_raw_fd().into(),
+        from: start,
+        len: end.saturating_sub(start),
+        to: at,
+    };
+    // SAFETY: both descriptors are borrowed and open for the whole call, and the kernel only reads
+    // the structure, which is live and laid out as it expects.
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::ioctl(target.as_raw_fd(), CLONE_RANGE, &raw const range) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 

@@ -1,5 +1,6 @@
 //! Loop devices and their partitions.
 
+use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -93,7 +94,7 @@ pub struct Setup<'a> {
 }
 
 /// What a loop device says about itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Device number of the file system that the backing file is on.
     pub device: u64,

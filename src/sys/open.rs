@@ -54,6 +54,14 @@ pub fn any(path: &Path, write: bool) -> io::Result<File> {
     Ok(quietly(File::from(opened), write))
 }
 
+/// Makes a file without a name in a directory, which nobody can ever give one. It goes with its
+/// last user.
+pub fn unnamed(dir: &Path) -> io::Result<File> {
+    let how = OFlag::O_TMPFILE | OFlag::O_EXCL | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    Ok(File::from(patiently(|| openat(AT_FDCWD, dir, how, mode))?))
+}
+
 /// Opens a directory, to start walks from.
 pub fn directory(path: &Path) -> io::Result<OwnedFd> {
     let how = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;

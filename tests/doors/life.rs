@@ -43,6 +43,7 @@ struct Mount {
 impl Mount {
     fn new(disk: Arc<Disk>, at: &Path, transport: Transport) -> Result<Self> {
         let settings = Settings {
+            flat: None,
             uid: 0,
             gid: 0,
             file_mask: 0o077,
