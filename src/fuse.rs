@@ -1,7 +1,7 @@
 //! The kernel's door: FUSE requests become calls of the disk.
 //!
-//! Imports: `disk`, `chain` (the names of snapshots), `units`, `error`, `planted`, `atomics`, `sync`,
-//! `sys`.
+//! Imports: `disk`, `chain` (the names of snapshots), `units`, `error`, `planted`, `atomics`,
+//! `sync`, `sys`.
 //! Never: decides what the bytes are, waits for another request on a session thread, or allocates
 //! for a READ or a WRITE.
 //!
