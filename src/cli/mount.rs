@@ -121,7 +121,7 @@ fn faster(switch: Option<&str>) -> String {
     let set: Vec<String> = TUNED.map(set).into();
     let mut text = format!("  its speed    : {}\n", set.join("; "));
     if let Some(switch) = switch {
-        text += &format!("  faster yet   : echo Y > {switch}, then mount with --transport uring\n");
+        text += &format!("  faster yet   : echo Y > {switch}, then mount again\n");
     }
     text
 }

@@ -9,11 +9,12 @@
 //! has started this program, takes down what a kill has left.
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicI8, Ordering};
@@ -437,23 +438,35 @@ impl WorkDir {
 }
 
 /// FUSE over io_uring is offered by the kernel for as long as this lives.
+///
+/// The switch is one for the whole host: whoever turns it has a lock on a file for as long, and so
+/// have the tests of ploopfs.
 #[derive(Debug)]
 pub(crate) struct Rings {
     before: Option<(String, Note)>,
+    _lock: Flock<File>,
 }
 
 impl Rings {
     /// Turns the switch on; an error tells why that cannot be.
     pub(crate) fn enable() -> Result<Self> {
+        let path = std::env::temp_dir().join("ploopfs-enable-uring.lock");
+        let mut options = OpenOptions::new();
+        let file = options.create(true).append(true).open(&path)?;
+        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
         let before = fs::read_to_string(ENABLE_URING)
             .with_context(|| format!("this kernel has no {ENABLE_URING}"))?;
         if before.trim() == "Y" {
-            return Ok(Self { before: None });
+            return Ok(Self {
+                before: None,
+                _lock: lock,
+            });
         }
         let note = Note::leave("enable_uring", &before)?;
         fs::write(ENABLE_URING, "Y").with_context(|| format!("cannot write {ENABLE_URING}"))?;
         Ok(Self {
             before: Some((before, note)),
+            _lock: lock,
         })
     }
 }
