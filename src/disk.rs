@@ -213,6 +213,12 @@ impl Disk {
         self.read_only
     }
 
+    /// True when its files are read and written past the host's page cache.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
     /// Host bytes that all files of the disk's chains occupy.
     pub fn allocated_bytes(&self) -> Result<u64> {
         let mut sum = 0_u64;

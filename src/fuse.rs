@@ -232,6 +232,17 @@ impl PloopFs {
         self.views.settings.flat.is_some()
     }
 
+    /// Why rings would be no gain, whatever the kernel offers.
+    pub(crate) fn has_no_use_for_rings(&self) -> Option<&'static str> {
+        if self.has_flat() {
+            Some("only it has the kernel read a flat clone by itself")
+        } else if self.views.live.disk.is_direct() {
+            Some("past the page cache, more threads are worth more than rings")
+        } else {
+            None
+        }
+    }
+
     /// How an open file of this node uses the page cache.
     fn open_flags(&self, node: Node) -> FopenFlags {
         let frozen = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;

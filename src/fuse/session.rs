@@ -11,7 +11,7 @@
 //! 2. memory, rings or threads cannot be had, or do not work: fuser, on the same descriptor;
 //! 3. INIT does not offer them, as the switch was turned off meanwhile: INIT has been read by then,
 //!    so our own door serves on;
-//! 4. the kernel was told of rings and refuses one: [`rings`] goes on with our own door.
+//! 4. the kernel was told of rings and refuses one: `rings` goes on with our own door.
 //!
 //! The kernel decides who may send requests ([`Access`] went into the mount), so the library's own
 //! check is left open; it would refuse the kernel's loop workers, which run as root. The exception
@@ -130,7 +130,7 @@ pub fn serve(
 ) -> Result<()> {
     let threads = threads.max(1);
     let served = match (transport, transport.shape()) {
-        (_, Some(shape)) => match make_rings(fd, transport, shape) {
+        (_, Some(shape)) => match make_rings(&fs, fd, transport, shape) {
             Ok(made) => serve_own(fs, made, (transport, access, threads), on_ready),
             Err((e, fd)) if transport == Transport::Auto => {
                 let told = format!("{LIBRARY}: {e}");
@@ -153,13 +153,15 @@ type Made = (Arc<Device>, Option<rings::Prepared>);
 /// Makes what rings need, without a word to the kernel's FUSE. If they cannot be had, the
 /// descriptor comes back as it was.
 fn make_rings(
+    fs: &PloopFs,
     fd: OwnedFd,
     transport: Transport,
     shape: rings::Shape,
 ) -> std::result::Result<Made, (io::Error, OwnedFd)> {
     if transport == Transport::Auto {
-        if let Err(e) = rings::are_worth_it() {
-            return Err((e, fd));
+        let useless = fs.has_no_use_for_rings().map(io::Error::other);
+        if let Some(why) = useless.or_else(|| rings::are_worth_it().err()) {
+            return Err((why, fd));
         }
     }
     match rings::prepare(&fd, shape) {

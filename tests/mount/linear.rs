@@ -5,8 +5,10 @@ use crate::forge::content::{Level, Model};
 use crate::forge::image::{FirstBlock, IN_USE, ImageSpec, Mapped};
 use crate::support::guards::{FsMount, Loop, Mounted, text};
 use crate::support::harness::{skip_excused, trial};
-use crate::support::probe::Need::{self, Fuse, Loop as LoopDevices, Root, Xfs};
-use crate::support::{self, Outcome, command, expect_flat, fingerprint, scratch, scratch_tmpfs};
+use crate::support::probe::Need::{self, Fuse, Loop as LoopDevices, Rings, Root, Xfs};
+use crate::support::{
+    self, Outcome, command, expect_flat, fingerprint, rings, scratch, scratch_tmpfs,
+};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use std::fs::{self, File, OpenOptions};
@@ -22,6 +24,11 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("a_flat_clone_of_odd_ends_is_the_disk", HOST, odd_ends),
         trial("a_flat_clone_of_a_split_disk", HOST, split_disk),
         trial("a_flat_clone_over_loop", HOST, over_loop),
+        trial(
+            "a_flat_clone_where_rings_are_offered",
+            &[Fuse, Root, LoopDevices, Xfs, Rings],
+            where_rings_are_offered,
+        ),
         trial("what_is_not_aligned_has_no_flat_clone", HOST, not_aligned),
         trial("what_cannot_be_read_has_no_flat_clone", HOST, unreadable),
         trial("an_unclosed_image_has_a_flat_clone", HOST, unclosed),
@@ -224,6 +231,17 @@ fn over_loop() -> Outcome {
     let same = expect_device(device, &spec.model());
     command::ok(command::ploopfs(&["detach"]).arg(device))?;
     same?;
+    host.end()
+}
+
+/// Rings, which `auto` would take there, have no way to it.
+fn where_rings_are_offered() -> Outcome {
+    rings::on()?;
+    let host = Host::new()?;
+    let spec = chain();
+    let path = host.at("d.hdd");
+    spec.write(&path)?;
+    host.expect_same(&path, &spec.model(), &["--transport", "auto"])?;
     host.end()
 }
 

@@ -25,6 +25,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             rings_are_taken_unasked,
         ),
         trial(
+            "rings_are_not_taken_unasked_past_the_page_cache",
+            NEEDS,
+            direct_is_fusers,
+        ),
+        trial(
             "rings_that_nobody_asked_for_may_fail",
             TRACED,
             rings_or_fuser,
@@ -135,6 +140,21 @@ fn rings_are_taken_unasked() -> Outcome {
         expect_copy(dir.path(), &spec)?;
     }
     Ok(())
+}
+
+/// Each request would go through the pool there; fuser has more threads that can wait.
+fn direct_is_fusers() -> Outcome {
+    rings::on()?;
+    let dir = scratch()?;
+    let (spec, path) = image(dir.path())?;
+    for (way, rings) in [("auto", 0), ("uring", cpus()?)] {
+        let mounted = Mounted::new(dir.path(), &path, &["--direct", "--transport", way])?;
+        let found = threads(&mounted, "ring-")?;
+        ensure!(found == rings, "{way}: {found} rings");
+        expect_flat(&mounted.disk(), &Model::of(&spec))?;
+        mounted.umount()?;
+    }
+    support::expect_clean(&path)
 }
 
 /// Whatever the host forbids, the mount is there, and says how requests come and why.
