@@ -62,6 +62,17 @@ pub use open::{Resources, open, open_view, open_with};
 /// keeps in flight, so that other requests always get through.
 const SPACE_WAITERS_MAX: usize = 8;
 
+/// How many requests above the threshold may stay at a time on the threads on which they arrive, of
+/// which there must be more, or as many where each has requests of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InlineMax {
+    /// Another read stays while fewer than this do. It keeps its thread for a copy from memory.
+    pub reads: usize,
+    /// Another write stays while fewer than this do. It may keep its thread for longer: the host
+    /// makes writers wait where much is unwritten, and reads what is around less than a page.
+    pub writes: usize,
+}
+
 /// How a disk is opened and served.
 #[derive(Clone, Debug)]
 pub struct DiskOptions {
@@ -69,9 +80,8 @@ pub struct DiskOptions {
     pub read_only: bool,
     /// Requests of this order (log2 of 4 KiB pages) and above go to the pool.
     pub inline_order: u32,
-    /// But for so many at a time whose clusters are there already. They stay on the threads on
-    /// which they arrive, of which there must be more.
-    pub large_inline_max: usize,
+    /// But for a few at a time whose clusters are there already.
+    pub large_inline: InlineMax,
     /// Bytes of memory for pages of the map.
     pub bat_cache: u64,
     /// The files are read and written past the host's page cache ([`direct`]).
@@ -95,7 +105,7 @@ impl Default for DiskOptions {
         Self {
             read_only: false,
             inline_order: INLINE_ORDER_DEFAULT.0,
-            large_inline_max: 0,
+            large_inline: InlineMax::default(),
             bat_cache: 32 << 20,
             direct: false,
             grow_step: 16 << 20,
@@ -286,8 +296,8 @@ impl Disk {
 
     /// Lets so many requests above the threshold stay on the threads on which they arrive, over
     /// the disk and its frozen views; for a transport whose threads are others than expected.
-    pub fn set_large_inline_max(&self, max: usize) {
-        self.resources.large.max.store(max, Ordering::Relaxed);
+    pub fn set_large_inline(&self, max: InlineMax) {
+        self.resources.large.set(max);
     }
 
     /// Gives back the memory for large requests that bring none: a transport whose requests bring

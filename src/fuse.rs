@@ -63,7 +63,7 @@ pub use nodes::Shape;
 pub use views::Opener;
 
 use crate::chain::bundle::SnapshotInfo;
-use crate::disk::Disk;
+use crate::disk::{Disk, InlineMax};
 use crate::units::DiskOffset;
 use aside::Aside;
 use fuser::{Errno, FopenFlags, InitFlags};
@@ -170,7 +170,10 @@ impl PloopFs {
     /// Says that so many threads serve, each of which has requests of its own: all of them may be
     /// busy with a large one.
     pub(crate) fn expect_threads(&self, threads: usize) {
-        self.views.live.disk.set_large_inline_max(threads);
+        self.views.live.disk.set_large_inline(InlineMax {
+            reads: threads,
+            writes: threads,
+        });
     }
 
     /// Says that requests come with memory of their own from now on.

@@ -9,7 +9,7 @@ use crate::admin;
 use crate::admin::info::Tables;
 use crate::chain::bundle::{self, OpenedImages, Selection};
 use crate::disk::linear::FIX;
-use crate::disk::{self, Disk, DiskOptions};
+use crate::disk::{self, Disk, DiskOptions, InlineMax};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::partitions::{self, Partition};
 use crate::fuse::{self, PloopFs};
@@ -45,9 +45,13 @@ pub(super) struct Opened {
 /// Opens and locks the image.
 pub(super) fn open_disk(plan: &Plan) -> Result<Opened> {
     let images = Arc::new(bundle::open(&plan.image, &plan.settings.selection)?);
-    // Half of the threads are kept free for small requests.
+    // One thread is kept free of large reads for small requests, and half of them of large writes.
+    let threads = plan.settings.threads;
     let options = DiskOptions {
-        large_inline_max: plan.settings.threads / 2,
+        large_inline: InlineMax {
+            reads: threads.saturating_sub(1),
+            writes: threads / 2,
+        },
         ..plan.settings.disk.clone()
     };
     let (disk, notes) = disk::open(Arc::clone(&images), &options)?;

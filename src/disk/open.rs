@@ -11,8 +11,9 @@ use super::health::Health;
 use super::part::Part;
 use super::pool::{self, Spawn};
 use super::prepare::{self, Writer, open_for_writing};
+use super::serve::Kind;
 use super::stats::Counters;
-use super::{Disk, DiskOptions, direct};
+use super::{Disk, DiskOptions, InlineMax, direct};
 use crate::chain::Chain;
 use crate::chain::bundle::{OpenedImages, OpenedPart};
 use crate::error::{Error, ErrorKind, Result};
@@ -20,7 +21,7 @@ use crate::plan::RequestOrder;
 use crate::sync::{Condvar, Mutex, Rank};
 use arc_swap::ArcSwap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Bytes of map pages for a frozen view: people look into one, they do not work on it.
@@ -42,8 +43,25 @@ pub struct Resources {
 pub(super) struct LargeInline {
     /// How many there are now.
     pub(super) count: AtomicUsize,
-    /// How many there may be.
-    pub(super) max: AtomicUsize,
+    max_reads: AtomicUsize,
+    max_writes: AtomicUsize,
+}
+
+impl LargeInline {
+    /// Says how many there may be.
+    pub(super) fn set(&self, max: InlineMax) {
+        self.max_reads.store(max.reads, Ordering::Relaxed);
+        self.max_writes.store(max.writes, Ordering::Relaxed);
+    }
+
+    /// How many there may be for another one of its kind.
+    pub(super) fn max(&self, kind: Kind) -> usize {
+        let max = match kind {
+            Kind::Read => &self.max_reads,
+            Kind::Write => &self.max_writes,
+        };
+        max.load(Ordering::Relaxed)
+    }
 }
 
 impl Resources {
@@ -106,10 +124,8 @@ pub fn open_with(
     options: &DiskOptions,
     resources: Resources,
 ) -> Result<(Arc<Disk>, Vec<String>)> {
-    let large = Arc::new(LargeInline {
-        count: AtomicUsize::new(0),
-        max: AtomicUsize::new(options.large_inline_max),
-    });
+    let large = Arc::<LargeInline>::default();
+    large.set(options.large_inline);
     open_on(images, options, Resources { large, ..resources })
 }
 

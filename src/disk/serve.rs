@@ -32,6 +32,13 @@ enum Change<'a> {
     Zero(u64),
 }
 
+/// What is asked of the thread on which a request arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Read,
+    Write,
+}
+
 /// A request that stays on its thread.
 #[derive(Debug)]
 pub(super) struct Stay<'a> {
@@ -75,7 +82,7 @@ impl Disk {
         bump(&self.counters.reads, 1);
         bump(&self.counters.read_bytes, len_u64(len));
         let mut done = 0;
-        if let Some(stay) = self.stay(len) {
+        if let Some(stay) = self.stay(len, Kind::Read) {
             match self.guarded(|| self.read_pieces(at, &mut buf[..len], stay.load)) {
                 Ok(came) if came == len => {
                     bump(&self.counters.inline_requests, 1);
@@ -115,7 +122,7 @@ impl Disk {
         let stay = if self.direct {
             Some(Stay::passing())
         } else {
-            self.stay(len)
+            self.stay(len, Kind::Read)
         };
         if let Some(stay) = stay {
             let buf = &mut target.memory()[..len];
@@ -142,7 +149,7 @@ impl Disk {
         if let Err(error) = self.check_change(at, len_u64(len)) {
             return reply.done(Err(error));
         }
-        if let Some(_stay) = self.stay(len).filter(|_| !self.direct) {
+        if let Some(_stay) = self.stay(len, Kind::Write).filter(|_| !self.direct) {
             match self.guarded(|| self.write_pieces_in_place(at, reply.brought())) {
                 Ok(true) => {
                     bump(&self.counters.inline_requests, 1);
@@ -161,7 +168,7 @@ impl Disk {
         if let Err(error) = self.check_change(at, len_u64(data.len())) {
             return reply.done(Err(error));
         }
-        if let Some(_stay) = self.stay(data.len()) {
+        if let Some(_stay) = self.stay(data.len(), Kind::Write) {
             match self.guarded(|| self.write_pieces_in_place(at, data)) {
                 Ok(true) => {
                     bump(&self.counters.inline_requests, 1);
@@ -183,7 +190,7 @@ impl Disk {
 
     /// Whether a request of this length is tried on the thread on which it arrived. The answer is
     /// held until that thread is free again.
-    pub(super) fn stay(&self, len: usize) -> Option<Stay<'_>> {
+    pub(super) fn stay(&self, len: usize, kind: Kind) -> Option<Stay<'_>> {
         if RequestOrder::of(len) < self.inline_order {
             return Some(Stay {
                 counted: None,
@@ -191,7 +198,7 @@ impl Disk {
             });
         }
         let large = &*self.resources.large;
-        let max = large.max.load(Ordering::Relaxed);
+        let max = large.max(kind);
         let stay = Stay {
             counted: Some(&large.count),
             load: Load::Now,

@@ -1,25 +1,22 @@
-//! One aligned buffer for each session thread, made before the first request.
+//! Aligned buffers for session threads, made before the first request.
 //!
 //! Imports: nothing of this crate.
-//! Never: allocates on a thread that has its buffer already.
+//! Never: allocates while there are no more requests at a time than buffers were made.
 //!
 //! [`Buffers::new`] makes as many buffers as there will be session threads and touches every page
 //! of them, so that serving a request needs no memory from a host that may be reclaiming pages of
-//! the very disk being served. A thread takes a buffer at its first request and keeps it until it
-//! ends. A thread too many gets one made for it, if the host has the memory.
+//! the very disk being served. A request takes the buffer that was given back last: with as many
+//! requests at a time as there are CPUs, the same few buffers are used all the time, and what they
+//! are made of stays in the caches of the CPUs. One for each thread would not, as the kernel has
+//! the threads take turns. A request too many gets a buffer made for it, if the host has the memory.
 
 use parking_lot::Mutex;
-use std::cell::RefCell;
 
 /// Buffers start at a multiple of this, as O_DIRECT wants it.
 pub(crate) const ALIGN: usize = 4096;
 
 /// Largest request that fits: the kernel's limit of 256 pages, and a page more.
 pub(crate) const SIZE: usize = (1 << 20) + ALIGN;
-
-thread_local! {
-    static MINE: RefCell<Option<Aligned>> = const { RefCell::new(None) };
-}
 
 /// Memory whose first byte is at a multiple of [`ALIGN`].
 #[derive(Debug)]
@@ -47,63 +44,87 @@ impl Aligned {
     }
 }
 
-/// The buffers that no thread has taken yet.
+/// The buffers that no request has now; the last one was given back last.
 #[derive(Debug)]
 pub(crate) struct Buffers {
     spare: Mutex<Vec<Aligned>>,
+}
+
+/// A buffer of one request, which goes back after it.
+struct Taken<'a> {
+    bytes: Option<Aligned>,
+    home: &'a Buffers,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let mut spare = self.home.spare.lock();
+        // One too many goes, or keeping it would need memory.
+        if spare.len() < spare.capacity() {
+            spare.extend(self.bytes.take());
+        }
+    }
 }
 
 impl Buffers {
     /// Makes one buffer for each of `threads`; fewer when the host has no more memory.
     #[must_use]
     pub(crate) fn new(threads: usize) -> Self {
+        let mut spare = Vec::with_capacity(threads);
+        spare.extend((0..threads).map_while(|_| Aligned::new()));
         Self {
-            spare: Mutex::new((0..threads).map_while(|_| Aligned::new()).collect()),
+            spare: Mutex::new(spare),
         }
     }
 
-    /// Runs `serve` with this thread's buffer, of [`SIZE`] bytes. `None` without running it when
-    /// the thread has none and the host has no memory for one.
+    /// Runs `serve` with a buffer of [`SIZE`] bytes. `None` without running it when all are taken
+    /// and the host has no memory for another one.
     pub(crate) fn with<R>(&self, serve: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
-        MINE.with_borrow_mut(|mine| {
-            if mine.is_none() {
-                let spare = self.spare.lock().pop();
-                *mine = spare.or_else(Aligned::new);
-            }
-            mine.as_mut().map(|mine| serve(mine.as_mut()))
-        })
+        let spare = self.spare.lock().pop();
+        let mut taken = Taken {
+            bytes: spare.or_else(Aligned::new),
+            home: self,
+        };
+        taken.bytes.as_mut().map(|bytes| serve(bytes.as_mut()))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::panic::AssertUnwindSafe;
 
-    #[test]
-    fn a_thread_keeps_one_aligned_buffer() {
-        let buffers = Buffers::new(2);
-        let place = |buf: &mut [u8]| (buf.as_ptr().addr(), buf.len());
-        let first = buffers.with(place).unwrap();
-        assert_eq!(first.0 % ALIGN, 0);
-        assert_eq!(first.1, SIZE);
-        assert_eq!(buffers.with(place), Some(first));
-        let left = buffers.spare.lock().len();
-        std::thread::scope(|scope| {
-            let other = scope.spawn(|| buffers.with(place)).join().unwrap().unwrap();
-            assert_ne!(other.0, first.0);
-        });
-        assert_eq!(buffers.spare.lock().len() + 1, left);
+    fn place(buf: &mut [u8]) -> (usize, usize) {
+        (buf.as_ptr().addr(), buf.len())
     }
 
     #[test]
-    fn a_thread_too_many_is_served_as_well() {
-        let buffers = Buffers::new(0);
-        let len = std::thread::scope(|scope| {
-            scope
-                .spawn(|| buffers.with(|buf| buf.len()))
-                .join()
-                .unwrap()
+    fn the_buffer_that_was_used_last_is_used_next() {
+        let buffers = Buffers::new(3);
+        let first = buffers.with(place).unwrap();
+        assert_eq!(first.0 % ALIGN, 0);
+        assert_eq!(first.1, SIZE);
+        let others = buffers.with(|_| {
+            let second = buffers.with(place);
+            let on_another_thread = || buffers.with(place);
+            let third = std::thread::scope(|scope| scope.spawn(on_another_thread).join().unwrap());
+            assert_eq!(second, third);
+            third
         });
-        assert_eq!(len, Some(SIZE));
+        assert_ne!(others.unwrap(), Some(first));
+        assert_eq!(buffers.with(place), Some(first));
+        assert_eq!(buffers.spare.lock().len(), 3);
+    }
+
+    #[test]
+    fn a_request_too_many_is_served_as_well() {
+        let buffers = Buffers::new(1);
+        let len = buffers.with(|_| buffers.with(|buf| buf.len()));
+        assert_eq!(len, Some(Some(SIZE)));
+        assert_eq!(buffers.spare.lock().len(), 1, "it was not kept");
+        let panicked =
+            std::panic::catch_unwind(AssertUnwindSafe(|| buffers.with(|_| panic!("planted"))));
+        assert!(panicked.is_err());
+        assert_eq!(buffers.spare.lock().len(), 1, "it came back");
     }
 }

@@ -11,7 +11,9 @@ use crate::sim::model::{Model, SECTOR, Stamp};
 use crate::sim::pool::SimPool;
 use crate::sim::scheduler;
 use crate::sim::storage::{Event, Manners, World};
-use ploopfs::disk::{self, Disk, DiskOptions, DoneReply, EnospcPolicy, ReadReply, Resources};
+use ploopfs::disk::{
+    self, Disk, DiskOptions, DoneReply, EnospcPolicy, InlineMax, ReadReply, Resources,
+};
 use ploopfs::error::{Error, ErrorKind, Result};
 use ploopfs::sync::{self, Condvar, Mutex};
 use ploopfs::units::DiskOffset;
@@ -134,7 +136,10 @@ fn options(dice: &mut u64) -> DiskOptions {
         grow_step: [1, 1 << 15][(splitmix(dice) % 2) as usize],
         enospc: [EnospcPolicy::Fail, EnospcPolicy::Seconds(2)][(splitmix(dice) % 2) as usize],
         flush_interval_ms: [0, 3, 20][(splitmix(dice) % 3) as usize],
-        large_inline_max: (*dice % 3) as usize,
+        large_inline: InlineMax {
+            reads: (*dice % 3) as usize,
+            writes: (*dice % 3) as usize,
+        },
         ..DiskOptions::default()
     }
 }

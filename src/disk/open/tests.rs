@@ -152,7 +152,10 @@ impl crate::disk::DoneReply for Brings {
 fn only_so_many_large_requests_stay_on_their_threads() {
     let options = DiskOptions {
         inline_order: 0,
-        large_inline_max: 2,
+        large_inline: InlineMax {
+            reads: 3,
+            writes: 2,
+        },
         ..DiskOptions::default()
     };
     let storage = image(&[(0, 1)]);
@@ -163,26 +166,28 @@ fn only_so_many_large_requests_stay_on_their_threads() {
         .unwrap();
     disk.write_at(crate::units::DiskOffset::new(0), &buf)
         .unwrap();
-    let mut stays_here = || {
+    let mut stay_here = || {
         let here = std::thread::current().id();
         let (told, heard) = std::sync::mpsc::channel();
         let start = crate::units::DiskOffset::new(0);
         disk.read(start, 4096, &mut buf, Told(told.clone()));
+        let read = heard.recv() == Ok(here);
         disk.read_into(start, 4096, Brings(vec![0; 4096], told.clone()));
+        assert_eq!(heard.recv() == Ok(here), read);
         disk.write_brought(start, Brings(vec![7; 4096], told));
-        let places: Vec<_> = heard.iter().map(|thread| thread == here).collect();
-        assert_eq!(places.len(), 3);
-        assert!(places.iter().all(|is_here| *is_here == places[0]));
-        places[0]
+        [read, heard.recv() == Ok(here)]
     };
-    assert!(stays_here() && stays_here() && stays_here());
-    let one = disk.stay(4096).unwrap();
-    assert!(stays_here(), "one of two is left");
-    let two = disk.stay(4096).unwrap();
-    assert!(disk.stay(4096).is_none() && !stays_here());
+    assert!((0..3).all(|_| stay_here() == [true; 2]));
+    let one = disk.stay(4096, Kind::Read).unwrap();
+    assert_eq!(stay_here(), [true; 2], "two of three are left");
+    let two = disk.stay(4096, Kind::Write).unwrap();
+    assert_eq!(stay_here(), [true, false], "writes leave more threads free");
+    let three = disk.stay(4096, Kind::Read).unwrap();
+    assert_eq!(stay_here(), [false; 2]);
+    assert!(disk.stay(4096, Kind::Read).is_none());
+    drop((one, three));
+    assert_eq!(stay_here(), [true; 2]);
     drop(two);
-    assert!(stays_here());
-    drop(one);
     disk.close().unwrap();
 }
 

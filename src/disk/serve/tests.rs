@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::chain::bundle::{OpenedFile, OpenedImages, OpenedPart, Plain};
-use crate::disk::DiskOptions;
+use crate::disk::{DiskOptions, InlineMax};
 use crate::storage::mem::MemStorage;
 use crate::storage::{FileId, Keep, Storage};
 use crate::units::{FileOffset, SectorCount};
@@ -123,7 +123,10 @@ fn open(content: &[u8], large: usize) -> (Arc<PartlyCached>, Arc<Disk>) {
     let options = DiskOptions {
         read_only: true,
         inline_order: 4,
-        large_inline_max: large,
+        large_inline: InlineMax {
+            reads: large,
+            writes: large,
+        },
         ..DiskOptions::default()
     };
     let (disk, _) = crate::disk::open(Arc::new(images), &options).unwrap();
