@@ -4,7 +4,8 @@
 //! small, pages that wait for the medium can fill it, and the host then kills the process: memory
 //! pressure would have become an I/O error for everybody above. So in a small group each file's
 //! writes take turns, and wait for the medium after every window of bytes. Elsewhere nothing
-//! happens but a look at the limit after every few MiB.
+//! happens but a look at the limit after every few MiB, and not more than a hundred times a second:
+//! it opens several files of the host, and from memory a few MiB move in less time than that takes.
 //!
 //! Pages that are being read cannot be given back either. One large read for each thread can be all
 //! that a small group has, so there those take turns as well, and what has been read or written is
@@ -20,9 +21,12 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-/// Bytes written between two looks at the limit.
+/// Bytes that move between two looks at the limit, at least.
 const LOOK_AFTER: u64 = 4 << 20;
+/// Time between two looks, at least.
+const LOOK_PAUSE: Duration = Duration::from_millis(10);
 /// Groups with at least this much memory are left to the host.
 const ROOMY: u64 = 1 << 30;
 const WINDOW_MIN: u64 = 1 << 20;
@@ -33,6 +37,7 @@ const UNLIMITED: u64 = u64::MAX;
 /// Bytes that may be unwritten in one file.
 static WINDOW: AtomicU64 = AtomicU64::new(UNLIMITED);
 static SINCE_LOOK: AtomicU64 = AtomicU64::new(0);
+static LOOKED: Mutex<Option<Instant>> = Mutex::new(None);
 /// Held over a large read in a small group, whatever the file.
 static READING: Mutex<()> = Mutex::new(());
 
@@ -64,13 +69,26 @@ fn look() {
     }
 }
 
+/// Whether it is time for another look, which this one is then.
+fn is_due(looked: &mut Option<Instant>, now: Instant) -> bool {
+    let is_due = looked.is_none_or(|last| now.saturating_duration_since(last) >= LOOK_PAUSE);
+    if is_due {
+        *looked = Some(now);
+    }
+    is_due
+}
+
 /// Counts bytes that move, and looks at the limit now and then.
 fn moved(bytes: u64) {
-    if SINCE_LOOK
-        .fetch_add(bytes, Ordering::Relaxed)
-        .saturating_add(bytes)
-        >= LOOK_AFTER
-    {
+    let since = SINCE_LOOK.fetch_add(bytes, Ordering::Relaxed);
+    if since.saturating_add(bytes) < LOOK_AFTER {
+        return;
+    }
+    // Whoever has it looks for all.
+    let Some(mut looked) = LOOKED.try_lock() else {
+        return;
+    };
+    if is_due(&mut looked, Instant::now()) {
         SINCE_LOOK.store(0, Ordering::Relaxed);
         look();
     }
@@ -148,5 +166,22 @@ impl Pace {
         if let Err(e) = sys::drop_cache(file.as_fd()) {
             log::debug!("the host keeps what it has cached: {e}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_is_looked_at_from_time_to_time() {
+        let start = Instant::now();
+        let mut looked = None;
+        assert!(is_due(&mut looked, start), "the first bytes want to know");
+        assert!(!is_due(&mut looked, start));
+        let soon = start + LOOK_PAUSE;
+        assert!(!is_due(&mut looked, soon - Duration::from_nanos(1)));
+        assert!(is_due(&mut looked, soon));
+        assert_eq!(looked, Some(soon));
     }
 }
