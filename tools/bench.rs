@@ -23,6 +23,8 @@ mod races;
 mod render;
 #[path = "contest/report.rs"]
 mod report;
+#[path = "contest/stage.rs"]
+mod stage;
 #[path = "contest/verdicts.rs"]
 mod verdicts;
 
@@ -56,8 +58,9 @@ struct Cli {
     /// inside
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     scenes: Vec<String>,
-    /// Only these contestants: raw, identity, identity2, ploopfs, uring, qemu, nbd; or ploopfs with
-    /// options, as NAME=OPTIONS
+    /// Only these contestants: raw, identity, identity2 (the same server over another file),
+    /// ploopfs, dev, uring, qemu, nbd; or ploopfs with options, as NAME=OPTIONS, or one more of
+    /// these, as NAME=KIND
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     contestants: Vec<String>,
     /// Samples of each contestant and job [default: 5]

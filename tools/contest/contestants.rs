@@ -1,33 +1,29 @@
 //! The contestants: one line each in a table, and how each is brought up.
 //!
-//! Imports: `forge`, `host`, `identity`; std, `anyhow`, `nix`.
+//! Imports: `host`, `identity`, `stage`; std, `anyhow`, `nix`.
 //! Never: lets two contestants share a file.
 //!
 //! A contestant gives a file to be read and written. In a scene with loop devices it is the file
 //! behind one: `ploopfs attach` makes its own, as users have it; the others get one of the same
 //! settings.
 
-use crate::forge::bundle::{BundleSpec, Style};
-use crate::forge::image::{ImageSpec, Mapped};
-use crate::host::{self, Loop, Ours, Server, apart, file_system, has, ploopfs, said};
+use crate::host::{self, Loop, Ours, Server, apart, has, ploopfs, said};
 use crate::identity::{self, Setup};
+use crate::stage::{self, Files, Stage, View, shuffle};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
-
-const MIB: u64 = 1 << 20;
 
 /// What stands between the load and the bytes.
 #[derive(Clone, Debug)]
 enum Way {
     /// Nothing: the file is raw.
     Raw,
-    /// The identity file with so many threads.
-    Identity(usize),
+    /// The identity file.
+    Identity,
     /// ploopfs over this transport.
     Ploopfs(&'static str),
     /// ploopfs with options that the user gave.
@@ -49,12 +45,13 @@ pub(crate) struct Contestant {
 /// Threads of our sessions by default.
 const THREADS: usize = 8;
 
-/// All that are known, in the order of the tables.
+/// All that are known, in the order of the tables. The second identity is the same server over
+/// another file: how far it is from the first is what a difference between two others is worth.
 fn table() -> [(&'static str, Way); 8] {
     [
         (RAW, Way::Raw),
-        (IDENTITY, Way::Identity(THREADS)),
-        ("identity2", Way::Identity(2)),
+        (IDENTITY, Way::Identity),
+        ("identity2", Way::Identity),
         (PLOOPFS, Way::Ploopfs("fuser")),
         ("dev", Way::Ploopfs("dev")),
         (RINGS, Way::Ploopfs("uring")),
@@ -83,7 +80,8 @@ pub(crate) fn rank(name: &str) -> usize {
         .unwrap_or(known.len())
 }
 
-/// The named contestants, or all. `NAME=OPTIONS` is ploopfs with options of `ploopfs attach`.
+/// The named contestants, or all. `NAME=OPTIONS` is ploopfs with options of `ploopfs attach`, and
+/// `NAME=KIND` another one of a known kind.
 pub(crate) fn chosen(names: &[String]) -> Result<Vec<Contestant>> {
     let known = || table().into_iter();
     let contestant = |(name, way): (&str, Way)| Contestant {
@@ -93,83 +91,26 @@ pub(crate) fn chosen(names: &[String]) -> Result<Vec<Contestant>> {
     if names.is_empty() {
         return Ok(known().map(contestant).collect());
     }
-    names
-        .iter()
-        .map(|wanted| {
-            if let Some((name, options)) = wanted.split_once('=') {
-                let options = options.split_whitespace().map(str::to_owned).collect();
-                return Ok(contestant((name, Way::Options(options))));
+    let kinds: Vec<_> = known().map(|(name, _)| name).collect();
+    let mut all: Vec<Contestant> = Vec::new();
+    for wanted in names {
+        let (name, kind) = wanted.split_once('=').unwrap_or((wanted, wanted));
+        let way = match known().find(|(known, _)| *known == kind) {
+            Some((_, way)) => way,
+            None if wanted.contains('=') => {
+                Way::Options(kind.split_whitespace().map(str::to_owned).collect())
             }
-            let found = known().find(|(name, _)| name == wanted);
-            let names: Vec<_> = known().map(|(name, _)| name).collect();
-            found.map(contestant).with_context(|| {
-                format!(
-                    "'{wanted}' is none of {}, and not NAME=OPTIONS",
-                    names.join(", ")
-                )
-            })
-        })
-        .collect()
-}
-
-/// How the bytes are reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum View {
-    /// The file itself.
-    File,
-    /// A loop device with direct I/O over it.
-    Loop,
-}
-
-/// What the image has before the load.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Content {
-    /// Every cluster.
-    Full,
-    /// No cluster.
-    Empty,
-    /// No cluster, over a lower image that has every one.
-    Covered,
-    /// Every cluster, spread over so many levels.
-    Chain(usize),
-}
-
-impl Content {
-    fn is_chain(self) -> bool {
-        matches!(self, Self::Covered | Self::Chain(_))
+            None => bail!(
+                "'{wanted}' is none of {}, and not NAME=OPTIONS",
+                kinds.join(", ")
+            ),
+        };
+        if all.iter().any(|other| other.name == name) {
+            bail!("'{name}' is there twice; call one of them OTHER={kind}");
+        }
+        all.push(contestant((name, way)));
     }
-}
-
-/// Which level of a chain has a cluster.
-#[derive(Clone, Copy, Debug)]
-enum Place {
-    Base,
-    Spread,
-}
-
-/// Where contestants meet.
-#[derive(Clone, Debug)]
-pub(crate) struct Stage {
-    pub(crate) dir: PathBuf,
-    pub(crate) view: View,
-    pub(crate) content: Content,
-    /// Servers go past the host's page cache.
-    pub(crate) direct: bool,
-    pub(crate) bytes: u64,
-    pub(crate) cluster_sectors: u32,
-}
-
-impl Stage {
-    fn spec(&self, mapped: Mapped) -> ImageSpec {
-        let mut spec = ImageSpec::new(2, self.cluster_sectors, self.bytes / 512).mapping(mapped);
-        spec.no_data = true;
-        spec
-    }
-
-    /// Bytes of a cluster.
-    pub(crate) fn cluster(&self) -> u64 {
-        u64::from(self.cluster_sectors) * 512
-    }
+    Ok(all)
 }
 
 /// A contestant that is up.
@@ -189,47 +130,45 @@ pub(crate) struct Subject {
     _dir: TempDir,
 }
 
-/// Fills a file from `start` with bytes that are not zero.
-fn fill(path: &Path, start: u64, end: u64) -> Result<()> {
-    let file = OpenOptions::new().write(true).open(path)?;
-    let bytes = vec![0x5a; MIB as usize];
-    let mut at = start;
-    while at < end {
-        let piece = (end - at).min(MIB);
-        file.write_all_at(&bytes[..piece as usize], at)?;
-        at += piece;
+/// Makes the files of all, which lie in one directory, fills them together, and brings all up, in
+/// an order that is shuffled.
+pub(crate) fn all_up(
+    contestants: &[(&Contestant, &Stage)],
+    random: &mut u64,
+) -> Result<Vec<Subject>> {
+    let mut ready = Vec::new();
+    for (contestant, stage) in contestants {
+        let holder = TempDir::with_prefix_in("c.", &stage.dir)?;
+        let dir = fs::canonicalize(holder.path())?;
+        let files = contestant.make(stage, &dir)?;
+        ready.push((contestant, stage, holder, dir, files));
     }
-    file.sync_all()?;
-    Ok(())
-}
-
-/// Writes an image of one file, with its data.
-fn write_image(path: &Path, spec: &ImageSpec) -> Result<()> {
-    spec.write(path)?;
-    let end = fs::metadata(path)?.len();
-    fill(path, (spec.data_start() * 512).min(end), end)
-}
-
-/// Writes a bundle of so many levels, with their data.
-fn write_chain(dir: &Path, stage: &Stage, depth: usize, place: Place) -> Result<PathBuf> {
-    let bundle = dir.join("disk.hdd");
-    let like = stage.spec(Mapped::Nothing);
-    let spec = BundleSpec::chain(Style::Parallels, &like, depth, |number, image| {
-        image.mapped = match place {
-            Place::Base if number == 0 => Mapped::All,
-            Place::Base => Mapped::Nothing,
-            Place::Spread => Mapped::Every {
-                step: depth as u64,
-                phase: number as u64,
-            },
+    let Some((_, first)) = contestants.first() else {
+        return Ok(Vec::new());
+    };
+    let is_in_memory = first.is_in_memory()?;
+    let files = ready.iter_mut().map(|(.., files)| files).collect();
+    stage::fill(files, is_in_memory, random)?;
+    shuffle(&mut ready, random);
+    let mut up = Vec::new();
+    for (contestant, stage, holder, dir, files) in ready {
+        let mut subject = Subject {
+            name: contestant.name.clone(),
+            target: files.path.clone(),
+            is_in_memory,
+            file: files.path,
+            pid: None,
+            _device: None,
+            _ours: None,
+            _servers: Vec::new(),
+            _dir: holder,
         };
-    });
-    spec.write(&bundle)?;
-    for file in spec.files(&bundle, 0) {
-        let end = fs::metadata(&file)?.len();
-        fill(&file, (like.data_start() * 512).min(end), end)?;
+        contestant
+            .serve(stage, &dir, &mut subject)
+            .with_context(|| format!("cannot bring up {}", contestant.name))?;
+        up.push(subject);
     }
-    Ok(bundle)
+    Ok(up)
 }
 
 impl Contestant {
@@ -246,8 +185,8 @@ impl Contestant {
         let missing = |program| (!has(program)).then(|| format!("{program} is not installed"));
         let is_chain = stage.content.is_chain();
         match &self.way {
-            Way::Identity(_) | Way::Raw if is_chain => Some("has no lower image".into()),
-            Way::Identity(_) | Way::Raw => None,
+            Way::Identity | Way::Raw if is_chain => Some("has no lower image".into()),
+            Way::Identity | Way::Raw => None,
             Way::Qemu | Way::Nbd if is_chain || stage.direct => {
                 Some("is not measured in this scene".into())
             }
@@ -281,44 +220,18 @@ impl Contestant {
         Ok(options)
     }
 
-    fn write_files(&self, stage: &Stage, dir: &Path) -> Result<PathBuf> {
-        if matches!(self.way, Way::Raw | Way::Identity(_)) {
-            let file = dir.join("raw");
-            File::create_new(&file)?.set_len(stage.bytes)?;
-            if stage.content == Content::Full {
-                fill(&file, 0, stage.bytes)?;
-            }
-            return Ok(file);
+    /// Makes its files, without their data.
+    fn make(&self, stage: &Stage, dir: &Path) -> Result<Files> {
+        match self.way {
+            Way::Raw | Way::Identity => stage.make_raw(dir),
+            _ => stage.make_image(dir),
         }
-        let image = dir.join("disk.hds");
-        match stage.content {
-            Content::Full => write_image(&image, &stage.spec(Mapped::All))?,
-            Content::Empty => write_image(&image, &stage.spec(Mapped::Nothing))?,
-            Content::Covered => return write_chain(dir, stage, 2, Place::Base),
-            Content::Chain(depth) => return write_chain(dir, stage, depth, Place::Spread),
-        }
-        Ok(image)
     }
 
     /// Makes its files and brings it up.
-    pub(crate) fn up(&self, stage: &Stage) -> Result<Subject> {
-        let holder = TempDir::with_prefix_in("c.", &stage.dir)?;
-        let dir = fs::canonicalize(holder.path())?;
-        let file = self.write_files(stage, &dir)?;
-        let mut subject = Subject {
-            name: self.name.clone(),
-            target: file.clone(),
-            is_in_memory: file_system(&dir)? == "tmpfs",
-            file,
-            pid: None,
-            _device: None,
-            _ours: None,
-            _servers: Vec::new(),
-            _dir: holder,
-        };
-        self.serve(stage, &dir, &mut subject)
-            .with_context(|| format!("cannot bring up {}", self.name))?;
-        Ok(subject)
+    pub(crate) fn up(&self, stage: &Stage, random: &mut u64) -> Result<Subject> {
+        let up = all_up(&[(self, stage)], random)?;
+        up.into_iter().next().context("nobody came up")
     }
 
     fn serve(&self, stage: &Stage, dir: &Path, subject: &mut Subject) -> Result<()> {
@@ -327,11 +240,11 @@ impl Contestant {
         let file = subject.file.clone();
         match &self.way {
             Way::Raw => {}
-            Way::Identity(threads) => {
+            Way::Identity => {
                 let setup = Setup {
                     file,
                     mountpoint: mountpoint.clone(),
-                    threads: *threads,
+                    threads: THREADS,
                     for_loop: stage.view == View::Loop,
                     direct: stage.direct,
                 };

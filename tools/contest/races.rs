@@ -1,14 +1,14 @@
 //! The scenes: who meets where, in which order, how often.
 //!
-//! Imports: `contestants`, `jobs`, `opening`, `report`, `forge` (its random numbers).
+//! Imports: `contestants`, `jobs`, `opening`, `report`, `stage`.
 //! Never: gives one contestant a place in the order that the others do not get as often.
 
-use crate::contestants::{Content, Contestant, Stage, Subject, View};
-use crate::forge::content::splitmix;
+use crate::contestants::{Contestant, Subject, all_up};
 use crate::host::{self, Xfs};
 use crate::jobs::{self, Job, Walk};
 use crate::opening;
 use crate::report::{Report, Unit};
+use crate::stage::{Content, Stage, View, shuffle};
 use crate::{Bounds, Cli};
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -168,13 +168,6 @@ pub(crate) fn title(name: &str) -> String {
     format!("{}{more}", known.map_or(name, |scene| scene.title))
 }
 
-/// Shuffles by a seed.
-fn shuffle<T>(list: &mut [T], state: &mut u64) {
-    for end in (1..list.len()).rev() {
-        list.swap(end, (splitmix(state) % (end as u64 + 1)) as usize);
-    }
-}
-
 /// One run.
 pub(crate) struct Run<'a> {
     pub(crate) cli: &'a Cli,
@@ -271,11 +264,9 @@ impl Run<'_> {
         if jobs.is_empty() {
             return Ok(());
         }
-        let subjects = self
-            .able(scene, stage)
-            .iter()
-            .map(|contestant| contestant.up(stage))
-            .collect::<Result<Vec<_>>>()?;
+        let able = self.able(scene, stage);
+        let both: Vec<_> = able.iter().map(|contestant| (contestant, stage)).collect();
+        let subjects = all_up(&both, &mut self.random)?;
         self.rounds_over(scene, &subjects, &jobs, is_cold)
     }
 
@@ -361,7 +352,7 @@ impl Run<'_> {
                     if !self.bounds.allow()? {
                         return Ok(());
                     }
-                    let subject = contestant.up(&stage)?;
+                    let subject = contestant.up(&stage, &mut self.random)?;
                     subject.settle()?;
                     // Not everybody can do everything: QEMU discards nothing of such an image.
                     match what.walk.run(&subject.target, stage.cluster(), count) {
@@ -403,7 +394,8 @@ impl Run<'_> {
                     cluster_sectors: 2048,
                     ..self.stage(true, Content::Covered, clusters << 20)
                 };
-                let subject = Contestant::ploopfs_with(name, options).up(&stage)?;
+                let contestant = Contestant::ploopfs_with(name, options);
+                let subject = contestant.up(&stage, &mut self.random)?;
                 xfs.settle()?;
                 let rate = Walk::Write.run(&subject.target, stage.cluster(), clusters)?;
                 let seconds = clusters as f64 / rate;
@@ -417,20 +409,17 @@ impl Run<'_> {
     }
 
     fn depth(&mut self, scene: &str) -> Result<()> {
-        let names: Vec<String> = DEPTHS
+        let levels: Vec<(Contestant, Stage)> = DEPTHS
             .iter()
-            .map(|depth| format!("depth {depth}"))
-            .collect();
-        let subjects = DEPTHS
-            .iter()
-            .zip(&names)
-            .map(|(depth, name)| {
+            .map(|depth| {
+                let contestant = Contestant::ploopfs_with(&format!("depth {depth}"), &["-r"]);
                 // Two clusters a level at the least.
-                let bytes = 512 << 20;
-                let stage = self.stage(false, Content::Chain(*depth), bytes);
-                Contestant::ploopfs_with(name, &["-r"]).up(&stage)
+                let stage = self.stage(false, Content::Chain(*depth), 512 << 20);
+                (contestant, stage)
             })
-            .collect::<Result<Vec<_>>>()?;
+            .collect();
+        let both: Vec<_> = levels.iter().map(|(who, stage)| (who, stage)).collect();
+        let subjects = all_up(&both, &mut self.random)?;
         let jobs: Vec<_> = self.jobs(true);
         self.rounds_over(scene, &subjects, &jobs, false)
     }
