@@ -293,7 +293,7 @@ impl Run<'_> {
                         subject.forget()?;
                     }
                     let before = subject.spent()?;
-                    let value = job.run(&subject.target, seconds)?;
+                    let value = job.run(&subject.target, seconds, is_cold)?;
                     let after = subject.spent()?;
                     if !job.only_reads() {
                         subject.settle()?;
