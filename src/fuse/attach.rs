@@ -132,10 +132,19 @@ pub fn attach(
             status: Some(expected),
         })?;
         match loopdev::configure(&device, file.as_fd(), &setup) {
-            Ok(()) => {
-                let status = Some(loopdev::status(device.as_fd())?);
-                return Ok(Attached { number, status });
-            }
+            Ok(()) => match loopdev::status(device.as_fd()) {
+                Ok(status) => {
+                    let status = Some(status);
+                    return Ok(Attached { number, status });
+                }
+                Err(e) => {
+                    // The caller gets no device that it could take away.
+                    if let Err(e) = loopdev::clear(device.as_fd()) {
+                        log::warn!("cannot detach {}: {e}", path.display());
+                    }
+                    return Err(host("cannot look at the loop device", e).in_file(&path));
+                }
+            },
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                 std::thread::sleep(Duration::from_millis(5 * u64::from(attempt.min(20))));
             }

@@ -1,10 +1,10 @@
-//! Whatever is killed while `attach` is at work, nothing of it stays.
+//! Whatever is killed or fails while `attach` is at work, nothing of it stays.
 
 use crate::forge::image::{ImageSpec, Mapped};
 use crate::support::guards::text;
 use crate::support::harness::trial;
-use crate::support::probe::Need::{Fuse, Loop, Root};
-use crate::support::{Outcome, command, rings, scratch};
+use crate::support::probe::Need::{Fuse, Loop, Root, Strace};
+use crate::support::{Outcome, PLOOPFS, command, rings, scratch};
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
@@ -21,11 +21,18 @@ const ROUNDS: u64 = 60;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) fn trials() -> Vec<Trial> {
-    vec![trial(
-        "what_is_killed_during_attach_goes",
-        &[Fuse, Root, Loop],
-        what_is_killed_goes,
-    )]
+    vec![
+        trial(
+            "what_is_killed_during_attach_goes",
+            &[Fuse, Root, Loop],
+            what_is_killed_goes,
+        ),
+        trial(
+            "a_device_that_cannot_be_looked_at_goes",
+            &[Fuse, Root, Loop, Strace],
+            what_cannot_be_looked_at_goes,
+        ),
+    ]
 }
 
 /// Whom it hits.
@@ -165,4 +172,42 @@ fn what_is_killed_goes() -> Outcome {
     }
     ensure!(hits > ROUNDS / 4, "only {hits} hits");
     Ok(())
+}
+
+/// The process that sets a device up asks for a free one, sets it up, and looks at it.
+fn what_cannot_be_looked_at_goes() -> Outcome {
+    let dir = scratch()?;
+    let way = rings::way().unwrap_or("fuser");
+    let name = format!("unseen-{way}-{}.hds", std::process::id());
+    let image = dir.path().join(&name);
+    ImageSpec::new(2, 2048, 2048 * 20).write(&image)?;
+    let trace = dir.path().join("trace");
+    let mut line = command::new("strace");
+    line.args(["-qq", "-f", "-o", text(&trace), "-e", "trace=ioctl"]);
+    line.args(["-e", "inject=ioctl:error=EIO:when=3", PLOOPFS, "attach"]);
+    line.args(["--transport", way]).arg(&image);
+    let child = line.stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+    let said = ended(child?);
+    let traced = fs::read_to_string(&trace)?;
+    let looks = |line: &&str| line.contains("LOOP_GET_STATUS64") && line.contains("INJECTED");
+    let result = said.and_then(|(success, _)| {
+        ensure!(traced.lines().any(|line| looks(&line)), "{traced}");
+        ensure!(!success, "nobody noticed");
+        command::eventually(PATIENCE, || {
+            let (family, devices) = (family(text(&image)), devices(&name));
+            ensure!(
+                family.is_empty() && devices.is_empty(),
+                "{family:?}, {devices:?}"
+            );
+            Ok(())
+        })
+    });
+    result.inspect_err(|_| {
+        for device in devices(&name) {
+            let _ = command::run(command::new("losetup").arg("-d").arg(device));
+        }
+        for (pid, ..) in family(text(&image)) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    })
 }
