@@ -143,16 +143,20 @@ impl Outside {
             .map_err(broken)?;
         // It holds what the child has got.
         drop(command);
+        let outside = Self {
+            child,
+            stream: BufReader::new(ours),
+        };
         let letter = Letter {
             order,
             foreground,
             debug,
         };
-        write_line(&ours, &letter).map_err(broken)?;
-        Ok(Self {
-            child,
-            stream: BufReader::new(ours),
-        })
+        if let Err(e) = write_line(outside.stream.get_ref(), &letter) {
+            outside.end(false);
+            return Err(broken(e));
+        }
+        Ok(outside)
     }
 
     /// Waits until all is done; `come` hears of the device before it is set up. What the
@@ -164,7 +168,9 @@ impl Outside {
     ) -> Result<()> {
         loop {
             let mut line = String::new();
-            self.stream.read_line(&mut line).map_err(broken)?;
+            if self.stream.read_line(&mut line).map_err(broken)? == 0 {
+                return Err(broken(io::Error::other("it ended without a word")));
+            }
             match serde_json::from_str(&line).map_err(|e| broken(e.into()))? {
                 Word::Device(device) => come(device),
                 Word::Done => return Ok(()),
@@ -182,7 +188,7 @@ impl Outside {
     pub(super) fn end(mut self, kept: bool) -> bool {
         if kept {
             if let Err(e) = self.stream.get_ref().write_all(KEPT) {
-                log::debug!("the loop device goes again: {e}");
+                log::debug!("{NAME} was not told to keep the device: {e}");
             }
         }
         drop(self.stream);
@@ -214,7 +220,7 @@ pub(super) fn clear(
         }
     };
     let done = outside.wait(drop, |report| why = report.why);
-    outside.end(true);
+    outside.end(false);
     done.map_err(|e| match why {
         Some(why) => Error::why(ErrorKind::Host, why),
         None => e,
@@ -329,7 +335,10 @@ fn attach(
         if let Err(e) = device.clear(true) {
             log::warn!("cannot detach {}: {e}", device.path().display());
         }
-        let _ = failed(e);
+        if let Err(e) = failed(e) {
+            // The daemon has died, or has given up before.
+            log::debug!("nobody hears of it: {e}");
+        }
     }
     Ok(())
 }
