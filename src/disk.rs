@@ -306,6 +306,11 @@ impl Disk {
         self.resources.buffers.release();
     }
 
+    /// Sets that memory aside again, for a transport whose requests turn out to bring none.
+    pub fn restore_buffers(&self) -> Result<()> {
+        self.resources.buffers.restore()
+    }
+
     /// Counts a lack of space, and logs the first of a series.
     fn note_no_space(&self, error: &Error) {
         bump(&self.counters.no_space_events, 1);

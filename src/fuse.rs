@@ -176,9 +176,16 @@ impl PloopFs {
         });
     }
 
-    /// Says that requests come with memory of their own from now on.
+    /// Says that requests will come with memory of their own.
     pub(crate) fn release_buffers(&self) {
         self.views.live.disk.release_buffers();
+    }
+
+    /// Says that they come without it after all.
+    pub(crate) fn restore_buffers(&self) {
+        if let Err(e) = self.views.live.disk.restore_buffers() {
+            log::warn!("large requests are served alone, without memory to hand them over: {e}");
+        }
     }
 
     /// Gets ready for requests on so many threads; called at INIT with what the kernel granted.

@@ -52,19 +52,29 @@ impl Memory {
 #[derive(Debug)]
 struct Class {
     len: usize,
+    /// So many at most.
+    count: usize,
     free: Mutex<Vec<Memory>>,
 }
 
 impl Class {
     fn new(len: usize, count: usize) -> Result<Self> {
-        let mut free = Vec::with_capacity(count);
-        for _ in 0..count {
-            free.push(Memory::Set(Aligned::new(len)?));
-        }
-        Ok(Self {
+        let class = Self {
             len,
-            free: Mutex::new(free),
-        })
+            count,
+            free: Mutex::new(Vec::with_capacity(count)),
+        };
+        class.fill()?;
+        Ok(class)
+    }
+
+    /// Sets aside as many as are missing.
+    fn fill(&self) -> Result<()> {
+        let mut free = self.free.lock();
+        while free.len() < self.count {
+            free.push(Memory::Set(Aligned::new(self.len)?));
+        }
+        Ok(())
     }
 }
 
@@ -97,6 +107,7 @@ impl Buffers {
     pub fn none() -> Arc<Self> {
         let none = |len| Class {
             len,
+            count: 0,
             free: Mutex::default(),
         };
         Arc::new(Self {
@@ -107,6 +118,11 @@ impl Buffers {
     /// Gives the host the large buffers back that nobody has.
     pub fn release(&self) {
         self.classes[1].free.lock().clear();
+    }
+
+    /// Sets large buffers aside again. On an error there are as many as the host has given.
+    pub fn restore(&self) -> Result<()> {
+        self.classes[1].fill()
     }
 
     /// A buffer of `len` bytes of any content, or `None` while there is none.
@@ -164,11 +180,13 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some((buffers, class)) = self.home.take() {
-            // There is room: the list was made for all of its buffers.
-            buffers.classes[class]
-                .free
-                .lock()
-                .push(std::mem::take(&mut self.memory));
+            let class = &buffers.classes[class];
+            let mut free = class.free.lock();
+            // There is room, as the list was made for all of its buffers; but for one that somebody
+            // had while others were set aside again, of which the host gets the memory back.
+            if free.len() < class.count {
+                free.push(std::mem::take(&mut self.memory));
+            }
         }
     }
 }
@@ -194,5 +212,22 @@ mod tests {
         assert!(out.is_some() && buffers.take(LARGE_LEN).is_none());
         drop(out);
         assert!(buffers.take(LARGE_LEN).is_some(), "it comes back as before");
+    }
+
+    #[test]
+    fn large_buffers_are_there_again_after_a_release() {
+        let buffers = Buffers::new().unwrap();
+        let count = || {
+            let all: Vec<_> = std::iter::from_fn(|| buffers.take(LARGE_LEN)).collect();
+            all.len()
+        };
+        let out = buffers.take(LARGE_LEN);
+        buffers.release();
+        assert_eq!(count(), 0);
+        buffers.restore().unwrap();
+        drop(out);
+        assert_eq!(count(), LARGE_COUNT, "not one more for that which was out");
+        buffers.restore().unwrap();
+        assert_eq!(count(), LARGE_COUNT);
     }
 }

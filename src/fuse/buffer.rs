@@ -8,7 +8,8 @@
 //! the very disk being served. A request takes the buffer that was given back last: with as many
 //! requests at a time as there are CPUs, the same few buffers are used all the time, and what they
 //! are made of stays in the caches of the CPUs. One for each thread would not, as the kernel has
-//! the threads take turns. A request too many gets a buffer made for it, if the host has the memory.
+//! the threads take turns. A request too many gets a buffer made for it, if the host has the
+//! memory.
 
 use parking_lot::Mutex;
 

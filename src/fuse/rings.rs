@@ -18,8 +18,8 @@
 //! 2. INIT is answered ([`device::greet`]). From then on the kernel keeps every request until each
 //!    queue has a slot, or until it refuses one: then it sends all to /dev/fuse;
 //! 3. the threads register their slots, which only works now. If the kernel refuses any, the door
-//!    on /dev/fuse gets as many threads as it would have had without rings; should the kernel send
-//!    requests to the rings all the same, they are served there.
+//!    on /dev/fuse gets as many threads, and the disk as many buffers, as without rings; should the
+//!    kernel send requests to the rings all the same, they are served there.
 //!
 //! It ends when the device says that the mount has gone, or when a thread cannot go on. Then the
 //! others would serve their queues while requests of that one wait for ever, so all of them end and
@@ -175,8 +175,6 @@ impl Shared {
 enum Told {
     /// A thread's ring works.
     Ready,
-    /// Requests come through a ring.
-    Serving,
     /// A thread on the device has ended.
     Device(io::Result<()>),
     /// The kernel does not want all slots.
@@ -282,7 +280,6 @@ pub(crate) fn prepare(device: &impl AsFd, shape: Shape) -> io::Result<Prepared> 
             scratch: vec![0; NAMES_MAX],
             small: VecDeque::with_capacity(all),
             troubles: 0,
-            has_told: false,
         };
         // Half of the proof: its thread waits for this, and for a command of its own.
         prepared.shared.mailboxes[number].echo()?;
@@ -385,9 +382,7 @@ impl Session {
                 Ok(Told::Failed(e)) => return Err(e),
                 Ok(Told::Refused(errno)) => self.fall_back(errno),
                 Ok(Told::Late(slot)) => self.late.push(slot),
-                // What comes this way brings its memory.
-                Ok(Told::Serving) if !self.has_fallen_back => self.start.fs.release_buffers(),
-                Ok(Told::Ready | Told::Serving) | Err(_) => {}
+                Ok(Told::Ready) | Err(_) => {}
             }
             let late = std::mem::take(&mut self.late).into_iter();
             self.late = late
@@ -402,6 +397,8 @@ impl Session {
         }
         let e = io::Error::from_raw_os_error(errno);
         log::warn!("the kernel refused a ring, requests go through /dev/fuse: {e}");
+        // What has come that way before was served alone.
+        self.start.fs.restore_buffers();
         let more = self.threads.saturating_sub(1);
         if more == 0 {
             return;

@@ -228,6 +228,9 @@ fn serve_own(
     };
     if rings.is_some() {
         fs.expect_threads(others);
+        // Before anybody can see the mount, and what it needs. The kernel may still refuse the
+        // rings; `rings` sets them aside again then.
+        fs.release_buffers();
     }
     on_ready()?;
     log::info!("{told}");

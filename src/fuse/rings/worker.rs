@@ -55,8 +55,6 @@ pub(super) struct Worker {
     pub(super) small: VecDeque<Slot>,
     /// How often in a row io_uring lacked something for a command.
     pub(super) troubles: u32,
-    /// Requests come through rings.
-    pub(super) has_told: bool,
 }
 
 impl Worker {
@@ -191,9 +189,6 @@ impl Worker {
             match event {
                 Event::Request(mut slot) => {
                     self.troubles = 0;
-                    if !mem::replace(&mut self.has_told, true) {
-                        let _ = self.shared.tell.send(Told::Serving);
-                    }
                     slot.set_mark(wire::data_len(slot.header(), FIXED_AT) >= LARGE);
                     self.deepen(slot.queue());
                     if slot.mark() {
