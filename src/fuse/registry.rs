@@ -133,8 +133,8 @@ impl Record {
         self.mount_space.is_none() || self.mount_space == mount_space()
     }
 
-    /// True where nobody is left who could see the mounts that the dead daemon saw: no process is in
-    /// their name space, one of `spaces`. Where these are not known, somebody may be.
+    /// True where nobody is left who could see the mounts that the dead daemon saw: no process is
+    /// in their name space, as `spaces` tells. Where these are not known, somebody may be.
     fn is_lost(&self, spaces: Option<&HashSet<u64>>) -> bool {
         let known = self.mount_space.zip(spaces);
         known.is_some_and(|(own, spaces)| !spaces.contains(&own))
