@@ -11,7 +11,7 @@ use crate::sim::kinds::DiskKind;
 use crate::sim::storage::{Event, Manners, World};
 use crate::support::scratch;
 use anyhow::{Context, Result, anyhow, ensure};
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount as mount_any, umount2};
 use ploopfs::disk::{self, Disk, DiskOptions, EnospcPolicy};
 use ploopfs::fuse::mount::{Access, MountOptions, Shape, mount};
 use ploopfs::fuse::session::{self, Transport};
@@ -34,24 +34,25 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Threads of a door that has no queues.
 const THREADS: usize = 4;
 
-/// Where the kernel ends the session of the mount at this place. Found while it is mounted: a mount
-/// that is out of sight has no place any more, and may hang all the same.
-fn switch_of(at: &Path) -> Result<PathBuf> {
+/// The number of the session of the mount at this place. Found while it is mounted: a mount that is
+/// out of sight has no place any more, and may hang all the same.
+fn number_of(at: &Path) -> Result<String> {
     let table = mount_table()?;
     let entry = table.iter().rev().find(|entry| entry.mountpoint == at);
     let device = &entry.context("the mount is not in the table")?.device;
     let number = device.strip_prefix("0:").context("a device of the host")?;
-    let switch = Path::new("/sys/fs/fuse/connections").join(number);
-    Ok(switch.join("abort"))
+    Ok(number.to_owned())
 }
 
-/// Ends a session that hangs, so that whoever waits for an answer gets an error.
-fn abort(at: &Path, switch: &Path) {
+/// Ends a session that hangs, so that whoever waits for an answer gets an error. The kernel's
+/// switches for that are mounted for as long, as not every host has them.
+fn abort(at: &Path, number: &str) -> Result<()> {
     eprintln!("watchdog: aborting the mount at {}", at.display());
-    if let Err(why) = fs::write(switch, "1") {
-        eprintln!("watchdog: {}: {why}", switch.display());
-        let _ = umount2(at, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
-    }
+    let (dir, kind) = (scratch()?, Some("fusectl"));
+    mount_any(kind, dir.path(), kind, MsFlags::empty(), None::<&str>)?;
+    let aborted = fs::write(dir.path().join(number).join("abort"), "1");
+    umount2(dir.path(), MntFlags::MNT_DETACH)?;
+    Ok(aborted?)
 }
 
 /// A mount in this process.
@@ -86,7 +87,7 @@ impl Mount {
         let options = MountOptions::default();
         let (fd, mounted) = mount(Path::new("simulated"), at, Shape::Directory, &options)?;
         drop(mounted);
-        let switch = switch_of(at)?;
+        let number = number_of(at)?;
         let (tell, is_ready) = mpsc::channel();
         let (watchdog, is_over) = mpsc::channel();
         let serving = thread::spawn(move || {
@@ -105,7 +106,9 @@ impl Mount {
             if is_over.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
                 // Whoever waits for an answer may take the error for the end of a life.
                 overdue.store(true, Ordering::SeqCst);
-                abort(&place, &switch);
+                if let Err(why) = abort(&place, &number) {
+                    eprintln!("watchdog: {why:#}");
+                }
             }
         });
         let mount = Self {
