@@ -5,8 +5,8 @@
 //!
 //! [`main`] looks at the name that the program was called by: mount(8)'s helpers are the same
 //! program ([`helper`]), and so is what a daemon has done beside it (`cli/outside.rs`). Else clap
-//! reads the command line ([`args`]), the verb's file runs it, and
-//! an error becomes the four lines that [`output`] knows and a status by [`exit`].
+//! reads the command line ([`args`]), the verb's file runs it, and an error becomes the four lines
+//! that [`output`] knows and a status by [`exit`].
 
 pub mod args;
 pub mod attach;

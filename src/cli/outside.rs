@@ -109,6 +109,10 @@ fn broken(e: io::Error) -> Error {
         "the process that handles the loop device broke down",
     )
     .because(e)
+    .fix(
+        "repeat the command; the system log has what that process said, and `ploopfs mount` \
+          shows the disk without a loop device",
+    )
 }
 
 fn write_line(mut stream: &UnixStream, value: &impl Serialize) -> io::Result<()> {

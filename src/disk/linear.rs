@@ -62,7 +62,7 @@ impl Run {
     }
 }
 
-/// The three pieces of a range of the disk: before, in and after its whole blocks.
+/// Where the whole blocks of a range of the disk begin and end.
 fn whole_blocks(start: u64, end: u64, block: u64) -> (u64, u64) {
     let first = start
         .checked_next_multiple_of(block)

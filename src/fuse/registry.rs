@@ -15,6 +15,7 @@ use crate::sys::mount::{MountEntry, mount_table};
 use crate::sys::process;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
@@ -132,6 +133,13 @@ impl Record {
         self.mount_space.is_none() || self.mount_space == mount_space()
     }
 
+    /// True where nobody is left who could see the mounts that the dead daemon saw: no process is
+    /// in their name space, as `spaces` tells. Where these are not known, somebody may be.
+    fn is_lost(&self, spaces: Option<&HashSet<u64>>) -> bool {
+        let known = self.mount_space.zip(spaces);
+        known.is_some_and(|(own, spaces)| !spaces.contains(&own))
+    }
+
     /// True if a younger daemon has the mount or the loop device that this one had: then this one's
     /// is gone. An older one that is still closing its image tells of what it had, and whose number
     /// may be this one's since.
@@ -197,6 +205,25 @@ fn mount_space() -> Option<u64> {
     fs::metadata("/proc/self/ns/mnt")
         .ok()
         .map(|meta| meta.ino())
+}
+
+/// The mount name spaces that a process is in; `None` where this user may not ask all processes.
+fn mount_spaces() -> Option<HashSet<u64>> {
+    let mut spaces = HashSet::new();
+    for entry in fs::read_dir("/proc").ok()?.flatten() {
+        let name = entry.file_name();
+        if !name.as_bytes().iter().all(u8::is_ascii_digit) {
+            continue;
+        }
+        match fs::metadata(entry.path().join("ns/mnt")) {
+            Ok(meta) => drop(spaces.insert(meta.ino())),
+            // It has ended.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
+            Err(_) => return None,
+        }
+    }
+    Some(spaces)
 }
 
 /// True where a loop device's file, as the kernel tells it, is an image at the top of a mount. The
@@ -312,7 +339,7 @@ impl Registry {
 
     /// The records of living daemons, oldest first, of those that left an error, and of those that
     /// died and left a mount or a device behind. The records of others are removed, except where
-    /// only another mount name space shows what they left.
+    /// only another mount name space shows what they left, and somebody may still be in it.
     pub fn all(&self) -> Result<Vec<Record>> {
         let mut records = Vec::new();
         for entry in fs::read_dir(&self.directory)?.flatten() {
@@ -336,8 +363,15 @@ impl Registry {
             record.error.is_some() || (!replaced && (record.is_mounted() || record.is_attached()))
         };
         let (left, gone): (Vec<_>, Vec<_>) = dead.into_iter().partition(is_left);
-        let gone = gone.iter().filter(|record| record.is_of_these_mounts());
-        gone.for_each(|record| self.remove(record));
+        let (ours, others): (Vec<_>, Vec<_>) =
+            gone.into_iter().partition(Record::is_of_these_mounts);
+        ours.iter().for_each(|record| self.remove(record));
+        // Looked for only where such a record is, as that takes a look at every process.
+        let spaces = (!others.is_empty()).then(mount_spaces).flatten();
+        let lost = others
+            .iter()
+            .filter(|record| record.is_lost(spaces.as_ref()));
+        lost.for_each(|record| self.remove(record));
         let mut records = living;
         records.extend(left);
         records.sort_by_key(|record| (record.since, record.pid));

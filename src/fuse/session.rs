@@ -190,8 +190,7 @@ fn serve_library(
     };
     let mut config = Config::default();
     config.n_threads = Some(threads);
-    let flat = fs.has_flat().then(|| fs.views.settings.flat.clone());
-    let passed = match flat.flatten() {
+    let passed = match fs.views.settings.flat.clone() {
         Some(flat) => Some((flat, fd.try_clone()?)),
         None => None,
     };

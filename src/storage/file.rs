@@ -357,6 +357,13 @@ mod tests {
         let storage = FileStorage::new(File::open(&path).unwrap()).unwrap();
         let mut buf = vec![0; content.len()];
         let came = storage.read_now(FileOffset::ZERO, &mut buf).unwrap();
+        if came == 0 && pace::is_tight() {
+            // Other tests of this program have moved so much that it has been noticed how small
+            // the group's memory is; nothing comes at once then, and all to who waits.
+            storage.read_at(FileOffset::ZERO, &mut buf).unwrap();
+            assert!(buf == content);
+            return;
+        }
         assert!(came == content.len() && buf == content);
         storage.sync_data().unwrap();
         storage.drop_cache().unwrap();

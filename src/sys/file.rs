@@ -197,8 +197,8 @@ pub fn read_cached(fd: BorrowedFd<'_>, at: u64, buf: &mut [u8]) -> io::Result<us
         iov_len: buf.len(),
     };
     let read = retry_interrupted(|| {
-        // SAFETY: `fd` is borrowed and so open for the whole call, and the one piece is of `buf`,
-        // which is borrowed for this function alone.
+        // SAFETY: `fd` is borrowed and so open for the whole call; `piece` is live, and is all of
+        // `buf`, which nobody else has while this function borrows it.
         #[allow(unsafe_code)]
         let read =
             unsafe { libc::preadv2(fd.as_raw_fd(), &raw const piece, 1, at, libc::RWF_NOWAIT) };
@@ -274,11 +274,11 @@ pub fn go_direct(file: &std::fs::File) -> io::Result<DirectLimits> {
     }
     // SAFETY: `file` is open, and these two commands take and give plain numbers.
     #[allow(unsafe_code)]
-    let result = unsafe {
+    let is_set = unsafe {
         let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
-        libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_DIRECT)
+        flags >= 0 && libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_DIRECT) == 0
     };
-    if result < 0 {
+    if !is_set {
         return Err(io::Error::last_os_error());
     }
     Ok(DirectLimits {

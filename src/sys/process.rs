@@ -17,7 +17,7 @@ const CAP_IPC_LOCK: u32 = 14;
 /// Where programs of the host are.
 const DIRECTORIES: [&str; 5] = ["/usr/bin", "/bin", "/usr/local/bin", "/sbin", "/usr/sbin"];
 
-/// Where block devices' own threads stand among all others, as nice(1) counts; usual ones have 0.
+/// Before usual threads, which have 0 as nice(1) counts, and behind the kernel's first ones (-20).
 const NICE: libc::c_int = -10;
 
 /// Has the calling thread, and no other, go before usual ones. Needs CAP_SYS_NICE, or RLIMIT_NICE.

@@ -6,7 +6,7 @@ use crate::forge::content::{Level, Model, first_difference};
 use crate::forge::corrupt;
 use crate::forge::image::{ImageSpec, Layout, Mapped};
 use crate::forge::reader::Flat;
-use crate::support::guards::{FsMount, Loop, text};
+use crate::support::guards::{Xfs, text};
 use crate::support::harness::{self, trial};
 use crate::support::probe::Need;
 use crate::support::{self, Outcome, command, scratch, scratch_tmpfs};
@@ -293,15 +293,7 @@ fn used(dir: &Path) -> Result<u64> {
 }
 
 fn shared() -> Outcome {
-    let dir = scratch()?;
-    let disk = dir.path().join("xfs");
-    fs::File::create(&disk)?.set_len(2 << 30)?;
-    let mut mkfs = command::new("mkfs.xfs");
-    command::ok(mkfs.args(["-q", "-m", "reflink=1"]).arg(&disk))?;
-    let device = Loop::new(&disk)?;
-    let system = FsMount::new(device.dev(), &dir.path().join("fs"));
-    let system =
-        system.map_err(|e| harness::skip_excused(format!("no XFS in this kernel: {e}")))?;
+    let system = Xfs::new(2 << 30)?;
     let at = |name: &str| system.path().join(name);
     let spec = ImageSpec::new(2, 2048, 2048 * 200 + 8).mapping(Mapped::Percent(75));
     spec.write(&at("a.hds"))?;
@@ -320,8 +312,7 @@ fn shared() -> Outcome {
     for name in ["b.hds", "c.raw", "d.hdd", "e.hds", "f.hdd"] {
         expect(&at(name), &Model::of(&spec)).context("shared")?;
     }
-    system.umount()?;
-    device.detach()
+    system.end()
 }
 
 fn memory() -> Outcome {

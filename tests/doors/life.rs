@@ -11,15 +11,17 @@ use crate::sim::kinds::DiskKind;
 use crate::sim::storage::{Event, Manners, World};
 use crate::support::scratch;
 use anyhow::{Context, Result, anyhow, ensure};
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount as mount_any, umount2};
 use ploopfs::disk::{self, Disk, DiskOptions, EnospcPolicy};
 use ploopfs::fuse::mount::{Access, MountOptions, Shape, mount};
 use ploopfs::fuse::session::{self, Transport};
 use ploopfs::fuse::{self, PloopFs, Settings};
+use ploopfs::sys::mount::mount_table;
 use ploopfs::units::DiskOffset;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
@@ -32,10 +34,33 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Threads of a door that has no queues.
 const THREADS: usize = 4;
 
+/// The number of the session of the mount at this place. Found while it is mounted: a mount that is
+/// out of sight has no place any more, and may hang all the same.
+fn number_of(at: &Path) -> Result<String> {
+    let table = mount_table()?;
+    let entry = table.iter().rev().find(|entry| entry.mountpoint == at);
+    let device = &entry.context("the mount is not in the table")?.device;
+    let number = device.strip_prefix("0:").context("a device of the host")?;
+    Ok(number.to_owned())
+}
+
+/// Ends a session that hangs, so that whoever waits for an answer gets an error. The kernel's
+/// switches for that are mounted for as long, as not every host has them.
+fn abort(at: &Path, number: &str) -> Result<()> {
+    eprintln!("watchdog: aborting the mount at {}", at.display());
+    let (dir, kind) = (scratch()?, Some("fusectl"));
+    mount_any(kind, dir.path(), kind, MsFlags::empty(), None::<&str>)?;
+    let aborted = fs::write(dir.path().join(number).join("abort"), "1");
+    umount2(dir.path(), MntFlags::MNT_DETACH)?;
+    Ok(aborted?)
+}
+
 /// A mount in this process.
 struct Mount {
     at: PathBuf,
     serving: Option<JoinHandle<ploopfs::error::Result<()>>>,
+    /// The watchdog had to end it.
+    is_overdue: Arc<AtomicBool>,
     /// Goes with this, and with it the one who would abort the mount.
     _watchdog: mpsc::Sender<()>,
 }
@@ -62,6 +87,7 @@ impl Mount {
         let options = MountOptions::default();
         let (fd, mounted) = mount(Path::new("simulated"), at, Shape::Directory, &options)?;
         drop(mounted);
+        let number = number_of(at)?;
         let (tell, is_ready) = mpsc::channel();
         let (watchdog, is_over) = mpsc::channel();
         let serving = thread::spawn(move || {
@@ -74,15 +100,21 @@ impl Mount {
             session::serve(file_system, fd, Access::Owner, how, ready)
         });
         let place = at.to_path_buf();
+        let is_overdue = Arc::new(AtomicBool::new(false));
+        let overdue = Arc::clone(&is_overdue);
         thread::spawn(move || {
             if is_over.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("watchdog: aborting the mount at {}", place.display());
-                let _ = umount2(&place, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
+                // Whoever waits for an answer may take the error for the end of a life.
+                overdue.store(true, Ordering::SeqCst);
+                if let Err(why) = abort(&place, &number) {
+                    eprintln!("watchdog: {why:#}");
+                }
             }
         });
         let mount = Self {
             at: at.to_path_buf(),
             serving: Some(serving),
+            is_overdue,
             _watchdog: watchdog,
         };
         // The sender goes with the session if that fails.
@@ -103,6 +135,8 @@ impl Mount {
         self.unmount();
         let serving = self.serving.take().context("it has ended")?;
         let served = serving.join();
+        let is_overdue = self.is_overdue.load(Ordering::SeqCst);
+        ensure!(!is_overdue, "a life took longer than {PATIENCE:?}");
         served
             .map_err(|_| anyhow!("the session panicked"))?
             .context("the session")

@@ -24,7 +24,8 @@ mod found {
     use crate::sim::storage::Manners;
     use crate::support::Outcome;
     use crate::{DOORS, Door, found};
-    use anyhow::{Result, ensure};
+    use anyhow::{Context, Error, Result, ensure};
+    use ploopfs::error::ErrorKind;
     use ploopfs::fuse::session::Transport;
     use ploopfs::planted::{Bug, plant};
 
@@ -55,6 +56,18 @@ mod found {
         Ok(None)
     }
 
+    /// One of what a bug does is that a disk cannot be opened any more, as its tables are wrong.
+    /// Whatever else goes wrong says nothing about the bug.
+    fn is_damage(why: &Error) -> bool {
+        let error = why.downcast_ref::<ploopfs::error::Error>();
+        error.is_some_and(|error| {
+            matches!(
+                error.kind(),
+                ErrorKind::Corrupt | ErrorKind::InUse | ErrorKind::Truncated
+            )
+        })
+    }
+
     pub(super) fn all() -> Outcome {
         let mut unnoticed = Vec::new();
         let doors = [Transport::Fuser, Transport::Uring];
@@ -69,8 +82,12 @@ mod found {
                 match why {
                     Ok(None) => unnoticed.push((door.name, bug)),
                     Ok(Some(why)) => eprintln!("{bug:?}: {why}"),
-                    // One of what it does is that a disk cannot be opened any more.
-                    Err(why) => eprintln!("{bug:?}, {}: {why:#}", door.name),
+                    Err(why) if is_damage(&why) => {
+                        eprintln!("{bug:?}, {}: {why:#}", door.name);
+                    }
+                    Err(why) => {
+                        return Err(why).with_context(|| format!("{bug:?}, {}", door.name));
+                    }
                 }
             }
         }

@@ -4,10 +4,10 @@
 use crate::caller::{flush, open, read, read_all, start_write, wait, write};
 use crate::forge::image::{ImageSpec, Mapped};
 use crate::forge::reader;
-use crate::support::guards::{FsMount, Loop, text};
-use crate::support::harness::{skip_excused, trial};
-use crate::support::probe::Need::{Loop as LoopDevices, Root, Xfs};
-use crate::support::{MIB, Outcome, command, scratch, sha256};
+use crate::support::guards::{Xfs, text};
+use crate::support::harness::trial;
+use crate::support::probe::Need::{self, Loop as LoopDevices, Root};
+use crate::support::{MIB, Outcome, command, sha256};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -18,21 +18,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+const HOST: &[Need] = &[Root, LoopDevices, Need::Xfs];
+
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial(
             "a_write_in_place_to_shared_blocks_without_space",
-            &[Root, LoopDevices, Xfs],
+            HOST,
             in_place_without_space,
         ),
         trial(
             "a_table_of_shared_blocks_waits_for_space",
-            &[Root, LoopDevices, Xfs],
+            HOST,
             table_waits_for_space,
         ),
         trial(
             "a_cluster_that_is_copied_up_shares_its_blocks",
-            &[Root, LoopDevices, Xfs],
+            HOST,
             copied_up_by_sharing,
         ),
     ]
@@ -50,41 +52,25 @@ struct Host {
     twin: PathBuf,
     before: String,
     ballast: PathBuf,
-    mount: FsMount,
-    device: Loop,
-    _dir: tempfile::TempDir,
+    xfs: Xfs,
 }
 
 impl Host {
     fn new(spec: &ImageSpec) -> Result<Self> {
-        let dir = scratch()?;
-        let medium = dir.path().join("xfs.img");
-        File::create(&medium)?.set_len(320 * MIB)?;
-        let mut make = command::new("mkfs.xfs");
-        command::ok(make.args(["-q", "-m", "reflink=1"]).arg(&medium))?;
-        let device = Loop::with(&medium, &[])?;
-        let at = dir.path().join("xfs");
-        let mount = FsMount::new(device.dev(), &at).map_err(|why| {
-            let why = format!("{why:#}");
-            if why.contains("unknown filesystem type") {
-                return skip_excused(format!("the kernel has no XFS: {why}"));
-            }
-            anyhow::Error::msg(why)
-        })?;
+        let xfs = Xfs::new(320 * MIB)?;
+        let at = xfs.path();
         let [image, twin, ballast] = ["disk.hds", "twin.hds", "ballast"].map(|name| at.join(name));
         spec.write(&image)?;
         let mut copy = command::new("cp");
         command::ok(copy.arg("--reflink=always").arg(&image).arg(&twin))?;
         copy_single_blocks(&image)?;
-        command::ok(command::new("sync").arg("-f").arg(text(&at)))?;
+        command::ok(command::new("sync").arg("-f").arg(text(at)))?;
         Ok(Self {
             before: sha256(&twin)?,
             image,
             twin,
             ballast,
-            mount,
-            device,
-            _dir: dir,
+            xfs,
         })
     }
 
@@ -112,8 +98,7 @@ impl Host {
         let wrong = reader::check(&self.image)?;
         ensure!(wrong.is_empty(), "{wrong:?}");
         ensure!(sha256(&self.twin)? == self.before, "the twin has changed");
-        self.mount.umount()?;
-        self.device.detach()
+        self.xfs.end()
     }
 }
 

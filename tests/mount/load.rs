@@ -29,6 +29,9 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
+/// Threads for each CPU's queue where a mount goes by the way `crowd`.
+const CROWD: u64 = 5;
+
 /// Size of the disk: the first GiB is verified, discards happen after it.
 pub(crate) const SECTORS: u64 = 3 << 20;
 
@@ -143,7 +146,7 @@ impl Limit {
     fn tighten(&self, mounted: &Mounted) -> Result<String> {
         let cpus = thread::available_parallelism()?.get() as u64;
         let threads = match rings::way() {
-            Some("crowd") => 4 * cpus,
+            Some("crowd") => CROWD * cpus,
             Some("uring") => cpus,
             _ => 2,
         };

@@ -4,15 +4,16 @@
 //! Never: touches a mount, a loop device or a process that this run did not make.
 
 use super::command::{self, Finished};
-use super::{Outcome, PLOOPFS, harness, rings};
+use super::{Outcome, PLOOPFS, harness, rings, scratch};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
+use tempfile::TempDir;
 
 /// Longest that a mount of ours may live before the watchdog ends it.
 const LIFE: Duration = Duration::from_secs(280);
@@ -359,6 +360,51 @@ impl Drop for FsMount {
         if self.mounted {
             lazy_unmount(&self.at);
         }
+    }
+}
+
+/// A file system whose files can share blocks, on a medium of its own.
+#[derive(Debug)]
+pub(crate) struct Xfs {
+    // What comes first goes first.
+    mount: FsMount,
+    device: Loop,
+    dir: TempDir,
+}
+
+impl Xfs {
+    /// One of this size; no test where the kernel has none.
+    pub(crate) fn new(bytes: u64) -> Result<Self> {
+        let dir = scratch()?;
+        let medium = dir.path().join("xfs.img");
+        File::create(&medium)?.set_len(bytes)?;
+        let mut make = command::new("mkfs.xfs");
+        command::ok(make.args(["-q", "-m", "reflink=1"]).arg(&medium))?;
+        let device = Loop::new(&medium)?;
+        let mount = FsMount::new(device.dev(), &dir.path().join("xfs")).map_err(|why| {
+            let why = format!("{why:#}");
+            if why.contains("unknown filesystem type") {
+                return harness::skip_excused(format!("the kernel has no XFS: {why}"));
+            }
+            anyhow::Error::msg(why)
+        })?;
+        Ok(Self { mount, device, dir })
+    }
+
+    /// Where it is mounted.
+    pub(crate) fn path(&self) -> &Path {
+        self.mount.path()
+    }
+
+    /// A directory that is not on it.
+    pub(crate) fn outside(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Takes it away.
+    pub(crate) fn end(self) -> Outcome {
+        self.mount.umount()?;
+        self.device.detach()
     }
 }
 

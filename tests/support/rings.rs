@@ -19,8 +19,12 @@ use std::process::{Child, Command, Stdio};
 const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
 
 /// Waits for the lock, turns the switch on, and back when its input ends. The lock goes with it.
+/// The file may be another user's: not even root may open it in a way that would make it
+/// (`fs.protected_regular`), so that is done only where there is none.
 const HELPER: &str = "trap '' HUP INT PIPE QUIT TERM
-    exec 9>\"${TMPDIR:-/tmp}/ploopfs-enable-uring.lock\"
+    lock=\"${TMPDIR:-/tmp}/ploopfs-enable-uring.lock\"
+    test -e \"$lock\" || : >>\"$lock\"
+    exec 9<\"$lock\" || exit 1
     flock -w 1500 9 || exit 1
     old=$(cat \"$1\") && echo Y >\"$1\" || exit 1
     echo on

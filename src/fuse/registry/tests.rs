@@ -1,6 +1,7 @@
 //! What daemons tell of themselves: kept, told and taken away as promised.
 
 use super::*;
+use std::process::{Child, Command};
 
 fn registry() -> (tempfile::TempDir, Registry) {
     let directory = tempfile::tempdir().unwrap();
@@ -71,19 +72,63 @@ fn a_reused_process_id_is_not_mistaken_for_the_daemon() {
     );
 }
 
+/// A process in a mount name space of its own, and that one's number.
+fn another_space() -> Option<(Child, u64)> {
+    if !nix::unistd::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "not root");
+        println!("skipped in part: not root");
+        return None;
+    }
+    let mut command = Command::new("unshare");
+    let mut child = command.args(["--mount", "sleep", "60"]).spawn().unwrap();
+    let path = format!("/proc/{}/ns/mnt", child.id());
+    for _ in 0..500 {
+        let space = fs::metadata(&path).unwrap().ino();
+        if Some(space) != mount_space() {
+            return Some((child, space));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    panic!("no mount name space of its own");
+}
+
 #[test]
 fn who_sees_other_mounts_takes_no_record_away() {
     let (_directory, registry) = registry();
     let mut dead = Record::of_this_process(Path::new("/x"), false).unwrap();
     (dead.start, dead.pid) = (0, i32::MAX);
-    dead.mount_space = dead.mount_space.map(|number| number + 1);
-    registry.write(&dead).unwrap();
-    assert!(registry.all().unwrap().is_empty());
-    assert_eq!(registry.reread(&dead), Some(dead.clone()));
+    if let Some((mut other, space)) = another_space() {
+        dead.mount_space = Some(space);
+        registry.write(&dead).unwrap();
+        assert!(registry.all().unwrap().is_empty());
+        assert_eq!(registry.reread(&dead), Some(dead.clone()));
+        other.kill().unwrap();
+        other.wait().unwrap();
+        // Nobody will ever see those mounts again, if all processes of the host can be asked.
+        let is_known = mount_spaces().is_some();
+        assert!(registry.all().unwrap().is_empty());
+        assert_eq!(registry.reread(&dead).is_none(), is_known);
+    }
     dead.mount_space = mount_space();
     registry.write(&dead).unwrap();
     assert!(registry.all().unwrap().is_empty());
     assert_eq!(registry.reread(&dead), None);
+}
+
+#[test]
+fn what_nobody_can_see_any_more_is_lost() {
+    let mut record = Record::of_this_process(Path::new("/x"), false).unwrap();
+    record.mount_space = Some(7);
+    assert!(record.is_lost(Some(&HashSet::from([8]))));
+    assert!(!record.is_lost(Some(&HashSet::from([8, 7]))));
+    assert!(!record.is_lost(None), "somebody may be there");
+    record.mount_space = None;
+    assert!(!record.is_lost(Some(&HashSet::from([8]))));
+    // At least this very process is in one, where all can be asked.
+    let spaces = mount_spaces();
+    assert!(spaces.is_none_or(|spaces| mount_space().is_some_and(|own| spaces.contains(&own))));
 }
 
 #[test]

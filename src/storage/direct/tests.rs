@@ -16,21 +16,28 @@ fn dice(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// A file that is read and written directly, in blocks of this size, if the host can do that.
+/// A file that is read and written directly, in blocks of this size, if the host can do that: in
+/// the directory for temporary files, or beside the program, which is on a medium.
 fn file(block: u64, content: &[u8]) -> Option<(tempfile::TempDir, File, Direct)> {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("x");
-    std::fs::write(&path, content).unwrap();
-    let file = File::options().read(true).write(true).open(&path).unwrap();
-    match crate::sys::file::go_direct(&file) {
-        Ok(limits) if limits.block <= block => {
-            Some((dir, file, Direct::new(limits.memory, block).unwrap()))
-        }
-        other => {
-            println!("skipped: no direct I/O in blocks of {block} here: {other:?}");
-            None
+    let program = std::env::current_exe().unwrap();
+    let mut why = Vec::new();
+    for place in [&*std::env::temp_dir(), program.parent().unwrap()] {
+        let dir = tempfile::tempdir_in(place).unwrap();
+        let path = dir.path().join("x");
+        std::fs::write(&path, content).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        match crate::sys::file::go_direct(&file) {
+            Ok(limits) if limits.block <= block => {
+                return Some((dir, file, Direct::new(limits.memory, block).unwrap()));
+            }
+            other => why.push(format!("{}: {other:?}", place.display())),
         }
     }
+    // A medium may have larger blocks than the smallest ones; each has the larger.
+    let must = block == 4096 && std::env::var("CI").is_ok_and(|value| value == "true");
+    assert!(!must, "no direct I/O in blocks of {block}: {why:?}");
+    println!("skipped: no direct I/O in blocks of {block} here: {why:?}");
+    None
 }
 
 #[test]
@@ -38,7 +45,7 @@ fn any_bytes_come_and_go() {
     for block in [512, 4096] {
         let mut model: Vec<u8> = (0..LEN + 700).map(|at| (at / 512) as u8).collect();
         let Some((_dir, file, direct)) = file(block, &model) else {
-            return;
+            continue;
         };
         let mut seed = block;
         for round in 0..400 {
