@@ -50,6 +50,7 @@ use crate::units::len_u64;
 use layout::{DEPTH, Layout, cpus_of};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
+use pace::Pace;
 use share::Share;
 use std::collections::{BTreeSet, VecDeque};
 use std::fs;
@@ -279,6 +280,8 @@ pub(crate) fn prepare(device: &impl AsFd, shape: Shape) -> io::Result<Prepared> 
             shared: Arc::clone(&prepared.shared),
             scratch: vec![0; NAMES_MAX],
             small: VecDeque::with_capacity(all),
+            moving: Vec::with_capacity(all),
+            pace: Pace::default(),
             troubles: 0,
         };
         // Half of the proof: its thread waits for this, and for a command of its own.

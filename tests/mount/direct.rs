@@ -113,9 +113,26 @@ fn verify(way: &str) -> Outcome {
     let mounted = Mounted::new(dir.path(), &path, &["--direct", "--transport", way])?;
     let device = Loop::new(&mounted.disk())?;
     load::fio(dir.path(), device.dev(), 48, 5)?;
+    expect_way(&mounted, way)?;
     device.detach()?;
     mounted.umount()?;
     support::expect_clean(&path)
+}
+
+/// Rings carry out what lies in one piece, which much of this load does.
+fn expect_way(mounted: &Mounted, way: &str) -> Outcome {
+    let stats = mounted.json("stats.json")?;
+    let count = |name: &str| stats[name].as_u64().unwrap_or(0);
+    let (all, moved) = (count("reads") + count("writes"), count("ring_io_requests"));
+    ensure!(
+        if way == "uring" {
+            2 * moved > all
+        } else {
+            moved == 0
+        },
+        "{way}: {moved} of {all} requests were carried out by rings: {stats}"
+    );
+    Ok(())
 }
 
 /// Where the host does not say what it takes, blocks are as large as anywhere.
