@@ -10,6 +10,10 @@
 //! or a WRITE are in the slot's payload, which starts a page and goes where the request goes: to
 //! the pool, or to another thread.
 //!
+//! Where the disk goes past the host's page cache, a request that lies in one piece of one file is
+//! carried out by the ring that it came through: what comes in goes on to the image, or from there,
+//! without another thread ([`worker`]). All else that waits for the medium goes to the pool.
+//!
 //! How it starts:
 //!
 //! 1. memory, rings and threads are made, and each thread has shown that commands and messages
