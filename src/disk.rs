@@ -30,6 +30,7 @@ pub mod linear;
 mod models {
     mod tests;
 }
+pub mod moving;
 pub mod open;
 pub mod part;
 pub mod pool;
@@ -50,6 +51,7 @@ use arc_swap::{ArcSwap, Guard};
 use flush::FlushState;
 use flusher::Flusher;
 use health::Health;
+use moving::Moving;
 use part::Part;
 use stats::{Counters, DiskStats, bump};
 use std::sync::Arc;
@@ -158,6 +160,15 @@ pub trait DoneReply: Send + 'static {
     fn brought(&self) -> &[u8] {
         &[]
     }
+
+    /// Has the transport write them itself, and end that with [`Moving::written`]. Where it cannot,
+    /// both come back.
+    fn start(self, moving: Moving) -> std::result::Result<(), (Self, Moving)>
+    where
+        Self: Sized,
+    {
+        Err((self, moving))
+    }
 }
 
 /// A read with the memory for it, which goes where the request goes.
@@ -167,6 +178,15 @@ pub trait ReadInto: Send + 'static {
 
     /// Says how many are there now, or why there are none: called exactly once, from any thread.
     fn done(self, result: Result<usize>);
+
+    /// Has the transport read them itself, and end that with [`Moving::came`]. Where it cannot,
+    /// both come back.
+    fn start(self, moving: Moving) -> std::result::Result<(), (Self, Moving)>
+    where
+        Self: Sized,
+    {
+        Err((self, moving))
+    }
 }
 
 /// The flat disk. Requests may come concurrently, from any number of threads.

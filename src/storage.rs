@@ -38,6 +38,15 @@ pub enum Keep {
     Nothing,
 }
 
+/// Which way bytes go between a file and memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From the file.
+    Read,
+    /// To the file.
+    Write,
+}
+
 /// What identifies a file on this host whatever name it was opened by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId {
@@ -123,6 +132,17 @@ pub trait Storage: Send + Sync + Debug {
     fn go_direct(&self) -> Result<u64> {
         Err(Error::errno(libc::EOPNOTSUPP))
     }
+
+    /// Lets somebody else move these bytes between the file and this memory, by the descriptor of
+    /// [`Storage::as_host_fd`], as [`Storage::read_at`] or [`Storage::write_at`] would. It does not
+    /// wait: `false` where that cannot be now, and then only those two can. Each loan is given back
+    /// with [`Storage::give_back`], of the same numbers, when the bytes have moved or never will.
+    fn lend(&self, _at: FileOffset, _memory: &[u8], _way: Way) -> bool {
+        false
+    }
+
+    /// What was lent is not used any more.
+    fn give_back(&self, _at: FileOffset, _len: usize, _way: Way) {}
 
     /// Which file this is, where it is one of the host's.
     fn file_id(&self) -> Option<FileId>;

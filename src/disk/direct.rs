@@ -5,10 +5,11 @@
 //! that are no whole blocks of the device is `storage`'s affair. What is promised stays the same:
 //! bytes that were written directly are in the device, whose own cache only a flush empties.
 //!
-//! A direct disk waits for the medium at each request, so the door that can hand over a request
-//! without a copy, as its memory goes with it, always does; the pool has more threads then, which
-//! mostly sleep. Where the memory stays with the thread, and threads are as many, small ones are
-//! served on it.
+//! A direct disk waits for the medium at each request. A door that can ask the host for bytes and
+//! go on is given what lies in one piece of one file ([`moving`](super::moving)). Of all else, the
+//! door that can hand over a request without a copy, as its memory goes with it, always does; the
+//! pool has more threads then, which mostly sleep. Where the memory stays with the thread, and
+//! threads are as many, small ones are served on it.
 //!
 //! A top must consist of whole blocks, or its last bytes could not be written without making the
 //! file longer. It does if its clusters do, and if nothing is behind the last one.

@@ -21,6 +21,17 @@ pub struct Epochs {
 #[derive(Debug)]
 pub struct Pin<'a> {
     count: &'a AtomicU64,
+    epoch: u64,
+}
+
+impl Pin<'_> {
+    /// Leaves the epoch pinned when this goes, until [`Epochs::unpin`] is told its number.
+    #[must_use]
+    pub fn leave(self) -> u64 {
+        let epoch = self.epoch;
+        std::mem::forget(self);
+        epoch
+    }
 }
 
 impl Epochs {
@@ -36,12 +47,18 @@ impl Epochs {
             let epoch = self.current.load(Ordering::SeqCst);
             let count = self.count(epoch);
             count.fetch_add(1, Ordering::SeqCst);
-            let pin = Pin { count };
+            let pin = Pin { count, epoch };
             // Had the epoch ended between the two, nobody might wait for this pin.
             if self.current.load(Ordering::SeqCst) == epoch {
                 return pin;
             }
         }
+    }
+
+    /// Ends a pin that was left.
+    pub fn unpin(&self, epoch: u64) {
+        let count = self.count(epoch);
+        drop(Pin { count, epoch });
     }
 
     /// The epoch that runs now.
@@ -87,6 +104,11 @@ mod tests {
         let ended = epochs.end();
         assert!(!epochs.has_drained(ended));
         drop(second);
+        assert!(epochs.has_drained(ended));
+        let left = epochs.pin().leave();
+        let ended = epochs.end();
+        assert!(!epochs.has_drained(ended), "a pin that was left stays");
+        epochs.unpin(left);
         assert!(epochs.has_drained(ended));
     }
 }

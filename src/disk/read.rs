@@ -15,7 +15,7 @@ use super::part::Part;
 use super::stats::Counters;
 use crate::error::Result;
 use crate::plan::{Segments, Source, Stop, plan_read};
-use crate::units::{DiskOffset, len_u64, len_usize};
+use crate::units::{DiskOffset, FileOffset, Level, len_u64, len_usize};
 
 /// What a read may wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +68,19 @@ impl Part {
             at = DiskOffset::new(at.get() + covered);
         }
         Ok(done)
+    }
+
+    /// Where all of a read is, if that is one place and known; the caller has pinned the epoch.
+    pub fn one_run(&self, at: DiskOffset, len: u64) -> Option<(Level, FileOffset)> {
+        let mut segments = Segments::inline();
+        let covered = plan_read(&self.view(), self.chain.geometry(), at, len, &mut segments);
+        match segments.as_slice() {
+            [only] if covered == Ok(len) => match only.what {
+                Source::Data { level, at } => Some((level, at)),
+                Source::Zeros => None,
+            },
+            _ => None,
+        }
     }
 
     /// Reads the segments, and tells how many bytes came.

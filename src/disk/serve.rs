@@ -7,6 +7,7 @@
 //! one that may seldom does.
 
 mod jobs;
+mod moves;
 
 use super::buffers::BUFFER_MAX;
 use super::part::{Part, Progress};
@@ -17,6 +18,7 @@ use super::{Disk, DoneReply, ReadInto, ReadReply};
 use crate::error::{Error, Result};
 use crate::format::layout::Layout;
 use crate::plan::RequestOrder;
+use crate::storage::Way;
 use crate::sync;
 use crate::units::{DiskCluster, DiskOffset, len_u64, len_usize};
 use jobs::{ChangeJob, Once, Op};
@@ -112,12 +114,18 @@ impl Disk {
     /// Serves a read of `len` bytes, clipped at the disk's end, into memory that comes with it.
     /// Where it is served is decided as for [`Disk::read`]; but its memory goes to the pool with
     /// it, so it needs no buffer there, and is never served alone. Where each read waits for the
-    /// medium, all but holes go to the pool.
+    /// medium, the transport is to do that itself if it can, and all but holes go to the pool else.
     pub fn read_into<R: ReadInto>(self: &Arc<Self>, at: DiskOffset, len: usize, mut target: R) {
         let left = len_usize(self.size.saturating_sub(at.get())).unwrap_or(usize::MAX);
         let len = len.min(left).min(target.memory().len());
         bump(&self.counters.reads, 1);
         bump(&self.counters.read_bytes, len_u64(len));
+        if let Some(moving) = self.move_directly(at, &target.memory()[..len], Way::Read) {
+            match target.start(moving) {
+                Ok(()) => return bump(&self.counters.ring_io_requests, 1),
+                Err((back, _)) => target = back,
+            }
+        }
         let mut done = 0;
         let stay = if self.direct {
             Some(Stay::passing())
@@ -135,6 +143,17 @@ impl Disk {
                 Err(error) => return target.done(Err(error)),
             }
         }
+        self.read_in_pool(at, len, done, target);
+    }
+
+    /// Has the pool read what comes behind the bytes that are there.
+    pub(super) fn read_in_pool<R: ReadInto>(
+        self: &Arc<Self>,
+        at: DiskOffset,
+        len: usize,
+        done: usize,
+        mut target: R,
+    ) {
         let disk = Arc::clone(self);
         self.spawn(move || {
             let buf = &mut target.memory()[..len];
@@ -144,10 +163,16 @@ impl Disk {
     }
 
     /// Serves a write of the bytes that come with its reply.
-    pub fn write_brought<R: DoneReply>(self: &Arc<Self>, at: DiskOffset, reply: R) {
+    pub fn write_brought<R: DoneReply>(self: &Arc<Self>, at: DiskOffset, mut reply: R) {
         let len = reply.brought().len();
         if let Err(error) = self.check_change(at, len_u64(len)) {
             return reply.done(Err(error));
+        }
+        if let Some(moving) = self.move_directly(at, reply.brought(), Way::Write) {
+            match reply.start(moving) {
+                Ok(()) => return bump(&self.counters.ring_io_requests, 1),
+                Err((back, _)) => reply = back,
+            }
         }
         if let Some(_stay) = self.stay(len, Kind::Write).filter(|_| !self.direct) {
             match self.guarded(|| self.write_pieces_in_place(at, reply.brought())) {
@@ -434,18 +459,22 @@ impl Disk {
         })
     }
 
-    /// Counts a job, which keeps the disk from being closed; false if it is closed.
+    /// Counts a job of the pool, which keeps the disk from being closed; false if it is closed.
     fn job_begins(&self) -> bool {
-        let mut in_flight = self.in_flight.lock();
-        if self.closed.load(Ordering::Acquire) {
-            return false;
-        }
-        *in_flight += 1;
-        bump(&self.counters.pooled_requests, 1);
-        true
+        let begins = self.enters();
+        bump(&self.counters.pooled_requests, u64::from(begins));
+        begins
     }
 
-    fn job_finished(&self) {
+    /// Counts what keeps the disk from being closed; false if it is closed.
+    pub(super) fn enters(&self) -> bool {
+        let mut in_flight = self.in_flight.lock();
+        let is_open = !self.closed.load(Ordering::Acquire);
+        *in_flight += usize::from(is_open);
+        is_open
+    }
+
+    pub(super) fn job_finished(&self) {
         let mut in_flight = self.in_flight.lock();
         *in_flight -= 1;
         if *in_flight == 0 {

@@ -61,6 +61,8 @@ counters! {
     flush_rounds,
     /// Requests served on the thread they arrived on.
     inline_requests,
+    /// Requests whose bytes the transport's rings moved between file and memory.
+    ring_io_requests,
     /// Requests handed to the pool.
     pooled_requests,
     /// Requests served on the thread they arrived on because no buffer was left for the pool.

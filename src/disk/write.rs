@@ -223,6 +223,22 @@ impl Part {
         Ok(true)
     }
 
+    /// Where all of a write goes, if that is one place that the top has for it already; the caller
+    /// has pinned the epoch.
+    pub fn one_run_in_place(&self, at: DiskOffset, data: &[u8]) -> Option<(Level, FileOffset)> {
+        let mut segments = Segments::inline();
+        let (geometry, len) = (self.chain.geometry(), len_u64(data.len()));
+        let zero = |start, len| range_is_zero(data, start, len);
+        let covered = plan_write(&self.view(), geometry, at, len, zero, &mut segments);
+        match segments.as_slice() {
+            [only] if covered == Ok(len) => match only.what {
+                Target::InPlace { at } => Some((geometry.top, at)),
+                Target::Nothing | Target::Fresh { .. } => None,
+            },
+            _ => None,
+        }
+    }
+
     /// Writes the first bytes of `data` at `at`, giving clusters a place where they have none.
     /// `data` lies within the part. Called on threads that may wait for the host.
     pub fn write_step(&self, at: DiskOffset, data: &[u8], counters: &Counters) -> Result<Progress> {

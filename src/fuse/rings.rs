@@ -10,6 +10,10 @@
 //! or a WRITE are in the slot's payload, which starts a page and goes where the request goes: to
 //! the pool, or to another thread.
 //!
+//! Where the disk goes past the host's page cache, a request that lies in one piece of one file is
+//! carried out by the ring that it came through: what comes in goes on to the image, or from there,
+//! without another thread ([`worker`]). All else that waits for the medium goes to the pool.
+//!
 //! How it starts:
 //!
 //! 1. memory, rings and threads are made, and each thread has shown that commands and messages
@@ -50,6 +54,7 @@ use crate::units::len_u64;
 use layout::{DEPTH, Layout, cpus_of};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
+use pace::Pace;
 use share::Share;
 use std::collections::{BTreeSet, VecDeque};
 use std::fs;
@@ -279,6 +284,8 @@ pub(crate) fn prepare(device: &impl AsFd, shape: Shape) -> io::Result<Prepared> 
             shared: Arc::clone(&prepared.shared),
             scratch: vec![0; NAMES_MAX],
             small: VecDeque::with_capacity(all),
+            moving: Vec::with_capacity(all),
+            pace: Pace::default(),
             troubles: 0,
         };
         // Half of the proof: its thread waits for this, and for a command of its own.

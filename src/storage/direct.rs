@@ -18,11 +18,20 @@
 //!    neighbours. What both write was never in an order.
 //!
 //! A piece of memory is taken before the stripe, so who waits for memory keeps nobody waiting.
+//!
+//! Whole blocks may be moved by somebody else ([`Direct::lend`]), who for a write is counted at the
+//! stripes that it touches until it has ended. Nobody waits to be counted: where someone has a
+//! stripe for himself, or is about to, there is no loan. Who wants one for himself takes its lock
+//! first, so that no more are counted, and then waits for those that are. They end without needing
+//! anything that he could have: the host moves their bytes whatever we do, and the thread that is
+//! told of it, which never waits for a stripe, gives back what was lent before it does anything
+//! else.
 
+use super::Way;
 use super::aligned::{self, Piece};
 use crate::error::{Error, Result};
 use crate::units::len_u64;
-use parking_lot::RwLock;
+use parking_lot::{Condvar, Mutex, RwLock};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -32,6 +41,48 @@ use std::os::unix::fs::FileExt;
 const STRIPE: u64 = 1 << 20;
 const STRIPES: usize = 64;
 
+/// Who writes in one part of a file.
+#[derive(Debug)]
+struct Stripe {
+    lock: RwLock<()>,
+    /// Writes of whole blocks that somebody else carries out.
+    lent: Mutex<usize>,
+    /// There are none.
+    returned: Condvar,
+}
+
+impl Stripe {
+    const fn new() -> Self {
+        Self {
+            lock: RwLock::new(()),
+            lent: Mutex::new(0),
+            returned: Condvar::new(),
+        }
+    }
+
+    fn lend(&self) -> bool {
+        let shared = self.lock.try_read();
+        *self.lent.lock() += usize::from(shared.is_some());
+        shared.is_some()
+    }
+
+    fn give_back(&self) {
+        let mut lent = self.lent.lock();
+        *lent -= 1;
+        if *lent == 0 {
+            self.returned.notify_all();
+        }
+    }
+
+    /// Waits until nothing is lent; the caller has the lock for himself.
+    fn wait_for_all(&self) {
+        let mut lent = self.lent.lock();
+        while *lent > 0 {
+            self.returned.wait(&mut lent);
+        }
+    }
+}
+
 /// How a file is read and written directly.
 #[derive(Debug)]
 pub(super) struct Direct {
@@ -39,7 +90,7 @@ pub(super) struct Direct {
     memory: usize,
     /// What places and lengths are multiples of; a power of two.
     block: u64,
-    stripes: [RwLock<()>; STRIPES],
+    stripes: [Stripe; STRIPES],
 }
 
 fn len_of(from: u64, to: u64) -> usize {
@@ -73,7 +124,7 @@ impl Direct {
         Ok(Self {
             memory: memory.max(1),
             block,
-            stripes: [const { RwLock::new(()) }; STRIPES],
+            stripes: [const { Stripe::new() }; STRIPES],
         })
     }
 
@@ -99,9 +150,40 @@ impl Direct {
         buf.as_ptr().addr() % self.memory == 0
     }
 
-    fn stripe(&self, at: u64) -> &RwLock<()> {
+    fn stripe(&self, at: u64) -> &Stripe {
         let number = usize::try_from(at / STRIPE).unwrap_or(0);
         &self.stripes[number % STRIPES]
+    }
+
+    /// The stripes of a range, one after the other.
+    fn stripes(&self, at: u64, len: usize) -> impl Iterator<Item = &Stripe> {
+        let end = at.saturating_add(len_u64(len));
+        let numbers = at / STRIPE..end.div_ceil(STRIPE);
+        numbers.map(|number| self.stripe(number * STRIPE))
+    }
+
+    /// Lets somebody else move whole blocks, unless a neighbour in one of them is being written.
+    pub(super) fn lend(&self, at: u64, memory: &[u8], way: Way) -> bool {
+        if !self.fits(at, memory.len()) || !self.takes(memory) {
+            return false;
+        }
+        if way == Way::Read {
+            return true;
+        }
+        let taken = self.stripes(at, memory.len()).take_while(|s| s.lend());
+        let (taken, all) = (taken.count(), self.stripes(at, memory.len()).count());
+        if taken < all {
+            let counted = self.stripes(at, memory.len()).take(taken);
+            counted.for_each(Stripe::give_back);
+        }
+        taken == all
+    }
+
+    /// What was lent is not used any more.
+    pub(super) fn give_back(&self, at: u64, len: usize, way: Way) {
+        if way == Way::Write {
+            self.stripes(at, len).for_each(Stripe::give_back);
+        }
     }
 
     /// Fills `buf` from `at`, all of it.
@@ -136,7 +218,7 @@ impl Direct {
             let left = len_of(at, (at / STRIPE + 1).saturating_mul(STRIPE));
             let mut now = left.min(rest.len());
             if self.fits(at, now) && self.takes(&rest[..now]) {
-                let _shared = self.stripe(at).read();
+                let _shared = self.stripe(at).lock.read();
                 file.write_all_at(&rest[..now], at)?;
             } else {
                 let (start, end) = (self.down(at), self.up(at + len_u64(now)));
@@ -164,9 +246,10 @@ impl Direct {
         let (skip, len) = (len_of(blocks.start, at), len_of(blocks.start, blocks.end));
         let is_whole = skip == 0 && len == bytes.len();
         let stripe = self.stripe(at);
-        let _shared = is_whole.then(|| stripe.read());
-        let _alone = (!is_whole).then(|| stripe.write());
+        let _shared = is_whole.then(|| stripe.lock.read());
+        let _alone = (!is_whole).then(|| stripe.lock.write());
         if !is_whole {
+            stripe.wait_for_all();
             let block = len_of(0, self.block);
             let last = len - block;
             self.read_block(file, blocks.start, &mut piece[..block])?;

@@ -2,7 +2,7 @@
 
 use super::direct::Direct;
 use super::pace::{self, Pace};
-use super::{FileId, Keep, Storage, aligned};
+use super::{FileId, Keep, Storage, Way, aligned};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::{file as sys, open};
 use crate::units::{FileOffset, len_u64};
@@ -329,6 +329,17 @@ impl Storage for FileStorage {
             self.read_at(FileOffset::ZERO, &mut [0])?;
         }
         Ok(direct.block())
+    }
+
+    fn lend(&self, at: FileOffset, memory: &[u8], way: Way) -> bool {
+        let direct = self.direct.get();
+        direct.is_some_and(|direct| direct.lend(at.get(), memory, way))
+    }
+
+    fn give_back(&self, at: FileOffset, len: usize, way: Way) {
+        if let Some(direct) = self.direct.get() {
+            direct.give_back(at.get(), len, way);
+        }
     }
 
     fn drop_cache(&self) -> Result<()> {

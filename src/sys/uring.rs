@@ -28,6 +28,7 @@ const ANSWER: u64 = 1;
 const STOP: u64 = 2;
 const BOUNCED: u64 = 3;
 const ECHO: u64 = 4;
+const MOVED: u64 = 5;
 const TAG_MASK: u64 = 7;
 
 /// How often, a millisecond apart, the kernel may lack what it needs before that is an error.
@@ -59,6 +60,8 @@ pub enum Event {
     Answer(Slot),
     /// Another thread could not be reached with the slot's answer.
     Bounced(Slot),
+    /// A file's bytes came to the slot's payload or went from there: how many, or an errno below 0.
+    Moved(Slot, i32),
     /// Somebody says that it is over.
     Stop,
     /// A sign of life that was asked for, or another thread's call.
@@ -209,13 +212,49 @@ impl Ring {
         self.push(&entry.user_data(ECHO).into())
     }
 
+    /// Has the kernel fill the first bytes of the slot's payload from the file, with the next
+    /// [`Ring::submit`]; an [`Event::Moved`] comes then. Whoever waits for it keeps the file open.
+    pub fn read(
+        &mut self,
+        mut slot: Slot,
+        file: BorrowedFd<'_>,
+        at: u64,
+        len: usize,
+    ) -> io::Result<()> {
+        let memory = slot.payload_mut();
+        let len = u32::try_from(len.min(memory.len())).unwrap_or(0);
+        let file = types::Fd(file.as_raw_fd());
+        let entry = opcode::Read::new(file, memory.as_mut_ptr(), len).offset(at);
+        let entry = entry.build().user_data(slot.into_data(MOVED));
+        self.push(&entry.into())
+    }
+
+    /// As [`Ring::read`], from the payload to the file.
+    pub fn write(
+        &mut self,
+        slot: Slot,
+        file: BorrowedFd<'_>,
+        at: u64,
+        len: usize,
+    ) -> io::Result<()> {
+        let memory = slot.payload();
+        let len = u32::try_from(len.min(memory.len())).unwrap_or(0);
+        let file = types::Fd(file.as_raw_fd());
+        let entry = opcode::Write::new(file, memory.as_ptr(), len).offset(at);
+        let entry = entry.build().user_data(slot.into_data(MOVED));
+        self.push(&entry.into())
+    }
+
     /// The kernel reads the entry at the next `submit`; what it points at belongs to a slot that
     /// has been given away, so nobody touches it before that.
     fn push(&mut self, entry: &Entry128) -> io::Result<()> {
         loop {
-            // SAFETY: the entry's one address is of a slot's `pieces`, in a box that was given away
-            // and so lives until the kernel has answered; the descriptor is registered, or of a
-            // mailbox that lives as long as the ring's owner, who keeps both.
+            // SAFETY: the entry's one address is of the pieces or the payload of a slot. That was
+            // given away, so both live, and nobody touches them, until the kernel has answered, as
+            // its number comes back with the entry's one event. The descriptor is registered, or of
+            // a mailbox that lives as long as the ring's owner, who keeps both, or of a file that
+            // the owner keeps open until then; were it another's by then, bytes would go astray,
+            // within the payload.
             #[allow(unsafe_code)]
             let pushed = unsafe { self.ring.submission().push(entry) };
             match pushed {
@@ -272,6 +311,7 @@ impl Ring {
         Some(match tag {
             ANSWER => Event::Answer(slot),
             BOUNCED => Event::Bounced(slot),
+            MOVED => Event::Moved(slot, result),
             _ if result >= 0 => {
                 slot.set_known();
                 Event::Request(slot)

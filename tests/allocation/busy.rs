@@ -55,7 +55,12 @@ fn either_way() -> Vec<Trial> {
         trial(
             "requests_through_the_kernel_allocate_nothing",
             &[Fuse, Need::Root],
-            requests_through_the_kernel_allocate_nothing,
+            || requests_through_the_kernel_allocate_nothing(&[]),
+        ),
+        trial(
+            "direct_requests_through_the_kernel_allocate_nothing",
+            &[Fuse, Need::Root],
+            || requests_through_the_kernel_allocate_nothing(&["--direct"]),
         ),
         trial(
             "no_memory_for_the_curious",
@@ -368,14 +373,14 @@ fn partition(disk: &Path) -> Outcome {
 
 /// The transport adds nothing to what a request asks of the heap: far fewer allocations than
 /// requests, by all threads together.
-fn requests_through_the_kernel_allocate_nothing() -> Outcome {
+fn requests_through_the_kernel_allocate_nothing(options: &[&str]) -> Outcome {
     const REQUESTS: u64 = 2000;
     let dir = scratch()?;
     let image = dir.path().join("a.hds");
     ImageSpec::new(2, 2048, 20 * 2048)
         .mapping(Mapped::All)
         .write(&image)?;
-    let daemon = Daemon::start(dir.path(), &image, &[])?;
+    let daemon = Daemon::start(dir.path(), &image, options)?;
     let disk = daemon.at.join("disk.img");
     first_requests(&disk)?;
     daemon.arm()?;
@@ -401,8 +406,9 @@ fn requests_through_the_kernel_allocate_nothing() -> Outcome {
         );
     }
     let stats = daemon.stats()?;
+    let count = |name: &str| stats[name].as_u64().unwrap_or(0);
     ensure!(
-        stats["inline_requests"].as_u64() > Some(3 * REQUESTS),
+        count("inline_requests") + count("ring_io_requests") > 3 * REQUESTS,
         "not served where they arrive: {stats}"
     );
     daemon.umount()?;

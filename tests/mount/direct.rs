@@ -8,10 +8,11 @@ use crate::support::guards::{Loop, Mounted, text};
 use crate::support::harness::{skip_excused, trial};
 use crate::support::probe::Need::{self, E2fsprogs, Fio, Fuse, Rings, Root};
 use crate::support::{self, Outcome, command, expect_flat, rings, scratch, scratch_tmpfs};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 const LOADED: &[Need] = &[Fuse, Root, Need::Loop, Fio, E2fsprogs];
 const WAYS: [&str; 2] = ["fuser", "uring"];
@@ -35,6 +36,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             "direct_mounts_verify_over_rings",
             &[Fuse, Root, Need::Loop, Fio, E2fsprogs, Rings],
             || verify("uring"),
+        ),
+        trial(
+            "direct_mounts_over_rings_end_under_load",
+            &[Fuse, Root, Fio, Rings],
+            end_under_load,
         ),
         trial("what_cannot_be_direct_is_refused", &[Fuse], refused),
     ]
@@ -113,9 +119,87 @@ fn verify(way: &str) -> Outcome {
     let mounted = Mounted::new(dir.path(), &path, &["--direct", "--transport", way])?;
     let device = Loop::new(&mounted.disk())?;
     load::fio(dir.path(), device.dev(), 48, 5)?;
+    expect_way(&mounted, way)?;
     device.detach()?;
     mounted.umount()?;
     support::expect_clean(&path)
+}
+
+/// Rings carry out what lies in one piece, which much of this load does.
+fn expect_way(mounted: &Mounted, way: &str) -> Outcome {
+    let stats = mounted.json("stats.json")?;
+    let count = |name: &str| stats[name].as_u64().unwrap_or(0);
+    let (all, moved) = (count("reads") + count("writes"), count("ring_io_requests"));
+    ensure!(
+        if way == "uring" {
+            4 * moved > all
+        } else {
+            moved == 0
+        },
+        "{way}: {moved} of {all} requests were carried out by rings: {stats}"
+    );
+    Ok(())
+}
+
+/// Ends a mount while rings carry requests out, in each of the ways that there are. What is closed
+/// waits for them, and comes to an end; the image of a daemon that was killed is as good.
+fn end_under_load() -> Outcome {
+    rings::on()?;
+    for way in ["kill -9 $2", "umount -f -l $1", "umount -l $1"] {
+        let dir = scratch()?;
+        let path = dir.path().join("a.hds");
+        let spec = ImageSpec::new(2, 2048, 64 << 11).mapping(Mapped::All);
+        spec.write(&path)?;
+        let options = ["--direct", "--transport", "uring"];
+        let mounted = Mounted::new(dir.path(), &path, &options)?;
+        let mut load = command::new("fio");
+        load.args([
+            "--name=load",
+            "--rw=randrw",
+            "--bsrange=4k-256k",
+            "--direct=1",
+        ]);
+        load.args([
+            "--ioengine=libaio",
+            "--iodepth=8",
+            "--numjobs=2",
+            "--thread",
+            "--time_based",
+        ]);
+        load.args(["--runtime=60", "--max_latency=60s", "--filename"]);
+        let log = fs::File::create(dir.path().join("fio.log"))?;
+        load.arg(mounted.disk())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let mut load = load.spawn()?;
+        let done = command::eventually(Duration::from_secs(30), || {
+            let stats = mounted.json("stats.json")?;
+            ensure!(stats["ring_io_requests"].as_u64() > Some(500), "{stats}");
+            Ok(())
+        });
+        let pid = mounted.pid().to_string();
+        let ended = command::ok(&mut command::sh(way, &[text(mounted.path()), &pid]));
+        if way == "umount -l $1" {
+            // Nobody ends it but who uses it.
+            load.kill()?;
+        }
+        let gone = mounted.gone(Duration::from_secs(30));
+        let _ = load.kill();
+        load.wait()?;
+        done?;
+        ended?;
+        gone.with_context(|| way.to_owned())?;
+        drop(mounted);
+        if way.starts_with("umount") {
+            support::expect_clean(&path)?;
+        }
+        // All of it can be read and closed again.
+        let mounted = Mounted::new(dir.path(), &path, &options)?;
+        support::sha256(&mounted.disk())?;
+        mounted.umount()?;
+        support::expect_clean(&path)?;
+    }
+    Ok(())
 }
 
 /// Where the host does not say what it takes, blocks are as large as anywhere.

@@ -36,6 +36,11 @@ impl Pace {
         is_large || self.is_slow
     }
 
+    /// Another answer was made, of a request that began before.
+    pub(super) fn made(&mut self) {
+        self.held += 1;
+    }
+
     /// Everything was given.
     pub(super) fn given(&mut self) {
         self.held = 0;
@@ -56,6 +61,12 @@ mod tests {
             assert!(!pace.gives_after(false, QUICK));
         }
         assert!(pace.gives_before(false), "not for ever");
+        pace.given();
+        pace.made();
+        assert!(
+            pace.gives_before(true),
+            "what was begun before is ready too"
+        );
         pace.given();
         assert!(!pace.gives_before(false));
     }

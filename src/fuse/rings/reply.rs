@@ -5,8 +5,13 @@
 //!
 //! An answer that is made on a ring's thread waits for the end of that thread's turn; one that is
 //! made elsewhere, in the pool or by the flusher, goes to the thread that the slot is at home with.
+//!
+//! A request that the disk would have the transport carry out is taken on a ring's thread only, and
+//! waits there for the end of its serving: then the thread takes the slot out of it, gives that to
+//! its ring, and keeps the rest ([`UnderWay`]) until the slot comes back.
 
 use super::Shared;
+use crate::disk::moving::{Moving, Way};
 use crate::disk::{Disk, DoneReply, ReadInto};
 use crate::error::Result;
 use crate::fuse::answer::{Reading, Reply, Writing, owed};
@@ -19,23 +24,102 @@ use fuser::Errno;
 use std::cell::RefCell;
 use std::io;
 use std::sync::Arc;
+use std::thread::LocalKey;
 
 thread_local! {
     /// Answers made on a ring's thread, which it gives to the kernel together.
     static MADE: RefCell<Option<Vec<Slot>>> = const { RefCell::new(None) };
+    /// What is to be carried out by a ring, on its thread.
+    static STARTED: RefCell<Option<Vec<UnderWay>>> = const { RefCell::new(None) };
 }
 
-/// Makes this a thread whose answers wait for [`take_made`]; never more of them than this.
+/// Makes this a thread whose answers wait for [`take_made`], and whose ring carries out what is
+/// taken by [`take_started`]; never more of them than this.
 pub(super) fn keep_on_this_thread(max: usize) {
     MADE.set(Some(Vec::with_capacity(max)));
+    STARTED.set(Some(Vec::with_capacity(max)));
+}
+
+/// Hands out what was started on this thread.
+pub(super) fn take_started(give: impl FnMut(UnderWay) -> io::Result<()>) -> io::Result<()> {
+    take_all(&STARTED, give)
 }
 
 /// Hands out the answers that were made on this thread.
-pub(super) fn take_made(mut give: impl FnMut(Slot) -> io::Result<()>) -> io::Result<()> {
-    MADE.with_borrow_mut(|made| {
-        let mut all = made.iter_mut().flat_map(|made| made.drain(..));
+pub(super) fn take_made(give: impl FnMut(Slot) -> io::Result<()>) -> io::Result<()> {
+    take_all(&MADE, give)
+}
+
+type Kept<T> = LocalKey<RefCell<Option<Vec<T>>>>;
+
+fn take_all<T>(
+    kept: &'static Kept<T>,
+    mut give: impl FnMut(T) -> io::Result<()>,
+) -> io::Result<()> {
+    kept.with_borrow_mut(|kept| {
+        let mut all = kept.iter_mut().flat_map(|kept| kept.drain(..));
         all.try_for_each(&mut give)
     })
+}
+
+/// Keeps something for the end of the turn if this is a ring's thread; else it comes back.
+fn keep_here<T>(kept: &'static Kept<T>, item: T) -> Option<T> {
+    let mut item = Some(item);
+    let keep = |kept: &RefCell<Option<Vec<T>>>| {
+        let mut kept = kept.try_borrow_mut().ok();
+        if let Some(kept) = kept.as_mut().and_then(|kept| kept.as_mut()) {
+            kept.extend(item.take());
+        }
+    };
+    let _ = kept.try_with(keep);
+    item
+}
+
+/// A request that a ring carries out.
+pub(super) struct UnderWay {
+    answer: RingAnswer,
+    /// Bytes owed.
+    len: usize,
+    pub(super) moving: Moving,
+}
+
+impl UnderWay {
+    /// Takes the slot for the ring. Without it there is no answer, until the slot comes back.
+    pub(super) fn take_slot(&mut self) -> Option<Slot> {
+        self.answer.slot.take()
+    }
+
+    /// The ring has given the slot back: so many bytes have moved, or it is an errno below 0.
+    pub(super) fn end(self, slot: Slot, result: i32) {
+        let Self {
+            mut answer,
+            len,
+            moving,
+        } = self;
+        answer.slot = Some(slot);
+        let moved = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
+        match moving.way() {
+            Way::Read => moving.came(moved, RingRead { answer, len }),
+            Way::Write => moving.written(moved, RingWrite { answer, len }),
+        }
+    }
+
+    /// Keeps it for the thread's ring, if there is one; else its parts come back.
+    fn keep(
+        answer: RingAnswer,
+        len: usize,
+        moving: Moving,
+    ) -> std::result::Result<(), (RingAnswer, Moving)> {
+        let started = Self {
+            answer,
+            len,
+            moving,
+        };
+        match keep_here(&STARTED, started) {
+            None => Ok(()),
+            Some(Self { answer, moving, .. }) => Err((answer, moving)),
+        }
+    }
 }
 
 /// The answer to one request, and the slot with its bytes.
@@ -73,27 +157,10 @@ impl RingAnswer {
         };
         let head = wire::out_head(self.unique, error, filled);
         slot.answer(&head, u32::try_from(filled).unwrap_or(0));
-        if let Some(slot) = keep_here(slot) {
+        if let Some(slot) = keep_here(&MADE, slot) {
             self.shared.send_home(slot);
         }
     }
-}
-
-/// Keeps an answer for the end of the turn if this is a ring's thread; else it comes back.
-fn keep_here(slot: Slot) -> Option<Slot> {
-    let mut slot = Some(slot);
-    let keep = |made: &RefCell<Option<Vec<Slot>>>| {
-        if let Some(made) = made
-            .try_borrow_mut()
-            .ok()
-            .as_mut()
-            .and_then(|made| made.as_mut())
-        {
-            made.extend(slot.take());
-        }
-    };
-    let _ = MADE.try_with(keep);
-    slot
 }
 
 impl Drop for RingAnswer {
@@ -160,6 +227,12 @@ impl ReadInto for RingRead {
         let owed = owed.map_err(|e| errno::answer("read", &e));
         self.answer.finish(owed.map(|()| self.len));
     }
+
+    fn start(self, moving: Moving) -> std::result::Result<(), (Self, Moving)> {
+        let Self { answer, len } = self;
+        let back = |(answer, moving)| (Self { answer, len }, moving);
+        UnderWay::keep(answer, len, moving).map_err(back)
+    }
 }
 
 /// A WRITE of what is in its slot's payload.
@@ -194,5 +267,11 @@ impl DoneReply for RingWrite {
 
     fn brought(&self) -> &[u8] {
         self.answer.payload().get(..self.len).unwrap_or_default()
+    }
+
+    fn start(self, moving: Moving) -> std::result::Result<(), (Self, Moving)> {
+        let Self { answer, len } = self;
+        let back = |(answer, moving)| (Self { answer, len }, moving);
+        UnderWay::keep(answer, len, moving).map_err(back)
     }
 }

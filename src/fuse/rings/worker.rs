@@ -1,6 +1,6 @@
 //! What the thread of a queue does, turn by turn.
 //!
-//! Imports: `fuse::{device, dispatch, wire}`, `sys`.
+//! Imports: `disk`, `fuse::{device, dispatch, wire}`, `sys`.
 //! Never: keeps an answer to itself while it waits for the kernel, or for a request that is known
 //! to take long.
 //!
@@ -11,14 +11,21 @@
 //! that waits for the next requests, or before, as [`Pace`] says: one call a turn, where all is in
 //! memory.
 //!
+//! Of a direct disk, most requests only begin here: the ring moves their bytes between the slot and
+//! the image, with the call that gives answers too, and the thread serves others meanwhile. What
+//! has moved ends when its event comes, and its answer is one of the next that are given. A thread
+//! that ends waits for all of these: what they hold, the disk needs back before it is closed. The
+//! host always answers, as late as the device lets it.
+//!
 //! What io_uring itself refuses for lack of memory is tried again; only then FUSE has looked at it.
 //! When a thread cannot go on it lets go of the device and says so, and all others are told to end.
 
 use super::layout::DEPTH;
 use super::pace::Pace;
-use super::reply::{self, RingAnswer};
+use super::reply::{self, RingAnswer, UnderWay};
 use super::share::Share;
 use super::{NEIGHBOURS, Shared, Told, WRITE_MAX};
+use crate::disk::moving::Way;
 use crate::fuse::device::Start;
 use crate::fuse::dispatch::serve;
 use crate::fuse::wire::{self, Head, NAMES_MAX};
@@ -53,6 +60,9 @@ pub(super) struct Worker {
     pub(super) scratch: Vec<u8>,
     /// Requests to be served here.
     pub(super) small: VecDeque<Slot>,
+    /// Requests whose slots the ring has, by the slots' numbers; room for all that there can be.
+    pub(super) moving: Vec<(usize, UnderWay)>,
+    pub(super) pace: Pace,
     /// How often in a row io_uring lacked something for a command.
     pub(super) troubles: u32,
 }
@@ -89,6 +99,7 @@ impl Worker {
             log::error!("ring {} cannot go on: {e}", self.number);
             let _ = tell.send(Told::Failed(e));
         }
+        self.wait_for_moving();
     }
 
     fn pin(&self) -> nix::Result<()> {
@@ -115,15 +126,14 @@ impl Worker {
         for slot in mem::take(&mut self.slots) {
             self.ring.register(slot)?;
         }
-        let mut pace = Pace::default();
         let mut is_over = false;
         while !is_over {
-            pace.given();
+            self.pace.given();
             let has_nothing = self.share().rest(self.number % NEIGHBOURS);
             let submitted = self.ring.submit(usize::from(has_nothing));
             self.share().rise(self.number % NEIGHBOURS);
             submitted?;
-            is_over = self.take_events(start)? | self.serve_all(start, &mut pace)?;
+            is_over = self.take_events(start)? | self.serve_all(start)?;
             self.give_made()?;
         }
         // After an unmount nobody waits for these; after a stop somebody may.
@@ -132,18 +142,19 @@ impl Worker {
     }
 
     /// Serves what is here, and what is left for all; true when it is over.
-    fn serve_all(&mut self, start: &Start, pace: &mut Pace) -> io::Result<bool> {
+    fn serve_all(&mut self, start: &Start) -> io::Result<bool> {
         let mut is_over = false;
         self.call_others()?;
         while let Some(slot) = self.small.pop_front().or_else(|| self.share().take()) {
             let is_large = slot.mark();
-            if pace.gives_before(is_large) {
-                self.give_now(pace)?;
+            if self.pace.gives_before(is_large) {
+                self.give_now()?;
             }
             let begun = Instant::now();
             self.serve_one(start, slot);
-            if pace.gives_after(is_large, begun.elapsed()) {
-                self.give_now(pace)?;
+            self.move_started()?;
+            if self.pace.gives_after(is_large, begun.elapsed()) {
+                self.give_now()?;
             }
             if is_large {
                 is_over |= self.take_events(start)?;
@@ -176,9 +187,9 @@ impl Worker {
         if called { ring.submit(0) } else { Ok(()) }
     }
 
-    fn give_now(&mut self, pace: &mut Pace) -> io::Result<()> {
+    fn give_now(&mut self) -> io::Result<()> {
         self.give_made()?;
-        pace.given();
+        self.pace.given();
         self.ring.submit(0)
     }
 
@@ -200,6 +211,10 @@ impl Worker {
                 Event::Answer(slot) | Event::Bounced(slot) => self.ring.commit(slot)?,
                 Event::Stop => is_over = true,
                 Event::Echo => {}
+                Event::Moved(slot, result) => {
+                    self.moved(slot, result);
+                    self.pace.made();
+                }
                 Event::Ended(slot, errno) => is_over |= self.ended(start, slot, errno)?,
             }
         }
@@ -264,6 +279,51 @@ impl Worker {
         let request = RingAnswer::new(slot, head.unique, &self.shared);
         // The kernel's goodbye is not sent this way; the end comes from the device.
         serve(&start.fs, start.guard, (&head, fixed, names), request);
+    }
+
+    /// Makes ready for the kernel the commands for what was started on this thread.
+    fn move_started(&mut self) -> io::Result<()> {
+        let Self { ring, moving, .. } = self;
+        reply::take_started(|mut request| {
+            let Some(slot) = request.take_slot() else {
+                return Ok(());
+            };
+            let number = slot.number();
+            let run = &request.moving;
+            let (at, len) = (run.at().get(), run.bytes());
+            let file = run.file().ok_or(io::ErrorKind::NotFound)?;
+            match run.way() {
+                Way::Read => ring.read(slot, file, at, len)?,
+                Way::Write => ring.write(slot, file, at, len)?,
+            }
+            moving.push((number, request));
+            Ok(())
+        })
+    }
+
+    /// The ring has done what it was told with a slot's bytes.
+    fn moved(&mut self, slot: Slot, result: i32) {
+        let number = slot.number();
+        let mut all = self.moving.iter();
+        if let Some(place) = all.position(|(one, _)| *one == number) {
+            let (_, request) = self.moving.swap_remove(place);
+            request.end(slot, result);
+        }
+    }
+
+    /// Waits until the ring has no bytes to move any more. Nobody is served meanwhile, and answers
+    /// go nowhere.
+    fn wait_for_moving(&mut self) {
+        while !self.moving.is_empty() {
+            if self.ring.submit(1).is_err() {
+                uring::wait_a_moment();
+            }
+            while let Some(event) = self.ring.next_event() {
+                if let Event::Moved(slot, result) = event {
+                    self.moved(slot, result);
+                }
+            }
+        }
     }
 
     /// Makes ready for the kernel the answers that were made on this thread.

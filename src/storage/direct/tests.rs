@@ -151,3 +151,62 @@ fn a_part_of_a_block_and_the_whole_of_it_keep_each_others_bytes() {
         assert!(both[512..] == [200; 512] || both[512..] == [round; 512]);
     }
 }
+
+#[test]
+fn only_whole_blocks_are_lent() {
+    let Some((_dir, _file, direct)) = file(4096, &[0; 8192]) else {
+        return;
+    };
+    let memory = Aligned::new(3 * 4096).unwrap();
+    for way in [Way::Read, Way::Write] {
+        assert!(!direct.lend(512, &memory[..4096], way));
+        assert!(!direct.lend(0, &memory[..512], way));
+        assert!(!direct.lend(0, &memory[1..4097], way));
+        assert!(direct.lend(4096, &memory[..4096], way));
+        direct.give_back(4096, 4096, way);
+    }
+}
+
+#[test]
+fn who_has_less_than_a_block_waits_for_what_is_lent() {
+    let Some((_dir, file, direct)) = file(4096, &[3; 2 << 20]) else {
+        return;
+    };
+    let memory = Aligned::new(2 * 4096).unwrap();
+    let border = STRIPE - 4096;
+    // Readers are in nobody's way.
+    assert!(direct.lend(border, &memory, Way::Read));
+    direct.write(&file, border + 512, &[4; 512]).unwrap();
+    direct.give_back(border, 8192, Way::Read);
+    for at in [border + 512, border + 4096 + 512] {
+        assert!(direct.lend(border, &memory, Way::Write));
+        assert!(
+            direct.lend(border, &memory[..4096], Way::Write),
+            "they share"
+        );
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                direct.write(&file, at, &[5; 512]).unwrap();
+                is_over.store(true, Ordering::SeqCst);
+            });
+            // Who waits keeps others from being counted, or he might wait for ever.
+            while direct.lend(at - 512, &memory[..4096], Way::Write) {
+                direct.give_back(at - 512, 4096, Way::Write);
+                std::thread::yield_now();
+            }
+            assert!(!direct.lend(border, &memory, Way::Write));
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            assert!(!is_over.load(Ordering::SeqCst), "he did not wait");
+            direct.give_back(border, 4096, Way::Write);
+            direct.give_back(border, 8192, Way::Write);
+        });
+        let mut back = [0; 512];
+        direct.read(&file, at, &mut back).unwrap();
+        assert_eq!(back, [5; 512]);
+    }
+    // What was refused has left nothing behind.
+    for stripe in &direct.stripes {
+        assert_eq!(*stripe.lent.lock(), 0);
+    }
+}

@@ -191,6 +191,12 @@ impl Slot {
         self.0.mark = mark;
     }
 
+    /// Tells it from all others that there are; it stays the same, wherever the slot is.
+    #[must_use]
+    pub fn number(&self) -> usize {
+        ptr::from_ref(&*self.0).addr()
+    }
+
     /// The header of a request.
     #[must_use]
     pub fn header(&self) -> &[u8; HEADER_LEN] {

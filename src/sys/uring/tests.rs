@@ -107,3 +107,52 @@ fn a_slot_that_cannot_be_sent_comes_back() {
         other => panic!("{other:?}"),
     }
 }
+
+/// What came of the slot's bytes.
+fn moved(ring: &mut Ring) -> (Slot, i32) {
+    ring.submit(1).unwrap();
+    match ring.next_event() {
+        Some(Event::Moved(slot, result)) => (slot, result),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn bytes_go_between_a_file_and_a_slot() {
+    let Some([mut one, _]) = rings() else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x");
+    let mut content: Vec<u8> = (0..10_000).map(|at| (at / 16) as u8).collect();
+    std::fs::write(&path, &content).unwrap();
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let mut slots = slots(0, 0, 2, 8192, 0).unwrap();
+    let (mut slot, other) = (slots.pop().unwrap(), slots.pop().unwrap());
+    slot.payload_mut().fill(0xee);
+    let number = slot.number();
+    assert_ne!(number, other.number());
+    one.read(slot, file.as_fd(), 1000, 3000).unwrap();
+    let (slot, came) = moved(&mut one);
+    assert_eq!((slot.number(), came), (number, 3000));
+    assert!(slot.payload()[..3000] == content[1000..4000]);
+    assert!(slot.payload()[3000..] == [0xee; 5192]);
+    // The end of the file, and of the payload.
+    one.read(slot, file.as_fd(), 9000, 3000).unwrap();
+    let (slot, came) = moved(&mut one);
+    assert_eq!(came, 1000);
+    one.read(slot, file.as_fd(), 0, 1 << 20).unwrap();
+    let (mut slot, came) = moved(&mut one);
+    assert_eq!(came, 8192);
+    slot.payload_mut().fill(7);
+    one.write(slot, file.as_fd(), 500, 2000).unwrap();
+    let (slot, went) = moved(&mut one);
+    assert_eq!(went, 2000);
+    content[500..2500].fill(7);
+    assert!(std::fs::read(&path).unwrap() == content);
+    let file = File::open(&path).unwrap();
+    one.write(slot, file.as_fd(), 500, 2000).unwrap();
+    let (_, went) = moved(&mut one);
+    assert_eq!(went, -libc::EBADF);
+    assert!(std::fs::read(&path).unwrap() == content);
+}
